@@ -1,0 +1,90 @@
+"""The base of every configuration model, and how a validation failure is told to the user."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class UserError(ValueError):
+    """Something the user has to mend; its text is the whole message, so launchers print it without a traceback."""
+
+
+class ConfigError(UserError):
+    """A run description the user has to mend."""
+
+
+class Frozen(BaseModel):
+    """An immutable model that refuses unknown fields and silent type coercion of booleans and strings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=False)
+
+
+@contextlib.contextmanager
+def explained(is_first: bool = True) -> Iterator[None]:
+    """End the program on a UserError: its text on stderr (from the first rank only), exit status 2, no traceback."""
+    try:
+        yield
+    except UserError as error:
+        if is_first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """' Did you mean "x"?' for the nearest known name, or '' when nothing is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f' Did you mean "{near[0]}"?' if near else ""
+
+
+def nested_model(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model inside an annotation such as `Sub` or `Sub | None`, or None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for arg in get_args(annotation) if (m := nested_model(arg))), None)
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str, prefix: str = "") -> ConfigError:
+    """Turn a pydantic error into one message that names each field by its dotted path, its value and the mend.
+
+    where: the file or command line the values came from; prefix: dotted path of `model` inside that file.
+    """
+    lines = []
+    for item in error.errors():
+        path = [str(part) for part in item["loc"]]
+        dotted = ".".join([prefix, *path] if prefix else path)
+        if item["type"] == "extra_forbidden":
+            siblings = _fields_at(model, path[:-1])
+            line = f'unknown key "{dotted}".{did_you_mean(path[-1], siblings)} Known keys here: {", ".join(siblings)}.'
+        elif item["type"] == "missing":
+            line = f'"{dotted}" is missing.'
+        elif item["type"] == "value_error":
+            line = f"{dotted}: {item['ctx']['error']}" if dotted else str(item["ctx"]["error"])
+        else:
+            line = f'"{dotted}" is {item["input"]!r}: {item["msg"].lower()}.'
+        lines.append(line)
+    return ConfigError(f"{where}: " + ("\n  " if len(lines) > 1 else "") + "\n  ".join(lines))
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    for name in path:
+        field = model.model_fields.get(name)
+        inner = nested_model(field.annotation) if field else None
+        if inner is None:
+            return []
+        model = inner
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `base` with `over` laid on it, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged

@@ -1,0 +1,151 @@
+"""RunConfig: one file describes a run; everything that must agree across sections is checked here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from megatronish.config.base import ConfigError, Frozen, explain, merge
+from megatronish.config.data import DataConfig
+from megatronish.config.deepspeed_json import DeepSpeedConfig, load_json
+from megatronish.config.model import KernelConfig, ModelConfig
+from megatronish.config.parallel import ParallelConfig
+from megatronish.config.presets import resolve_model
+from megatronish.config.training import LogConfig, ScheduleConfig, TrainConfig
+
+BLOCK = "megatronish"
+
+
+class MegatronishConfig(Frozen):
+    """The "megatronish" block of a ds_configs file."""
+
+    model: ModelConfig = Field(..., description="the transformer: a preset, fields, or a preset with fields changed")
+    kernels: KernelConfig = Field(KernelConfig(), description="which implementation each operator uses")
+    parallel: ParallelConfig = Field(ParallelConfig(), description="tensor, pipeline and sequence parallel sizes")
+    data: DataConfig = Field(DataConfig(), description="the dataset")
+    schedule: ScheduleConfig = Field(ScheduleConfig(), description="learning rate schedule")
+    train: TrainConfig = Field(..., description="run length, checkpoints, validation")
+    log: LogConfig = Field(LogConfig(), description="where metrics go")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Samples of one optimizer step: global = micro * accumulation * data_size."""
+
+    micro: int
+    accumulation: int
+    data_size: int
+
+    @property
+    def samples(self) -> int:
+        """Samples an optimizer step over all ranks."""
+        return self.micro * self.accumulation * self.data_size
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: DeepSpeed's keys and ours, checked."""
+
+    deepspeed: DeepSpeedConfig
+    megatronish: MegatronishConfig
+    source: str
+
+    def __post_init__(self) -> None:
+        ours, stage = self.megatronish, self.deepspeed.zero_optimization.stage
+        parallel = ours.parallel
+        if parallel.pipeline > 1 and stage >= 2:
+            raise ConfigError(
+                f"{self.source}: parallel.pipeline is {parallel.pipeline} with zero_optimization.stage {stage}: "
+                "the pipeline engine allows ZeRO <= 1. Add --zero_optimization.stage 1, or --parallel.pipeline 1."
+            )
+        if max(parallel.tensor, parallel.pipeline, parallel.sequence) > 1:
+            raise ConfigError(
+                f"{self.source}: tensor, pipeline and sequence parallelism are not part of this version "
+                f"(tensor {parallel.tensor}, pipeline {parallel.pipeline}, sequence {parallel.sequence}); set all to 1."
+            )
+
+    def batch_plan(self, data_size: int) -> BatchPlan:
+        """Fill in the batch arithmetic for `data_size` data-parallel ranks.
+
+        Raises ConfigError with the equation and two mends when train_batch_size != micro * accumulation * dp.
+        """
+        ds = self.deepspeed
+        total, micro, steps = ds.train_batch_size, ds.train_micro_batch_size_per_gpu, ds.gradient_accumulation_steps
+        if total is None:
+            assert micro is not None  # DeepSpeedConfig refuses a run with neither
+            return BatchPlan(micro, steps or 1, data_size)
+        if micro is None:
+            micro, rest = divmod(total, (steps or 1) * data_size)
+            equation = f"{total} / (gradient_accumulation_steps {steps or 1} * dp {data_size})"
+        elif steps is None:
+            steps, rest = divmod(total, micro * data_size)
+            equation = f"{total} / (train_micro_batch_size_per_gpu {micro} * dp {data_size})"
+        else:
+            rest = total - micro * steps * data_size
+            equation = f"{micro} * {steps} * dp {data_size} = {micro * steps * data_size}"
+        plan = BatchPlan(micro, steps or 1, data_size)
+        if rest or not plan.samples:
+            near = max(1, round(total / (max(micro, 1) * data_size)))
+            raise ConfigError(
+                f"{self.source}: train_batch_size {total} != train_micro_batch_size_per_gpu * "
+                f"gradient_accumulation_steps * data-parallel ranks ({equation}). Either set train_batch_size to "
+                f"{max(micro, 1) * (steps or near) * data_size}, or remove it and set "
+                f"gradient_accumulation_steps to {near}."
+            )
+        return plan
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved run as one ds_configs object that reproduces it."""
+        ours = self.megatronish.model_dump(mode="json")
+        return {**self.deepspeed.model_dump(mode="json", by_alias=True, exclude_none=True), BLOCK: ours}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], source: str) -> RunConfig:
+        """Check a whole ds_configs object. Raises ConfigError; `source` names where it came from."""
+        raw = {key: value for key, value in raw.items() if key != "$schema"}
+        if BLOCK not in raw:
+            raise ConfigError(
+                f'{source}: no "{BLOCK}" block. Add "{BLOCK}": {{"model": {{"preset": "tiny"}}, '
+                '"train": {"steps": 100, "save_dir": "runs/x"}}.'
+            )
+        ours = raw.pop(BLOCK)
+        try:
+            engine = DeepSpeedConfig.model_validate(raw)
+        except ValidationError as error:
+            raise explain(error, DeepSpeedConfig, source) from None
+        if not isinstance(ours, dict):
+            raise ConfigError(f'{source}: "{BLOCK}" is {ours!r}, expected an object.')
+        if isinstance(ours.get("model"), dict):
+            try:
+                ours = {**ours, "model": resolve_model(ours["model"])}
+            except ValidationError as error:
+                raise explain(error, ModelConfig, source, f"{BLOCK}.model") from None
+            except ValueError as error:
+                raise ConfigError(f"{source}: {BLOCK}.model: {error}") from None
+        try:
+            block = MegatronishConfig.model_validate(ours)
+        except ValidationError as error:
+            raise explain(error, MegatronishConfig, source, BLOCK) from None
+        return cls(engine, block, source)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> RunConfig:
+        """Read a ds_configs file and lay `overrides` (a nested dict of the same shape) on it.
+
+        A preset among the overrides replaces the whole model of the file, whose fields belong to another shape.
+        """
+        raw = load_json(path)
+        source = str(path)
+        if "preset" in (overrides or {}).get(BLOCK, {}).get("model", {}) and isinstance(raw.get(BLOCK), dict):
+            raw[BLOCK].pop("model", None)
+        if overrides:
+            source += " with the command line's overrides"
+        return cls.from_dict(merge(raw, overrides or {}), source)
+
+    def save(self, path: Path) -> None:
+        """Write the resolved run, ready to be given to --deepspeed_config again."""
+        path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")

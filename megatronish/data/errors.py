@@ -1,0 +1,7 @@
+"""The one exception of the data path: input or files that the user can put right."""
+
+from megatronish.config.base import UserError
+
+
+class DataError(UserError):
+    """A problem with data that the user can fix; the message names the place, the values and the fix."""

@@ -1,0 +1,105 @@
+"""`PREFIX.manifest.json`: what a data set is, written last by an atomic rename, so that its presence means "complete"."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from megatronish.data.errors import DataError
+
+FORMAT = "megatronish-dataset"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """The tokenizer that made a data set. `file` is relative to the manifest, None for the byte tokenizer."""
+
+    kind: str
+    file: str | None
+    sha256: str
+    vocab_size: int
+    eod_id: int | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of a manifest. `counts`: documents, tokens, text_bytes, empty_documents, blank_lines, rejected_documents.
+
+    `files` maps a file name (relative to the manifest) to {"bytes": int, "sha256": str}; `rejects` lists the first
+    rejected documents as {"place": str, "reason": str}; `options` is what the data set was made with.
+    """
+
+    tokenizer: TokenizerRecord
+    dtype: str
+    appended_eod: bool
+    counts: dict[str, int]
+    options: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    rejects: list[dict[str, str]] = field(default_factory=list)
+    format: str = FORMAT
+    version: int = VERSION
+
+    def to_json(self) -> str:
+        """Stable JSON text: the same data set gives the same bytes."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=True) + "\n"
+
+
+def manifest_path(prefix: str | os.PathLike[str]) -> Path:
+    """`PREFIX.manifest.json`."""
+    return Path(f"{os.fspath(prefix)}.manifest.json")
+
+
+def read_manifest(prefix: str | os.PathLike[str]) -> Manifest:
+    """Reads and checks `PREFIX.manifest.json`, including that every file it names is there with the recorded size.
+
+    Raises DataError for a missing data set, an unfinished one, or files that do not belong to the manifest.
+    """
+    path = manifest_path(prefix)
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(_missing(prefix)) from None
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}; make the data set again") from None
+    manifest = _parse(path, content)
+    for name, record in manifest.files.items():
+        file = path.parent / name
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != record["bytes"]:
+            found = "is missing" if actual is None else f"has {actual:,} bytes"
+            raise DataError(
+                f"{file}: {found}, but {path.name} records {record['bytes']:,} bytes; the data set is damaged or was "
+                "replaced in part; make it again with --overwrite"
+            )
+    return manifest
+
+
+def _missing(prefix: str | os.PathLike[str]) -> str:
+    name = os.fspath(prefix)
+    if Path(f"{name}.bin").exists() or Path(f"{name}.idx").exists():
+        return (
+            f"{manifest_path(prefix)}: no such file, though {name}.bin or .idx exists: preprocessing did not finish, or another "
+            "tool made them; make the data set again with: python tools/preprocess_data.py --output-prefix ... --overwrite"
+        )
+    return (
+        f"no data set at {name} ({manifest_path(prefix)} does not exist); make the default one with: "
+        "python tools/preprocess_data.py, or your own with --input FILE --output-prefix PREFIX and point data.path at PREFIX_text_document"
+    )
+
+
+def _parse(path: Path, content: Any) -> Manifest:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f'{path}: not a data set\'s manifest (its "format" is not {FORMAT!r})')
+    if content.get("version") != VERSION:
+        raise DataError(f"{path}: manifest version {content.get('version')}; this reads version {VERSION}")
+    try:
+        known = {item.name for item in fields(Manifest)}
+        values = {key: value for key, value in content.items() if key in known}
+        values["tokenizer"] = TokenizerRecord(**content["tokenizer"])
+        return Manifest(**values)
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: incomplete or of another version: {error}; make the data set again") from None

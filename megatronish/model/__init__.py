@@ -1,0 +1,1 @@
+"""The transformer: its modules, initial weights, key/value cache, accounting and weight files."""

@@ -1,0 +1,175 @@
+"""The decoder-only transformer: a list of layers, and the module that runs them on one pipeline stage.
+
+Shapes: b batch, s sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatronish.config.model import KernelConfig, ModelConfig
+from megatronish.model.attention import AttentionInputs
+from megatronish.model.block import Block, build_block, check_recompute
+from megatronish.model.init import init_weights
+from megatronish.model.kv_cache import KVCache
+from megatronish.model.norm import build_norm
+from megatronish.model.rotary import RotaryTables
+from megatronish.ops.attention import needs_mask, uses_flash
+from megatronish.ops.attention_mask import attention_mask
+from megatronish.ops.cross_entropy import cross_entropy
+from megatronish.ops.dispatch import AttentionBackend, resolve_attention
+
+IGNORED_LABEL = -100
+
+
+class TokenEmbedding(nn.Module):
+    """Rows of the embedding table, with dropout."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.dropout = config.embedding_dropout
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [b, s] -> [b, s, hidden]."""
+        return F.dropout(F.embedding(tokens, self.weight), self.dropout, self.training)
+
+
+class Head(nn.Module):
+    """Logits of the next token. With tied embeddings `weight` becomes the embedding's."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [b, s, hidden] -> logits [b, s, V]."""
+        return F.linear(hidden, self.weight)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer of the model: the name that its parameters start with, and how to make it."""
+
+    name: str
+    build: Callable[[], nn.Module]
+
+
+def layer_specs(config: ModelConfig, backend: AttentionBackend) -> list[LayerSpec]:
+    """The layers in order: embedding, blocks.0 ..., final_norm (unless post-norm), head."""
+    specs = [LayerSpec("embedding", lambda: TokenEmbedding(config))]
+    for layer in range(config.num_layers):
+        specs.append(LayerSpec(f"blocks.{layer}", lambda layer=layer: build_block(config, layer, backend)))
+    if config.has_final_norm:
+        specs.append(LayerSpec("final_norm", lambda: build_norm(config, config.hidden_size)))
+    specs.append(LayerSpec("head", lambda: Head(config)))
+    return specs
+
+
+class Transformer(nn.Module):
+    """Token ids to logits. Weights are initialised from `seed`; with seed None they stay unset (to be loaded, or set
+    by `init_weights` later, as on the meta device)."""
+
+    def __init__(self, config: ModelConfig, kernels: KernelConfig | None = None, *, seed: int | None = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.kernels = kernels or KernelConfig()
+        self.backend = resolve_attention(self.kernels.attention)
+        self.rotary = RotaryTables(config)
+        self.blocks = nn.ModuleList()
+        self.final_norm: nn.Module = nn.Identity()
+        for spec in layer_specs(config, self.backend):
+            if spec.name.startswith("blocks."):
+                self.blocks.append(spec.build())
+            else:
+                self.add_module(spec.name, spec.build())
+        self.tie_weights()
+        if seed is not None and not self.embedding.weight.is_meta:
+            init_weights(self, config, seed)
+
+    def tie_weights(self) -> None:
+        """Make the head share the embedding's weight, if the configuration says so (again after `to_empty`)."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """tokens [b, s] int -> logits [b, s, V] in the dtype of the weights.
+
+        positions: [b, s] int, from 0 up and counted on behind a cache by default. cu_seqlens: int32 [documents + 1],
+        cumulative document lengths over the flattened b * s tokens with the end of every row among them; attention
+        stays inside a document. max_seqlen: the longest document. cache: keys and values of earlier tokens, extended
+        by these. Raises ValueError for shapes that do not fit and for documents behind a cache.
+        """
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must be [batch, sequence], got shape {tuple(tokens.shape)}")
+        if cache is not None:
+            cache.check(tokens)
+        x = self.embedding(tokens)
+        inputs = self._attention_inputs(x, positions, cu_seqlens, max_seqlen, cache)
+        for block in self.blocks:
+            x = block(x, inputs)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.head(self.final_norm(x))
+
+    def loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of the cross-entropy over labelled tokens (fp32 scalar, nats) and their number (int64 scalar).
+
+        labels [b, s]: the token that should follow each of `tokens` (already shifted); -100 is left out.
+        """
+        logits = self(tokens, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        return cross_entropy(logits, labels, IGNORED_LABEL), (labels != IGNORED_LABEL).sum()
+
+    def _attention_inputs(
+        self,
+        x: Tensor,
+        positions: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        cache: KVCache | None,
+    ) -> AttentionInputs:
+        """What all blocks share, made once: rotary tables, and the masks of the backends that need them."""
+        batch, new, _ = x.shape
+        offset = 0 if cache is None else cache.length
+        cos, sin = self.rotary.get(x.device, offset + new)
+        masks = {}
+        if not uses_flash(self.backend, x, self.config.resolved_head_dim):
+            for window in {self.config.layer_window(layer) for layer in range(self.config.num_layers)}:
+                keys = new if cache is None else cache.readable(new, window)
+                if needs_mask(new, keys, window, cu_seqlens):
+                    masks[window] = attention_mask(
+                        batch, new, keys, window=window, cu_seqlens=cu_seqlens, device=x.device
+                    )
+        return AttentionInputs(cos, sin, positions, offset, cu_seqlens, max_seqlen, masks, cache)
+
+    def set_activation_checkpointing(self, mode: str) -> None:
+        """What each block keeps for the backward pass: "none" (all), "full" (its input) or "selective" (see Block)."""
+        recompute = check_recompute(mode)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.recompute = recompute
+
+    def compile_blocks(self, mode: str | None = None) -> None:
+        """torch.compile every block in place (parameter names stay); mode as in torch.compile."""
+        for block in self.blocks:
+            block.compile(mode=mode)

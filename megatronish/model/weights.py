@@ -1,0 +1,152 @@
+"""A model in a folder: `model.safetensors` (weights by parameter name) and `model_config.json` (its ModelConfig)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatronish.config.model import KernelConfig, ModelConfig
+from megatronish.model.transformer import Transformer
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "model_config.json"
+_TIED_NAME = "head.weight"
+
+
+def save_model(
+    folder: str | Path,
+    model_state: Mapping[str, Tensor],
+    config: ModelConfig,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write weights and configuration into `folder` (made if missing).
+
+    Each file is written beside its place, synced, and renamed into it, so a reader sees the old file or the new one and
+    never half of one. The configuration is also in the weights' header: `load_model` refuses a pair that does not
+    belong together. metadata: further strings for the header. Raises ValueError if the weights are not those of
+    `config`, naming the first that differs.
+    """
+    folder = Path(folder)
+    state = {name: tensor for name, tensor in model_state.items() if not (config.tie_embeddings and name == _TIED_NAME)}
+    check_model_state({name: tuple(tensor.shape) for name, tensor in state.items()}, config, "the model to be saved")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = config.model_dump_json(indent=2)
+    header = {**(metadata or {}), "format": "pt", "model_config": text}
+    partial = folder / f".{WEIGHTS_FILE}.{os.getpid()}.partial"
+    try:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial, metadata=header
+        )
+        _sync(partial)
+        os.replace(partial, folder / WEIGHTS_FILE)
+    finally:
+        partial.unlink(missing_ok=True)
+    _write_text(folder / CONFIG_FILE, text + "\n")
+    _sync(folder)
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """The configuration in `folder`. Raises ValueError if it is missing, torn, or not a ModelConfig."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        return ModelConfig.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ValueError(f"{path} is not a model configuration: {place}: {first['msg']}") from error
+
+
+def load_model(
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    kernels: KernelConfig | None = None,
+) -> Transformer:
+    """The model in `folder`, on `device`, in `dtype` (as saved by default), in evaluation mode.
+
+    Raises ValueError for missing or torn files, for weights and configuration of different models (with the first
+    tensor that differs), and for an attention backend that is not installed.
+    """
+    config = load_config(folder)
+    state = _read_weights(Path(folder) / WEIGHTS_FILE, config, device)
+    with torch.device("meta"):
+        model = Transformer(config, kernels, seed=None)
+    if config.tie_embeddings:
+        state[_TIED_NAME] = state["embedding.weight"]
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    if dtype is not None:
+        model.to(dtype)
+    return model.eval().requires_grad_(True)
+
+
+def check_model_state(shapes: Mapping[str, Sequence[int]], config: ModelConfig, source: str) -> None:
+    """Raise ValueError unless `shapes` (by parameter name) are those of a model of `config`; a tied head may be absent.
+
+    The message names `source` and the first tensor, in the order of the model, that differs.
+    """
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in Transformer(config, seed=None).named_parameters()}
+    for name, shape in expected.items():
+        if name not in shapes:
+            raise ValueError(f"{source} is of another model: it has no tensor {name!r}, which should be {list(shape)}")
+        if tuple(shapes[name]) != shape:
+            raise ValueError(
+                f"{source} is of another model: {name!r} has shape {list(shapes[name])}, the configuration says "
+                f"{list(shape)}"
+            )
+    for name in shapes:
+        if name not in expected and not (config.tie_embeddings and name == _TIED_NAME):
+            raise ValueError(f"{source} is of another model: the configuration has no tensor {name!r}")
+
+
+def _read_weights(path: Path, config: ModelConfig, device: torch.device | str) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = file.metadata() or {}
+            names = list(file.keys())
+            check_model_state({name: file.get_slice(name).get_shape() for name in names}, config, str(path))
+            written = header.get("model_config")
+            if written is not None and json.loads(written) != config.model_dump(mode="json"):
+                raise ValueError(
+                    f"{path} and {CONFIG_FILE} beside it were not saved together: their configurations differ. Save the "
+                    "model again, or restore the file that belongs to the weights"
+                )
+            return {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is torn or not a safetensors file ({error}): use another checkpoint, or save this one again"
+        ) from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the file's contents, or the folder's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

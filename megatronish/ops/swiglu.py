@@ -1,0 +1,70 @@
+"""Gated feed-forward activations (Shazeer 2020, "GLU Variants Improve Transformer") on a packed gate and up input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps only the packed input: the activation is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.cat((torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)), dim=-1)
+
+
+class _GeGLU(torch.autograd.Function):
+    """The same with the erf form of GELU."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.gelu(gate) * up
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.cat((torch.ops.aten.gelu_backward(grad * up, gate), grad * F.gelu(gate)), dim=-1)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up for gate_up [..., 2F], the gate in the first half; returns [..., F].
+
+    Raises ValueError if the last dim is odd.
+    """
+    _check("swiglu", gate_up)
+    result: Tensor = _SwiGLU.apply(gate_up)
+    return result
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """gelu(gate) * up for gate_up [..., 2F], the gate in the first half; returns [..., F].
+
+    Raises ValueError if the last dim is odd.
+    """
+    _check("geglu", gate_up)
+    result: Tensor = _GeGLU.apply(gate_up)
+    return result
+
+
+def _check(name: str, gate_up: Tensor) -> None:
+    if gate_up.shape[-1] % 2 != 0:
+        raise ValueError(
+            f"{name}: the last dim of gate_up holds gate and up, so it must be even; got {gate_up.shape[-1]}"
+        )

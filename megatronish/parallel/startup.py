@@ -1,0 +1,195 @@
+"""What a training process settles before torch is loaded: its rank, its threads, its allocator.
+
+`deepspeed`, `torchrun`, `mpirun`, `srun` and plain `python` each tell a process its rank in their own variables;
+`settle_process` reads them once, writes the torch.distributed names, and tunes the process for the machine.
+It must run before `import torch`: OpenMP reads its variables when it is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import socket
+import sys
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatronish.config.base import UserError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+ONE_GIB = 1 << 30
+PORT_BASE, PORT_SPAN = 20000, 9000  # below the ephemeral range, so that no client socket takes the port first
+
+
+class LaunchError(UserError):
+    """The environment of this process does not say who its peers are."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Where this process stands among its peers."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    launcher: str
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that talks to the user and writes the files."""
+        return self.rank == 0
+
+
+def find_rank(env: MutableMapping[str, str]) -> Rank:
+    """Read the rank from the launcher's variables: torch's names first, then Open MPI's, then Slurm's.
+
+    Raises LaunchError when a variable is missing or no number.
+    """
+
+    def number(name: str, default: str | None = None) -> int:
+        text = env.get(name, default)
+        if text is None:
+            raise LaunchError(f"the launcher set some of the rank variables but not {name}; start all ranks with it.")
+        if not text.isdigit():
+            raise LaunchError(f"{name}={text!r} is no number; it is set by the launcher, unset it in your shell.")
+        return int(text)
+
+    if "RANK" in env and "WORLD_SIZE" in env:
+        world = number("WORLD_SIZE")
+        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_RANK" in env else "environment"
+        local_world = number("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", _deepspeed_local_size(env, world)))
+        return Rank(number("RANK"), world, number("LOCAL_RANK", "0"), local_world, launcher)
+    if "OMPI_COMM_WORLD_SIZE" in env:
+        prefix = "OMPI_COMM_WORLD_"
+        return Rank(
+            number(prefix + "RANK"),
+            number(prefix + "SIZE"),
+            number(prefix + "LOCAL_RANK"),
+            number(prefix + "LOCAL_SIZE"),
+            "mpirun",
+        )
+    if "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env:
+        # srun sets SLURM_NTASKS_PER_NODE only when asked; the counts a node are always in SLURM_STEP_TASKS_PER_NODE.
+        tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+        return Rank(
+            number("SLURM_PROCID"),
+            number("SLURM_NTASKS"),
+            number("SLURM_LOCALID"),
+            int(tasks[0] if tasks else 1),
+            "srun",
+        )
+    return Rank(0, 1, 0, 1, "python")
+
+
+def _deepspeed_local_size(env: MutableMapping[str, str], world: int) -> str:
+    """`deepspeed` names its local ranks only in CUDA_VISIBLE_DEVICES; CROSS_SIZE is the number of nodes."""
+    visible = env.get("CUDA_VISIBLE_DEVICES", "")
+    if "CROSS_SIZE" in env and visible:
+        return str(len(visible.split(",")))
+    return str(world)
+
+
+def first_host(node_list: str) -> str:
+    """The first host of a Slurm node list: 'gpu[07-09,12],login1' -> 'gpu07'."""
+    head = re.match(r"([^,\[]+)(?:\[(\d+))?([^,\]]*\])?([^,\[]*)", node_list)
+    if not head:
+        raise LaunchError(f"SLURM_STEP_NODELIST={node_list!r} names no host.")
+    return head[1] + (head[2] or "") + (head[4] if head[2] else "")
+
+
+def find_master(rank: Rank, env: MutableMapping[str, str]) -> tuple[str, int]:
+    """Address and port where the ranks meet.
+
+    MASTER_ADDR and MASTER_PORT win; Open MPI agrees through mpi4py; Slurm takes its first host. Raises LaunchError when
+    ranks on several machines have no way to agree.
+    """
+    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
+        return env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    if rank.world_size == 1:
+        return "127.0.0.1", free_port()
+    if rank.launcher == "mpirun":
+        return _agree_by_mpi(rank, env)
+    if rank.launcher == "srun":
+        job = int(env.get("SLURM_JOB_ID", "0")) * 31 + int(env.get("SLURM_STEP_ID", "0"))
+        return first_host(env["SLURM_STEP_NODELIST"]), PORT_BASE + job % PORT_SPAN
+    raise LaunchError("MASTER_ADDR and MASTER_PORT are not set: start the ranks with deepspeed, torchrun or mpirun.")
+
+
+def _agree_by_mpi(rank: Rank, env: MutableMapping[str, str]) -> tuple[str, int]:
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        if rank.local_world_size != rank.world_size:
+            raise LaunchError("mpirun over several machines needs mpi4py: pip install 'megatronish[mpi]'.") from None
+        job = sum(
+            ord(letter) * (index + 1) for index, letter in enumerate(env.get("PMIX_NAMESPACE", str(os.getppid())))
+        )
+        return "127.0.0.1", PORT_BASE + job % PORT_SPAN
+    here = None
+    if rank.rank == 0:
+        address = (
+            "127.0.0.1" if rank.local_world_size == rank.world_size else socket.gethostbyname(socket.gethostname())
+        )
+        here = (address, free_port())
+    address, port = MPI.COMM_WORLD.bcast(here, root=0)
+    return address, port
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on, below the ephemeral range."""
+    start = PORT_BASE + os.getpid() % PORT_SPAN
+    for port in range(start, start + 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise LaunchError(f"no free TCP port in {start}..{start + 99}; set MASTER_PORT.")
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA driver serves this machine, asked without loading torch."""
+    return Path("/dev/nvidiactl").exists() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
+def settle_process() -> Rank:
+    """Make this process ready for torch; returns its rank. Call before `import torch`.
+
+    Sets the torch.distributed variables; on machines without GPUs also the threads a rank may use, a passive OpenMP
+    wait policy (spinning ranks starve each other on shared cores) and allocator thresholds (glibc maps every tensor over
+    32 MiB anew, which costs more than the arithmetic on it).
+    """
+    env = os.environ
+    rank = find_rank(env)
+    address, port = find_master(rank, env)
+    env.update(
+        RANK=str(rank.rank),
+        WORLD_SIZE=str(rank.world_size),
+        LOCAL_RANK=str(rank.local_rank),
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+    )
+    env.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    env.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    if not has_gpu():
+        env.setdefault("DS_ACCELERATOR", "cpu")
+        env.setdefault("OMP_WAIT_POLICY", "passive")
+        unset = "OMP_NUM_THREADS" not in env
+        if unset or rank.launcher == "torchrun":  # torchrun writes 1 wherever the user wrote nothing
+            env["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // rank.local_world_size))
+        tune_allocator()
+    return rank
+
+
+def tune_allocator() -> bool:
+    """Keep freed tensors in the heap instead of giving each back to the kernel; False where the libc is not glibc."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, ONE_GIB)) and bool(mallopt(M_TRIM_THRESHOLD, ONE_GIB))

@@ -1,0 +1,166 @@
+"""Checkpoints that appear whole or not at all.
+
+    save_dir/checkpoints/step-00000500/   engine/       DeepSpeed's state: weights, moments, loss scale
+                                          model.safetensors, model_config.json, tokenizer.*   what inference reads
+                                          run.json      the resolved configuration
+                                          state.json    counters
+    save_dir/checkpoints/latest, best     names of checkpoints
+
+All ranks write into `.writing-step-...`; when every rank is done its files are synced and the folder is renamed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from megatronish.config.base import ConfigError
+from megatronish.training.state import STATE_FILE
+
+CHECKPOINTS = "checkpoints"
+ENGINE_TAG = "engine"
+RUN_FILE = "run.json"
+LATEST, BEST = "latest", "best"
+_WRITING = ".writing-"
+
+
+def step_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` steps."""
+    return f"step-{step:08d}"
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    run_dir: the run's folder; keep_last: newest to keep; is_first: whether this rank renames, prunes and points;
+    barrier: returns when every rank has called it.
+    """
+
+    def __init__(self, run_dir: Path, keep_last: int, is_first: bool, barrier: Callable[[], None]) -> None:
+        self.folder = run_dir / CHECKPOINTS
+        self._keep_last = keep_last
+        self._is_first = is_first
+        self._barrier = barrier
+
+    def save(self, step: int, write: Callable[[Path], None], is_best: bool = False) -> Path:
+        """Make the checkpoint of `step`: every rank calls it, `write` fills the folder it is given."""
+        staging, final = self.folder / (_WRITING + step_name(step)), self.folder / step_name(step)
+        if self._is_first:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self._barrier()
+        write(staging)
+        self._barrier()
+        if self._is_first:
+            sync_tree(staging)
+            if final.exists():  # the same step saved again: the old one goes only when the new one is complete
+                shutil.rmtree(final)
+            staging.rename(final)
+            sync_folder(self.folder)
+            self._point(LATEST, final.name)
+            if is_best:
+                self._point(BEST, final.name)
+            self._prune()
+        self._barrier()
+        return final
+
+    def newest(self) -> Path | None:
+        """The checkpoint `latest` names, else the newest complete one, else None."""
+        named = read_pointer(self.folder, LATEST)
+        return named or max(self.complete(), default=None)
+
+    def complete(self) -> list[Path]:
+        """Every complete checkpoint, oldest first."""
+        return sorted(path.parent for path in self.folder.glob(f"step-*/{STATE_FILE}"))
+
+    def find(self, resume: str) -> Path | None:
+        """The checkpoint `--train.resume` means: "auto", "never", or a path. Raises ConfigError for a bad path."""
+        if resume == "never":
+            if self.complete():
+                raise ConfigError(
+                    f"{self.folder} already holds checkpoints, and --train.resume never would write among them. "
+                    "Choose another --train.save_dir, or continue with --train.resume auto."
+                )
+            return None
+        return self.newest() if resume == "auto" else find_checkpoint(Path(resume))
+
+    def _point(self, name: str, target: str) -> None:
+        write_atomically(self.folder / name, target + "\n")
+
+    def _prune(self) -> None:
+        best = read_pointer(self.folder, BEST)
+        for old in self.complete()[: -self._keep_last]:
+            if old != best:
+                shutil.rmtree(old)
+
+
+def find_checkpoint(path: Path, prefer: str = LATEST) -> Path:
+    """The checkpoint folder a user means by a checkpoint, a run folder or its checkpoints folder.
+
+    prefer: which pointer of a run decides, "latest" or "best" (falls back to latest). Raises ConfigError.
+    """
+    if (path / STATE_FILE).exists():
+        return path
+    for folder in (path / CHECKPOINTS, path):
+        pointed = read_pointer(folder, prefer) or read_pointer(folder, LATEST)
+        found = pointed or max((p.parent for p in folder.glob(f"step-*/{STATE_FILE}")), default=None)
+        if found:
+            return found
+    if not path.exists():
+        raise ConfigError(f"{path}: no such folder. Give a run's folder (--train.save_dir) or one of its checkpoints.")
+    raise ConfigError(f"{path}: holds no complete checkpoint. Give a run's folder (--train.save_dir).")
+
+
+def read_pointer(folder: Path, name: str) -> Path | None:
+    """The checkpoint folder that the pointer file names, if both exist."""
+    try:
+        target = folder / (folder / name).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return target if target.parent == folder and (target / STATE_FILE).exists() else None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by a synced file with `text`, so that a reader sees the old or the new one, whole."""
+    aside = path.with_name(path.name + ".new")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have every file and folder below `folder` on the disk."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            sync_folder(path)
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in `folder` on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` and a file in it, so that a run without permission fails before it starts. Raises ConfigError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"train.save_dir {folder} cannot be written: {error.strerror}. Choose another --train.save_dir."
+        ) from None

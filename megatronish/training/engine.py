@@ -1,0 +1,228 @@
+"""DeepSpeed behind one small class. The only module that imports deepspeed.
+
+What it settles, so that the rest of the code need not know (each met on deepspeed 0.19.8):
+- the loss of a micro batch is a sum over tokens; it is scaled here so that the gradient of a step is that of the mean over
+  all tokens of all micro batches of all ranks, however unevenly they are filled;
+- fp32 ZeRO-0 reports no gradient norm: it is computed here;
+- the shared-memory op of CPU ranks leaves 69 MB a rank in /dev/shm: plain gloo is used;
+- Muon's Newton-Schulz under torch.compile is slow on CPUs: it runs eagerly there;
+- shutdown is explicit and bounded in time.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import sys
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger as deepspeed_logger
+from torch import nn
+
+from megatronish.config.base import UserError
+from megatronish.config.run import BLOCK, BatchPlan, RunConfig
+from megatronish.training.optimizers import ADAM_EPS, DEFAULT_BETAS, build_torch_optimizer, parameter_groups
+
+NEVER = 1 << 60
+SHUTDOWN_SECONDS = 20.0
+Batch = dict[str, Any]  # what data/loader.py yields, on the engine's device
+
+
+class OpBuildError(UserError):
+    """A DeepSpeed operator that this run needs cannot be compiled."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did. Tensors stay on the device: reading them waits for it."""
+
+    loss_sum: torch.Tensor  # [] fp32, this rank's sum of token losses
+    tokens: torch.Tensor  # [] fp32, tokens of the whole step over all ranks
+    grad_norm: float | torch.Tensor | None  # before clipping, over all ranks
+    skipped: bool  # fp16 overflow: nothing was updated
+
+
+def device() -> torch.device:
+    """The device of this rank."""
+    if get_accelerator().device_name() == "cpu":
+        return torch.device("cpu")
+    return torch.device(get_accelerator().device_name(), int(os.environ["LOCAL_RANK"]))
+
+
+def start_process_group(timeout_minutes: float = 30.0) -> None:
+    """Join the other ranks (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are set): NCCL on GPUs, gloo on CPUs."""
+    deepspeed_logger.setLevel(logging.WARNING)
+    on_cpu = device().type == "cpu"
+    if on_cpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(
+        "gloo" if on_cpu else get_accelerator().communication_backend_name(),
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+    )
+
+
+def stop_process_group() -> None:
+    """Leave the process group; if that hangs (a peer is gone), end the process after SHUTDOWN_SECONDS."""
+    if not dist.is_initialized():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    watchdog = threading.Timer(SHUTDOWN_SECONDS, os._exit, (0,))
+    watchdog.daemon = True
+    watchdog.start()
+    dist.destroy_process_group()
+    watchdog.cancel()
+
+
+class Engine:
+    """One data-parallel rank of a training run: forward, backward, step, save and load through DeepSpeed.
+
+    model: a module whose `loss(tokens, labels, **packing)` gives (sum of token losses, token count);
+    config, plan: the run and its batch arithmetic.
+    """
+
+    def __init__(self, model: nn.Module, config: RunConfig, plan: BatchPlan) -> None:
+        self.device = device()
+        self.data_size = dist.get_world_size()
+        keys = engine_keys(config, plan)
+        groups = parameter_groups(model, config.deepspeed.optimizer)
+        optimizer = build_optimizer(groups, config, self.device)
+        self._engine, *_ = deepspeed.initialize(model=_LossModule(model), optimizer=optimizer, config=keys)
+        self._own_norm = config.deepspeed.dtype == "fp32" and config.deepspeed.zero_optimization.stage == 0
+        self._stage3 = config.deepspeed.zero_optimization.stage == 3
+
+    def train_step(self, batches: list[Batch], rate_share: float) -> StepResult:
+        """One optimizer step over the micro batches of this rank, at `rate_share` of the peak learning rate."""
+        tokens = torch.stack([(batch["labels"] != -100).sum() for batch in batches]).sum().float()
+        dist.all_reduce(tokens)
+        scale = self.data_size / tokens  # DeepSpeed averages over ranks
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * rate_share
+        loss_sum = torch.zeros((), device=self.device)
+        self._engine.train()
+        for batch in batches:
+            loss = self._engine(batch)
+            self._engine.backward(loss * scale, scale_wrt_gas=False)
+            loss_sum += loss.detach()
+            norm = self._plain_norm() if self._own_norm and self._engine.is_gradient_accumulation_boundary() else None
+            self._engine.step()
+        skipped = bool(getattr(self._engine.optimizer, "overflow", False))
+        return StepResult(loss_sum, tokens, norm if self._own_norm else self._engine.get_global_grad_norm(), skipped)
+
+    def _plain_norm(self) -> torch.Tensor:
+        grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of token losses and token count of the batches of all ranks. Every rank needs equally many batches."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._engine.eval()
+        for batch in batches:
+            total[0] += self._engine(batch)
+            total[1] += (batch["labels"] != -100).sum()
+        dist.all_reduce(total)
+        self._engine.train()
+        return total[0], total[1]
+
+    def learning_rate(self) -> float:
+        """The rate of the first parameter group."""
+        return self._engine.optimizer.param_groups[0]["lr"]
+
+    def save(self, folder: str, tag: str) -> None:
+        """Write the engine's state (weights, moments, loss scale) to folder/tag. Every rank calls it."""
+        self._engine.save_checkpoint(folder, tag=tag, save_latest=False)
+
+    def load(self, folder: str, tag: str) -> None:
+        """Read what `save` wrote under the same number of ranks and ZeRO stage. Every rank calls it."""
+        path, _ = self._engine.load_checkpoint(folder, tag=tag)
+        if path is None:
+            raise FileNotFoundError(f"{folder}/{tag} holds no DeepSpeed checkpoint.")
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Whole weights in the training dtype, on the first rank (elsewhere empty). Every rank calls it."""
+        if self._stage3:
+            state = self._engine._zero3_consolidated_16bit_state_dict() or {}
+        else:
+            state = self._engine.module.state_dict() if dist.get_rank() == 0 else {}
+        return {name.removeprefix("model."): value for name, value in state.items()}
+
+
+class _LossModule(nn.Module):
+    """What DeepSpeed calls: a batch in, the sum of its token losses out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        loss_sum, _ = self.model.loss(**batch)
+        return loss_sum
+
+
+def engine_keys(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
+    """The configuration DeepSpeed gets: its own keys, with the batch resolved and the optimizer taken over by us."""
+    keys = {key: value for key, value in config.to_json().items() if key not in (BLOCK, "optimizer")}
+    return {
+        **keys,
+        "train_batch_size": plan.samples,
+        "train_micro_batch_size_per_gpu": plan.micro,
+        "gradient_accumulation_steps": plan.accumulation,
+        "steps_per_print": config.deepspeed.steps_per_print or NEVER,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: RunConfig, where: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of the run: torch's on the device, DeepSpeed's CPU kernels under offload, DeepSpeed's Muon."""
+    chosen, offload = config.deepspeed.optimizer, config.deepspeed.zero_optimization.offloads_optimizer
+    if chosen.type == "Muon":
+        return _build_muon(groups, offload, where)
+    if chosen.type == "AdamW" and offload:
+        betas, eps = chosen.params.betas or DEFAULT_BETAS["AdamW"], chosen.params.eps or ADAM_EPS
+        return load_cpu_adam()(groups, lr=chosen.params.lr, betas=betas, eps=eps)
+    return build_torch_optimizer(groups, chosen)
+
+
+def _build_muon(groups: list[dict[str, Any]], offload: bool, where: torch.device) -> torch.optim.Optimizer:
+    from deepspeed.runtime.zero.muon import original_muon  # importing it compiles: only for runs that use it
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    if where.type == "cpu":
+        for name in ("zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz", "muon_update"):
+            function = getattr(original_muon, name)
+            setattr(original_muon, name, getattr(function, "_torchdynamo_orig_callable", function))
+    if offload:
+        return MuonWithAuxAdam(groups, adam_optimizer=load_cpu_adam())
+    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
+
+
+def load_cpu_adam() -> type[torch.optim.Optimizer]:
+    """DeepSpeed's CPU Adam with its kernel loaded, compiled first if it has to be (about a minute).
+
+    Raises OpBuildError with the mend when it cannot be compiled.
+    """
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    try:
+        CPUAdamBuilder().load(verbose=False)
+    except Exception as error:
+        raise OpBuildError(
+            f"optimizer offload needs DeepSpeed's CPU Adam kernel, and it cannot be built: {error}\n"
+            "Install a C++ compiler and ninja, then run: python tools/build_ops.py"
+        ) from error
+    return DeepSpeedCPUAdam

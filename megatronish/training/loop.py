@@ -1,0 +1,311 @@
+"""Pretraining: everything is checked first, then the ranks meet, then steps, validations and checkpoints alternate."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatronish.config.base import ConfigError, UserError
+from megatronish.config.run import BatchPlan, RunConfig
+from megatronish.data.dataset import Dataset, check_dataset_fits, open_dataset
+from megatronish.data.loader import MicroBatchLoader, ValidationLoader
+from megatronish.data.packing import PackedDataset, split_documents
+from megatronish.data.sampler import MicroBatchSampler
+from megatronish.model.accounting import flops_per_token, parameter_counts
+from megatronish.model.transformer import Transformer
+from megatronish.model.weights import load_config, save_model
+from megatronish.parallel.startup import Rank, has_gpu
+from megatronish.training.checkpoint import ENGINE_TAG, RUN_FILE, CheckpointStore, check_writable
+from megatronish.training.engine import Batch, Engine, device, start_process_group, stop_process_group
+from megatronish.training.memory import fit_to_host
+from megatronish.training.monitor import Monitor, clock
+from megatronish.training.peak import Peak, find_peak
+from megatronish.training.schedules import rate_share
+from megatronish.training.state import TrainState
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU_EFFICIENCY = 0.4  # of the measured matmul rate, for the first guess of a step's time
+SLOW_STEP_SECONDS = 60.0
+
+
+class TrainingStopped(UserError):
+    """Training cannot go on: the loss is no number."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has passed every check that needs no other rank."""
+
+    config: RunConfig
+    plan: BatchPlan
+    dataset: Dataset
+    train: PackedDataset
+    held_out: torch.Tensor  # int64 document numbers
+    run_dir: Path
+    resume_from: Path | None
+    state: TrainState
+
+
+def prepare(config: RunConfig, rank: Rank) -> Prepared:
+    """Check data, batch arithmetic, folder and checkpoint before any process group exists. Raises UserError."""
+    ours = config.megatronish
+    plan = config.batch_plan(ours.parallel.data_size(rank.world_size))
+    if not has_gpu():
+        kind, recompute = config.deepspeed.dtype, ours.train.activation_checkpointing
+        plan = fit_to_host(plan, ours.model, kind, recompute, rank.local_world_size)
+    dataset = open_dataset(ours.data.path)
+    check_dataset_fits(dataset.manifest, ours.model.vocab_size, place=ours.data.path)
+    train_ids, held_out = split_documents(dataset.reader.num_documents, ours.data.validation_fraction)
+    train = PackedDataset(dataset.reader, train_ids, ours.model.seq_length, ours.train.seed)
+    run_dir = Path(ours.train.save_dir)
+    check_writable(run_dir)
+    state = TrainState.start(config, plan, dataset.reader.identity)
+    found = CheckpointStore(run_dir, ours.train.keep_last, rank.is_first, lambda: None).find(ours.train.resume)
+    if found is not None:
+        check_same_model(found, config)
+        saved = TrainState.load(found)
+        saved.check_continues(state, found)
+        state = saved
+    return Prepared(config, plan, dataset, train, torch.from_numpy(held_out), run_dir, found, state)
+
+
+def check_same_model(checkpoint: Path, config: RunConfig) -> None:
+    """Refuse a checkpoint of another model. Raises ConfigError naming the fields that differ."""
+    try:
+        saved = load_config(checkpoint)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    now = config.megatronish.model
+    differing = [
+        f"{name} {getattr(saved, name)} (this run: {getattr(now, name)})"
+        for name in type(now).model_fields
+        if name != "preset" and getattr(saved, name) != getattr(now, name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{checkpoint} is of another model: {', '.join(differing)}. Give that model's fields, "
+            "or train this one in another --train.save_dir."
+        )
+
+
+def pretrain(config: RunConfig, rank: Rank) -> Path:
+    """Train the run to its last step; returns the run's folder. Every rank calls it.
+
+    Raises UserError for whatever the user can mend, before the ranks meet wherever it can be known by then.
+    """
+    run = prepare(config, rank)
+    if run.state.step >= config.megatronish.train.steps:
+        if rank.is_first:
+            print(f"{run.resume_from} is already at step {run.state.step}: nothing left to train. Raise --train.steps.")
+        return run.run_dir
+    start_process_group()
+    try:
+        _Trainer(run, rank).train()
+    finally:
+        stop_process_group()
+    return run.run_dir
+
+
+class _Trainer:
+    """The loop of one rank."""
+
+    def __init__(self, run: Prepared, rank: Rank) -> None:
+        ours = run.config.megatronish
+        self.run, self.rank, self.train_config, self.schedule = run, rank, ours.train, ours.schedule
+        self.device, self.state = device(), run.state
+        self.dtype = DTYPES[run.config.deepspeed.dtype]
+        self.flops = flops_per_token(ours.model).train
+        self.store = CheckpointStore(run.run_dir, ours.train.keep_last, rank.is_first, dist.barrier)
+        peak = find_peak(self.device, self.dtype)
+        if rank.is_first:
+            self._announce(peak)
+        self.engine = Engine(self._build_model(), run.config, run.plan)
+        if run.resume_from:
+            self.engine.load(str(run.resume_from), ENGINE_TAG)
+        sampler = MicroBatchSampler(self.state.samples, run.plan.samples, run.plan.micro, rank.rank, run.plan.data_size)
+        self.loader = MicroBatchLoader(
+            run.train,
+            sampler,
+            document_mask=ours.data.document_mask,
+            num_workers=ours.data.num_workers,
+            prefetch=2 * run.plan.accumulation,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.monitor = None
+        if rank.is_first:
+            self.monitor = Monitor(run.config, run.run_dir, self.state.step, self.flops, peak, self.device)
+
+    def _build_model(self) -> Transformer:
+        ours = self.run.config.megatronish
+        try:
+            model = Transformer(ours.model, ours.kernels, seed=ours.train.seed)
+        except ValueError as error:  # a forced kernel that is not installed
+            raise ConfigError(str(error)) from None
+        model.set_activation_checkpointing(ours.train.activation_checkpointing)
+        if ours.train.compile:
+            model.compile_blocks(ours.train.compile_mode)
+        return model
+
+    def train(self) -> None:
+        """Steps up to the last one, then the loader and the logs are closed."""
+        try:
+            self._steps()
+        finally:
+            self.loader.close()
+            if self.monitor:
+                self.monitor.close()
+
+    def _steps(self) -> None:
+        config, plan = self.train_config, self.run.plan
+        losses: list[torch.Tensor] = []
+        tokens: list[torch.Tensor] = []
+        for step in range(self.state.step, config.steps):
+            torch.manual_seed(step_seed(config.seed, step, self.rank.rank))
+            batches = [self._to_device(next(self.loader)) for _ in range(plan.accumulation)]
+            share = rate_share(step, config.steps, self.schedule)
+            result = self.engine.train_step(batches, share)
+            losses.append(result.loss_sum)
+            tokens.append(result.tokens)
+            done, last = step + 1, step + 1 == config.steps
+            self.state = self.state.advance(plan.samples, plan.samples * self.run.train.seq_length)
+            if done % config.log_interval == 0 or last:
+                self._report(done, losses, tokens, result.grad_norm)
+                losses, tokens = [], []
+            is_best = self._validate(done) if self._validates_at(done) else False
+            if done % config.save_interval == 0 or last or is_best:
+                self._save(done, is_best)
+
+    def _report(self, done: int, losses: list[torch.Tensor], tokens: list[torch.Tensor], norm: object) -> None:
+        """Mean loss of the steps since the last report, over all ranks; stops when it is no number."""
+        total = torch.stack(losses).sum()
+        dist.all_reduce(total)
+        count = torch.stack(tokens).sum().item()
+        loss = total.item() / count
+        if self.monitor:
+            grad_norm = None if norm is None else float(norm)
+            self.monitor.step(done, loss, self.engine.learning_rate(), grad_norm, self.state.tokens, int(count))
+        if not math.isfinite(loss):
+            raise TrainingStopped(
+                f"the loss is {loss} at step {done}. The last checkpoint is {self.store.newest()}. "
+                "Lower --optimizer.params.lr, lengthen --schedule.warmup_steps, or clip with --gradient_clipping 1.0."
+            )
+
+    def _validates_at(self, done: int) -> bool:
+        interval = self.train_config.eval_interval
+        at = interval and (done % interval == 0 or done == self.train_config.steps)
+        return bool(at and len(self.run.held_out))
+
+    def _validate(self, done: int) -> bool:
+        """Loss on the held-out documents; returns whether it is the lowest so far."""
+        ours, plan = self.run.config.megatronish, self.run.plan
+        start = time.monotonic()
+        windows = ours.train.eval_tokens and max(1, ours.train.eval_tokens // ours.model.seq_length)
+        loader = ValidationLoader(
+            self.run.dataset.reader,
+            self.run.held_out.numpy(),
+            ours.model.seq_length,
+            plan.micro,
+            self.rank.rank,
+            plan.data_size,
+            eod_id=self.run.dataset.manifest.tokenizer.eod_id,
+            document_mask=ours.data.document_mask,
+            max_windows=windows,
+        )
+        loss_sum, count = self.engine.evaluate(self._to_device(batch) for batch in loader)
+        loss = (loss_sum / count).item()
+        is_best = self.state.best_loss is None or loss < self.state.best_loss
+        if is_best:
+            self.state = replace(self.state, best_loss=loss)
+        if self.monitor:
+            self.monitor.validation(done, loss, int(count.item()), time.monotonic() - start, is_best)
+            self.monitor.pause_ends()
+        return is_best
+
+    def _save(self, done: int, is_best: bool) -> None:
+        weights = self.engine.weights()
+
+        def write(folder: Path) -> None:
+            self.engine.save(str(folder), ENGINE_TAG)
+            if self.rank.is_first:
+                save_model(folder, weights, self.run.config.megatronish.model, metadata={"step": str(done)})
+                copy_tokenizer(self.run.dataset, folder)
+                self.run.config.save(folder / RUN_FILE)
+                self.state.save(folder)
+
+        saved = self.store.save(done, write, is_best)
+        if self.monitor:
+            self.monitor.say(f"saved {saved}")
+            self.monitor.pause_ends()
+
+    def _to_device(self, batch: Batch) -> Batch:
+        if self.device.type == "cpu":
+            return batch
+        return {
+            key: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for key, value in batch.items()
+        }
+
+    def _announce(self, peak: Peak | None) -> None:
+        """Say once what is about to be trained, on what, and write the resolved configuration."""
+        config, run, plan = self.run.config, self.run, self.run.plan
+        ours, tokens = config.megatronish, plan.samples * run.train.seq_length
+        counts = parameter_counts(ours.model)
+        if self.device.type == "cpu":
+            step_seconds = tokens * self.flops / (peak.flops * CPU_EFFICIENCY) if peak else 0.0
+            slow = f"; a step may take about {clock(step_seconds)}" if step_seconds > SLOW_STEP_SECONDS else ""
+            print(
+                f"No GPU here: training on CPU, {self.rank.world_size} rank(s) x {torch.get_num_threads()} thread(s){slow}."
+                + (" Try --model.preset tiny." if slow else "")
+            )
+        asked = config.batch_plan(plan.data_size)
+        if asked != plan:
+            print(
+                f"Micro batch {asked.micro} -> {plan.micro}, accumulation {asked.accumulation} -> {plan.accumulation} "
+                "to fit this machine's memory: the same samples and the same mean loss a step."
+            )
+        print(json.dumps(config.to_json(), indent=None, separators=(", ", ": ")))
+        config.save(run.run_dir / RUN_FILE)
+        stage, kind = config.deepspeed.zero_optimization.stage, config.deepspeed.dtype
+        print(
+            f"model {ours.model.preset or 'custom'}: {counts.total:,} parameters, {self.flops / 1e9:.3g} GFLOP a token; "
+            f"{kind}, ZeRO-{stage}, {config.deepspeed.optimizer.type}; {tokens:,} tokens a step "
+            f"({plan.micro} micro x {plan.accumulation} accumulation x {plan.data_size} ranks x {run.train.seq_length})"
+        )
+        epochs = ours.train.steps * plan.samples / run.train.samples_per_epoch
+        print(
+            f"data {ours.data.path}: {run.train.tokens_per_epoch:,} training tokens, {epochs:.2f} epochs in "
+            f"{ours.train.steps} steps; {len(run.held_out)} documents held out"
+        )
+        if ours.schedule.warmup_steps >= ours.train.steps:
+            print(
+                f"note: schedule.warmup_steps {ours.schedule.warmup_steps} lasts the whole run: lr stays below its peak"
+            )
+        if peak:
+            print(f"MFU is of {peak.flops / 1e12:.4g} TFLOP/s: {peak.source}")
+        if run.resume_from:
+            print(f"continuing {run.resume_from} at step {run.state.step}")
+
+
+def copy_tokenizer(dataset: Dataset, folder: Path) -> None:
+    """Put the dataset's tokenizer beside the weights, so that a checkpoint can be used alone."""
+    record = dataset.manifest.tokenizer
+    if record.file is not None:
+        source = Path(dataset.prefix).parent / record.file
+        suffix = ".model" if source.suffix == ".model" else ".json"
+        shutil.copyfile(source, folder / f"tokenizer{suffix}")
+    (folder / "tokenizer_record.json").write_text(
+        json.dumps({"kind": record.kind, "eod_id": record.eod_id, "sha256": record.sha256}, indent=2) + "\n"
+    )
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of the random numbers (dropout) of one step on one rank: distinct for any step and rank, 63 bits."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) & (2**64 - 1)
+    return (mixed ^ (mixed >> 31)) >> 1

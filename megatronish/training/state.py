@@ -1,0 +1,88 @@
+"""All that a resume needs besides tensors: counters, and what the checkpoint was made with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from megatronish.config.base import ConfigError
+from megatronish.config.run import BatchPlan, RunConfig
+
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands after `step` optimizer steps.
+
+    Random numbers need no place here: dropout is seeded by (seed, step, rank), the data order by (seed, sample).
+    """
+
+    step: int  # optimizer steps done
+    samples: int  # samples consumed over all ranks
+    tokens: int  # tokens trained on over all ranks
+    best_loss: float | None  # lowest validation loss so far, nats a token
+    data_size: int  # data-parallel ranks
+    zero_stage: int
+    optimizer: str
+    dtype: str
+    seed: int
+    data_identity: str  # of the dataset the samples are counted in
+
+    @classmethod
+    def start(cls, config: RunConfig, plan: BatchPlan, data_identity: str) -> TrainState:
+        """The state before the first step."""
+        ds = config.deepspeed
+        return cls(
+            step=0,
+            samples=0,
+            tokens=0,
+            best_loss=None,
+            data_size=plan.data_size,
+            zero_stage=ds.zero_optimization.stage,
+            optimizer=ds.optimizer.type,
+            dtype=ds.dtype,
+            seed=config.megatronish.train.seed,
+            data_identity=data_identity,
+        )
+
+    def advance(self, samples: int, tokens: int) -> TrainState:
+        """The state one optimizer step later."""
+        return replace(self, step=self.step + 1, samples=self.samples + samples, tokens=self.tokens + tokens)
+
+    def save(self, folder: Path) -> None:
+        """Write folder/state.json."""
+        (folder / STATE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> TrainState:
+        """Read folder/state.json. Raises ConfigError when it is missing or not one of ours."""
+        path = folder / STATE_FILE
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{field.name: raw[field.name] for field in fields(cls)})
+        except FileNotFoundError:
+            raise ConfigError(f"{folder}: no {STATE_FILE}; this is no checkpoint of megatronish.") from None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error!r}); use an older checkpoint.") from None
+
+    def check_continues(self, fresh: TrainState, where: Path) -> None:
+        """Refuse to continue under another layout, optimizer or dataset than the checkpoint's.
+
+        fresh: the state this run would start with. Raises ConfigError naming both values and the mends.
+        """
+        for name, words in (
+            ("data_size", "data-parallel ranks"),
+            ("zero_stage", "ZeRO stage"),
+            ("optimizer", "optimizer"),
+            ("dtype", "training dtype"),
+            ("seed", "train.seed"),
+            ("data_identity", "dataset"),
+        ):
+            saved, now = getattr(self, name), getattr(fresh, name)
+            if saved != now:
+                raise ConfigError(
+                    f"{where} was saved with {words} {saved}, this run has {now}. Start with {saved} to continue it, "
+                    "or begin afresh with --train.resume never and another --train.save_dir."
+                )
