@@ -265,7 +265,7 @@ class Installer:
             self.say("WARNING: no C++ compiler: optimizer offload to the CPU will not work. Install g++, make install")
             return
         self.say("operators: compiling DeepSpeed's CPU optimizers (about a minute on two cores)")
-        command = [str(self.python), "-m", "megatronish.training.engine", "--build-ops"]
+        command = [str(self.python), "tools/build_ops.py"]
         if not self.run(command):
             self.say(f"WARNING: they did not compile, so optimizer offload to the CPU will not work: see {self.log}")
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from megatronish.config.base import ConfigError, did_you_mean, nested_model
+from megatronish.config.base import ConfigError, did_you_mean, merge, nested_model
 from megatronish.config.deepspeed_json import DeepSpeedConfig
 from megatronish.config.run import BLOCK, MegatronishConfig, RunConfig
 
@@ -33,10 +33,14 @@ def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def known_names() -> dict[str, tuple[str, ...]]:
-    """Dotted command-line name -> path in the file. Names under "megatronish" are written without it."""
-    names = {name: tuple(name.split(".")) for name, _ in fields(DeepSpeedConfig)}
-    names |= {name: (BLOCK, *name.split(".")) for name, _ in fields(MegatronishConfig)}
-    return names
+    """Dotted command-line name -> path in the file, for fields and whole sections.
+
+    Names under "megatronish" are written without it.
+    """
+    paths = [tuple(name.split(".")) for name, _ in fields(DeepSpeedConfig)]
+    paths += [(BLOCK, *name.split(".")) for name, _ in fields(MegatronishConfig)]
+    sections = {path[:length] for path in paths for length in range(1, len(path))} - {(BLOCK,)}
+    return {".".join(path).removeprefix(BLOCK + "."): path for path in [*paths, *sorted(sections)]}
 
 
 def parse_value(text: str) -> Any:
@@ -76,10 +80,10 @@ def parse(argv: Sequence[str], program: str, default_config: str | None = None) 
         dotted = name[2:].removeprefix(BLOCK + ".")
         if dotted not in names:
             raise ConfigError(f"{program}: unknown option {name}.{did_you_mean(dotted, names)} See --help for all.")
-        section = overrides
-        for part in names[dotted][:-1]:
-            section = section.setdefault(part, {})
-        section[names[dotted][-1]] = parse_value(value)
+        nested = parse_value(value)
+        for part in reversed(names[dotted]):
+            nested = {part: nested}
+        overrides = merge(overrides, nested)
     if path is None:
         raise ConfigError(f"{program}: which run? Add --deepspeed_config ds_configs/FILE.json.")
     return RunConfig.load(path, overrides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields
@@ -27,7 +28,8 @@ class TokenizerRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of a manifest. `counts`: documents, tokens, text_bytes, empty_documents, blank_lines, rejected_documents.
+    """Contents of a manifest. `counts`: documents, tokens, text_bytes, empty_documents, unknown_tokens,
+    blank_lines, rejected_documents.
 
     `files` maps a file name (relative to the manifest) to {"bytes": int, "sha256": str}; `rejects` lists the first
     rejected documents as {"place": str, "reason": str}; `options` is what the data set was made with.
@@ -80,6 +82,10 @@ def read_manifest(prefix: str | os.PathLike[str]) -> Manifest:
 
 def _missing(prefix: str | os.PathLike[str]) -> str:
     name = os.fspath(prefix)
+    near = sorted(Path(name).parent.glob(f"{glob.escape(Path(name).stem)}*.manifest.json"))
+    if near:
+        meant = str(near[0]).removesuffix(".manifest.json")
+        return f"no data set at {name}; did you mean {meant}? (the path has no suffix, and ends in _KEY_document)"
     if Path(f"{name}.bin").exists() or Path(f"{name}.idx").exists():
         return (
             f"{manifest_path(prefix)}: no such file, though {name}.bin or .idx exists: preprocessing did not finish, or another "
@@ -100,6 +106,9 @@ def _parse(path: Path, content: Any) -> Manifest:
         known = {item.name for item in fields(Manifest)}
         values = {key: value for key, value in content.items() if key in known}
         values["tokenizer"] = TokenizerRecord(**content["tokenizer"])
+        for count in (*(record["bytes"] for record in content["files"].values()), content["counts"]["tokens"]):
+            if not isinstance(count, int):
+                raise TypeError(f"{count!r} is not a whole number")
         return Manifest(**values)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: incomplete or of another version: {error}; make the data set again") from None

@@ -223,6 +223,8 @@ class _KeyOutput:
         self.prefix = prefix
         self.text_bytes = 0
         self.empty_documents = 0
+        self.unknown_tokens = 0
+        self._unknown_id = tokenizer.unknown_id
         self._ending = np.array([tokenizer.eod_id], dtype=np.int32) if append_eod else None
 
     def add(self, ids: np.ndarray, size: int, place: str) -> None:
@@ -234,6 +236,8 @@ class _KeyOutput:
         except DataError as error:
             raise DataError(f"{place}: {error}") from None
         self.text_bytes += size
+        if self._unknown_id is not None:
+            self.unknown_tokens += int(np.count_nonzero(ids == self._unknown_id))
 
 
 def _batches(source: DocumentSource) -> Iterator[list[Document]]:
@@ -327,6 +331,7 @@ def _manifest(
             "tokens": writer.tokens,
             "text_bytes": output.text_bytes,
             "empty_documents": output.empty_documents,
+            "unknown_tokens": output.unknown_tokens,
             "blank_lines": report.blank_lines,
             "rejected_documents": report.rejected,
         },
@@ -380,6 +385,7 @@ def summary(result: PreprocessResult) -> Sequence[str]:
         "empty documents dropped": counts["empty_documents"],
         "blank lines ignored": counts["blank_lines"],
         "faulty documents skipped": counts["rejected_documents"],
+        "unknown tokens (text that this tokenizer cannot hold is lost)": counts["unknown_tokens"],
     }
     told = [f"{number:,} {what}" for what, number in passed.items() if number]
     if told:

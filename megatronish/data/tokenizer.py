@@ -30,12 +30,14 @@ class Tokenizer(ABC):
     """Text to ids and back. `kind` names the back end; `fingerprint` is the SHA-256 of its file.
 
     `vocab_size` is one more than the largest id; `eod_id` is None where the tokenizer has no end-of-document token.
+    `unknown_id` is the token for text that the vocabulary cannot hold, None where there is no such text or token.
     `lossless` is True where `decode_bytes(encode(text)) == text.encode()` for every text.
     """
 
     kind: str
     vocab_size: int
     eod_id: int | None
+    unknown_id: int | None
     fingerprint: str
     lossless: bool
 
@@ -75,6 +77,7 @@ class ByteTokenizer(Tokenizer):
     def __init__(self) -> None:
         self.vocab_size = 257
         self.eod_id = 256
+        self.unknown_id = None
         self.fingerprint = hashlib.sha256(
             b"megatronish byte tokenizer: ids 0-255 are bytes, 256 ends a document"
         ).hexdigest()
@@ -111,6 +114,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.fingerprint = hashlib.sha256(source.encode("utf-8")).hexdigest()
         self.eod_id = eod_id if eod_id is not None else _find_eod(vocabulary, eod_token, place)
         spec = json.loads(source)
+        self.unknown_id = _find_unknown(spec["model"], vocabulary)
         for token in spec.get("added_tokens") or []:
             if token["id"] == self.eod_id and not token["special"]:
                 # Else its characters in a text would be read as the end of a document.
@@ -162,6 +166,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._threads = threads
         self.vocab_size = int(self._processor.vocab_size())
         self.fingerprint = hashlib.sha256(model).hexdigest()
+        self.unknown_id = int(self._processor.unk_id())
         own_eod = int(self._processor.eos_id())
         self.eod_id = eod_id if eod_id is not None else (own_eod if own_eod >= 0 else None)
         self._control_ids = {i for i in range(self.vocab_size) if self._processor.IsControl(i)}
@@ -272,6 +277,12 @@ def _find_eod(vocabulary: dict[str, int], eod_token: str | None, name: str) -> i
             raise DataError(f"{name or 'tokenizer'}: the vocabulary has no token {eod_token!r} to end documents with")
         return vocabulary[eod_token]
     return next((vocabulary[token] for token in KNOWN_EOD_TOKENS if token in vocabulary), None)
+
+
+def _find_unknown(model: dict[str, Any], vocabulary: dict[str, int]) -> int | None:
+    """A Unigram model names its unknown token by id, the others by text."""
+    by_id = model.get("unk_id")
+    return by_id if by_id is not None else vocabulary.get(model.get("unk_token") or "")
 
 
 def _is_byte_level(spec: dict[str, Any], vocabulary: dict[str, int]) -> bool:

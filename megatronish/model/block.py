@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,8 @@ class Block(nn.Module):
         self.recompute: Recompute = "none"
         self.attention_norm = build_norm(config, config.hidden_size)
         self.attention = SelfAttention(config, layer, backend)
-        # In a parallel block with a shared norm this is the same module under no second name: see ParallelPreNormBlock.
-        self.mlp_norm = build_norm(config, config.hidden_size) if config.has_mlp_norm else None
+        self.mlp_norm = build_norm(config, config.hidden_size) if config.has_mlp_norm else nn.Identity()
+        self.shared_norm = config.parallel_block_shared_norm
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.residual_dropout) if config.residual_dropout > 0 else nn.Identity()
 
@@ -68,7 +68,7 @@ class ParallelPreNormBlock(Block):
 
     def compute(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         attention_input = self.attention_norm(x)
-        mlp_input = attention_input if self.mlp_norm is None else self.mlp_norm(x)
+        mlp_input = attention_input if self.shared_norm else self.mlp_norm(x)
         return x + self.dropout(self.attention(attention_input, inputs)) + self.dropout(self.mlp(mlp_input))
 
 
@@ -82,6 +82,7 @@ class ParallelPostNormBlock(Block):
 
 def build_block(config: ModelConfig, layer: int, backend: AttentionBackend) -> Block:
     """Block number `layer` in the form that norm_position and parallel_block name."""
+    form: type[Block]
     if config.parallel_block:
         form = ParallelPreNormBlock if config.norm_position == "pre" else ParallelPostNormBlock
     else:
@@ -93,10 +94,10 @@ def check_recompute(mode: str) -> Recompute:
     """`mode` itself; raises ValueError if it is none of the three."""
     if mode not in get_args(Recompute):
         raise ValueError(f"unknown activation checkpointing {mode!r}: choose none, full or selective")
-    return mode  # type: ignore[return-value]
+    return cast(Recompute, mode)
 
 
-def _selective_contexts():  # type: ignore[no-untyped-def]
+def _selective_contexts() -> Any:
     return create_selective_checkpoint_contexts(_keep_expensive)
 
 

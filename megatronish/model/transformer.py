@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -62,12 +63,12 @@ class LayerSpec:
 
 def layer_specs(config: ModelConfig, backend: AttentionBackend) -> list[LayerSpec]:
     """The layers in order: embedding, blocks.0 ..., final_norm (unless post-norm), head."""
-    specs = [LayerSpec("embedding", lambda: TokenEmbedding(config))]
+    specs = [LayerSpec("embedding", partial(TokenEmbedding, config))]
     for layer in range(config.num_layers):
-        specs.append(LayerSpec(f"blocks.{layer}", lambda layer=layer: build_block(config, layer, backend)))
+        specs.append(LayerSpec(f"blocks.{layer}", partial(build_block, config, layer, backend)))
     if config.has_final_norm:
-        specs.append(LayerSpec("final_norm", lambda: build_norm(config, config.hidden_size)))
-    specs.append(LayerSpec("head", lambda: Head(config)))
+        specs.append(LayerSpec("final_norm", partial(build_norm, config, config.hidden_size)))
+    specs.append(LayerSpec("head", partial(Head, config)))
     return specs
 
 
@@ -81,15 +82,13 @@ class Transformer(nn.Module):
         self.kernels = kernels or KernelConfig()
         self.backend = resolve_attention(self.kernels.attention)
         self.rotary = RotaryTables(config)
-        self.blocks = nn.ModuleList()
-        self.final_norm: nn.Module = nn.Identity()
-        for spec in layer_specs(config, self.backend):
-            if spec.name.startswith("blocks."):
-                self.blocks.append(spec.build())
-            else:
-                self.add_module(spec.name, spec.build())
+        layers = {spec.name: spec.build() for spec in layer_specs(config, self.backend)}
+        self.embedding = layers["embedding"]
+        self.blocks = nn.ModuleList(layers[f"blocks.{layer}"] for layer in range(config.num_layers))
+        self.final_norm = layers.get("final_norm", nn.Identity())
+        self.head = layers["head"]
         self.tie_weights()
-        if seed is not None and not self.embedding.weight.is_meta:
+        if seed is not None and not next(self.parameters()).is_meta:
             init_weights(self, config, seed)
 
     def tie_weights(self) -> None:
@@ -115,6 +114,8 @@ class Transformer(nn.Module):
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be [batch, sequence], got shape {tuple(tokens.shape)}")
+        if cu_seqlens is not None:
+            _check_documents(cu_seqlens, tokens)
         if cache is not None:
             cache.check(tokens)
         x = self.embedding(tokens)
@@ -173,3 +174,21 @@ class Transformer(nn.Module):
         """torch.compile every block in place (parameter names stay); mode as in torch.compile."""
         for block in self.blocks:
             block.compile(mode=mode)
+
+
+def _check_documents(cu_seqlens: Tensor, tokens: Tensor) -> None:
+    """Raise ValueError unless the documents cover the tokens. Only on the CPU: on a GPU a look would stall the stream."""
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            f"cu_seqlens must be int32 [documents + 1], got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device.type != "cpu":
+        return
+    rows, length = tokens.shape
+    bounds = cu_seqlens.tolist()
+    missing = set(range(0, rows * length + 1, length)) - set(bounds)
+    if missing or bounds != sorted(bounds) or bounds[-1] != rows * length:
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to {rows * length} ({rows} rows of {length} tokens) with the end of every row in "
+            f"it, got {bounds if len(bounds) <= 20 else [*bounds[:20], '...']}"
+        )

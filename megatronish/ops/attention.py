@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from megatronish.ops import reference
 from megatronish.ops.attention_mask import attention_mask
-from megatronish.ops.dispatch import AttentionBackend, flash_module_name
+from megatronish.ops.dispatch import AttentionBackend
 
 
 def needs_mask(queries: int, keys: int, window: int | None, cu_seqlens: Tensor | None) -> bool:
@@ -23,9 +22,9 @@ def needs_mask(queries: int, keys: int, window: int | None, cu_seqlens: Tensor |
 
 def uses_flash(backend: AttentionBackend, like: Tensor, head_dim: int) -> bool:
     """Whether `backend` computes attention of tensors like this one (its dtype and device) by flash-attn."""
-    if backend == "flash_or_sdpa":
+    if backend.endswith("_or_sdpa"):
         return like.is_cuda and like.dtype in (torch.float16, torch.bfloat16) and head_dim <= 256
-    return backend == "flash"
+    return backend.startswith("flash")
 
 
 def attention(
@@ -52,7 +51,7 @@ def attention(
     """
     _check_shapes(q, k, v)
     if uses_flash(backend, q, q.shape[3]):
-        return _flash(q, k, v, window, cu_seqlens, max_seqlen, dropout_p, scale)
+        return _flash(q, k, v, window, cu_seqlens, max_seqlen, dropout_p, scale, version_3=backend.startswith("flash3"))
     if backend == "reference":
         return reference.attention(
             q, k, v, window=window, cu_seqlens=cu_seqlens, dropout_p=dropout_p, scale=scale, mask=mask
@@ -96,6 +95,8 @@ def _flash(
     max_seqlen: int | None,
     dropout_p: float,
     scale: float | None,
+    *,
+    version_3: bool,
 ) -> Tensor:
     """flash-attn 2 or 3 (Dao 2023; Shah et al. 2024). Its causal mask is aligned at the last key, as ours."""
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
@@ -103,24 +104,24 @@ def _flash(
             f"attention backend 'flash' takes fp16 and bf16 tensors on a GPU, got {q.dtype} on {q.device}: train in bf16, "
             "or set attention to 'auto' or 'sdpa'"
         )
-    name = flash_module_name()
-    if name is None:
-        raise ValueError("attention backend 'flash': flash-attn is not installed; set attention to 'auto' or 'sdpa'")
-    module = importlib.import_module(name)
     options: dict[str, object] = {
         "softmax_scale": 1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
         "causal": True,
         "window_size": (-1, -1) if window is None else (window - 1, 0),
     }
-    if name == "flash_attn":
+    if version_3:
+        if dropout_p > 0:
+            raise ValueError("flash-attn 3 has no dropout: set attention_dropout to 0, or attention to 'sdpa'")
+        from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+    else:
         options["dropout_p"] = dropout_p
-    elif dropout_p > 0:
-        raise ValueError("flash-attn 3 has no dropout: set attention_dropout to 0, or attention to 'sdpa'")
+        from flash_attn import flash_attn_func, flash_attn_varlen_func
     if cu_seqlens is None:
-        out: Tensor = module.flash_attn_func(q, k, v, **options)
-        return out
-    longest = q.shape[0] * q.shape[1] if max_seqlen is None else max_seqlen
-    flat: Tensor = module.flash_attn_varlen_func(
-        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, cu_seqlens, longest, longest, **options
-    )
-    return flat.view(q.shape)
+        out = flash_attn_func(q, k, v, **options)
+    else:
+        longest = q.shape[0] * q.shape[1] if max_seqlen is None else max_seqlen
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        out = flash_attn_varlen_func(*flat, cu_seqlens, cu_seqlens, longest, longest, **options)
+    if isinstance(out, tuple):  # the first releases of version 3 also give the log-sum-exp
+        out = out[0]
+    return out.view(q.shape)

@@ -2,47 +2,67 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
 from typing import Literal
 
 import torch
 
-AttentionBackend = Literal["sdpa", "flash", "flash_or_sdpa", "reference"]
+# flash2 and flash3 are versions of flash-attn; "..._or_sdpa" takes SDPA for tensors that flash-attn does not take.
+AttentionBackend = Literal["sdpa", "reference", "flash2", "flash3", "flash2_or_sdpa", "flash3_or_sdpa"]
 
 logger = logging.getLogger(__name__)
 
 
-def flash_module_name() -> str | None:
-    """Name of the installed flash-attention module, the newest first: 3 (`flash_attn_interface`), 2 (`flash_attn`)."""
-    for name in ("flash_attn_interface", "flash_attn"):
-        if importlib.util.find_spec(name) is not None:
-            return name
-    return None
+def installed_flash(capability: tuple[int, int]) -> tuple[Literal["flash2", "flash3"] | None, str]:
+    """The flash-attn to use on a GPU of this compute capability, or None, and what was found in words.
+
+    Version 3 (module `flash_attn_interface`) is taken on Hopper, version 2 (`flash_attn`) from Ampere on.
+    """
+    if capability < (8, 0):
+        return None, f"flash-attn needs a GPU of compute capability 8.0, this one has {capability[0]}.{capability[1]}"
+    problems = []
+    versions: list[tuple[Literal["flash2", "flash3"], str]] = [("flash2", "flash_attn")]
+    if capability[0] == 9:
+        versions.insert(0, ("flash3", "flash_attn_interface"))
+    for version, module_name in versions:
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError:
+            continue
+        except (ImportError, OSError) as error:  # built for another torch or CUDA
+            problems.append(f"{module_name} does not load ({error})")
+            continue
+        if hasattr(module, "flash_attn_func") and hasattr(module, "flash_attn_varlen_func"):
+            return version, f"{module_name} {getattr(module, '__version__', '')}".rstrip()
+        problems.append(f"{module_name} has no flash_attn_func")
+    return None, "; ".join(problems) or "flash-attn is not installed"
 
 
 def resolve_attention(requested: str) -> AttentionBackend:
     """The attention backend for `requested` ("auto", "sdpa", "flash" or "reference") on this machine.
 
-    "auto" takes flash-attn where it is installed beside a GPU of compute capability 8.0 or more; such a model still
-    uses SDPA for tensors that flash-attn does not take (fp32, CPU). Raises ValueError if "flash" is asked for and missing.
+    "auto" takes flash-attn where it works, and still SDPA for tensors that flash-attn does not take (fp32, CPU); what it
+    chose on a machine with a GPU is logged. Raises ValueError if "flash" is asked for and does not work here.
     """
-    if requested in ("sdpa", "reference"):
-        return requested  # type: ignore[return-value]
-    module = flash_module_name()
-    if requested == "flash":
-        if module is None:
-            raise ValueError(
-                "attention backend 'flash' was asked for, but flash-attn is not installed: "
-                "`pip install flash-attn --no-build-isolation` on a machine with CUDA, or set attention to 'auto' or 'sdpa'"
-            )
-        return "flash"
-    if requested != "auto":
-        raise ValueError(f"unknown attention backend {requested!r}: choose auto, sdpa, flash or reference")
-    if not torch.cuda.is_available():
+    if requested == "sdpa":
         return "sdpa"
-    if module is not None and torch.cuda.get_device_capability() >= (8, 0):
-        logger.info("attention: %s for fp16 and bf16, SDPA for the rest", module)
-        return "flash_or_sdpa"
-    logger.info("attention: SDPA (flash-attn is %s)", "not installed" if module is None else "for newer GPUs")
-    return "sdpa"
+    if requested == "reference":
+        return "reference"
+    if requested not in ("auto", "flash"):
+        raise ValueError(f"unknown attention backend {requested!r}: choose auto, sdpa, flash or reference")
+    version, found = None, "there is no CUDA GPU"
+    if torch.cuda.is_available():
+        version, found = installed_flash(torch.cuda.get_device_capability())
+    if requested == "flash":
+        if version is None:
+            raise ValueError(
+                f"attention backend 'flash' was asked for, but {found}: `pip install flash-attn --no-build-isolation` on a "
+                "machine with CUDA, or set attention to 'auto' or 'sdpa'"
+            )
+        return version
+    if torch.cuda.is_available():
+        logger.info("attention: %s", f"SDPA ({found})" if version is None else f"{found} for fp16 and bf16, else SDPA")
+    if version is None:
+        return "sdpa"
+    return "flash2_or_sdpa" if version == "flash2" else "flash3_or_sdpa"

@@ -17,12 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatronish.config.base import ConfigError
-from megatronish.training.state import STATE_FILE
+from megatronish.model.checkpoints import BEST, CHECKPOINTS, LATEST, STATE_FILE, find_checkpoint, read_pointer
+from megatronish.model.checkpoints import RUN_FILE as RUN_FILE
 
-CHECKPOINTS = "checkpoints"
 ENGINE_TAG = "engine"
-RUN_FILE = "run.json"
-LATEST, BEST = "latest", "best"
 _WRITING = ".writing-"
 
 
@@ -94,32 +92,6 @@ class CheckpointStore:
         for old in self.complete()[: -self._keep_last]:
             if old != best:
                 shutil.rmtree(old)
-
-
-def find_checkpoint(path: Path, prefer: str = LATEST) -> Path:
-    """The checkpoint folder a user means by a checkpoint, a run folder or its checkpoints folder.
-
-    prefer: which pointer of a run decides, "latest" or "best" (falls back to latest). Raises ConfigError.
-    """
-    if (path / STATE_FILE).exists():
-        return path
-    for folder in (path / CHECKPOINTS, path):
-        pointed = read_pointer(folder, prefer) or read_pointer(folder, LATEST)
-        found = pointed or max((p.parent for p in folder.glob(f"step-*/{STATE_FILE}")), default=None)
-        if found:
-            return found
-    if not path.exists():
-        raise ConfigError(f"{path}: no such folder. Give a run's folder (--train.save_dir) or one of its checkpoints.")
-    raise ConfigError(f"{path}: holds no complete checkpoint. Give a run's folder (--train.save_dir).")
-
-
-def read_pointer(folder: Path, name: str) -> Path | None:
-    """The checkpoint folder that the pointer file names, if both exist."""
-    try:
-        target = folder / (folder / name).read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
-    return target if target.parent == folder and (target / STATE_FILE).exists() else None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -122,7 +122,8 @@ def test_truncated_or_corrupt_gzip_is_never_taken_for_the_end(tmp_path, name, on
     whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(5000)))
     middle = len(whole) // 2
     flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
-    for raw in (whole[:middle], whole[:-4], flipped, b"not gzip"):
+    bad_block = whole[:10] + b"\xff" * 40 + whole[50:]
+    for raw in (whole[:middle], whole[:-4], flipped, bad_block, b"not gzip"):
         path.write_bytes(raw)
         with pytest.raises(DataError, match="truncated or corrupt gzip") as caught:
             texts(DocumentReader([path], on_error=on_error))

@@ -119,7 +119,8 @@ def from_llama(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def from_gpt_neox(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a GPT-NeoX under our names; its packed projection goes head by head: q, k, v of head 0, of head 1 ..."""
-    ours = {"embedding.weight": state["gpt_neox.embed_in.weight"], "head.weight": state["embed_out.weight"]}
+    head = "embed_out.weight" if "embed_out.weight" in state else "lm_head.weight"  # renamed in transformers 5
+    ours = {"embedding.weight": state["gpt_neox.embed_in.weight"], "head.weight": state[head]}
     parts = {
         "attention_norm": "input_layernorm",
         "mlp_norm": "post_attention_layernorm",

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from hf_mapping import VOCAB, gpt_neox, llama, mistral, qwen3
 
 from megatronish.config.model import KernelConfig
 from megatronish.model.transformer import Transformer
+from tests.model.hf_mapping import VOCAB, gpt_neox, llama, mistral, qwen3
 
 FAMILIES = {
     "llama": llama,

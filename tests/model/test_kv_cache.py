@@ -77,4 +77,4 @@ def test_messages() -> None:
         model(torch.zeros(3, dtype=torch.long))
     model(torch.zeros(1, 2, dtype=torch.long), cache=cache)
     with pytest.raises(ValueError, match="documents cannot be packed behind a key/value cache"):
-        model(torch.zeros(1, 2, dtype=torch.long), cache=cache, cu_seqlens=torch.tensor([0, 2]))
+        model(torch.zeros(1, 2, dtype=torch.long), cache=cache, cu_seqlens=torch.tensor([0, 2], dtype=torch.int32))

@@ -1,0 +1,56 @@
+"""Measure a model on held-out text: `python launchers/evaluate.py --checkpoint runs/demo`.
+
+Loss, perplexity and bits per byte, beside gzip -9 and xz -9e on the same bytes; also written to RUN/evaluation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+
+from megatronish.config.base import explained
+from megatronish.parallel.startup import settle_process
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a run's folder (its best checkpoint, else its latest) or one checkpoint",
+    )
+    add("--data", metavar="PREFIX", help="a data set of the same tokenizer (the one that the run trained on)")
+    add("--stride", type=int, metavar="N", help="tokens scored a window; fewer give more context (half the context)")
+    add("--max-tokens", type=int, metavar="N", help="only the first held-out documents, up to N tokens (all)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
+    add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: as saved")
+    return parser
+
+
+def main() -> int:
+    arguments = build_parser().parse_args()
+    with explained():
+        settle_process()
+        from megatronish.inference.held_out import evaluate_run  # torch: only after the process is settled
+        from megatronish.inference.load import DTYPES, resolve_device
+
+        result, info = evaluate_run(
+            arguments.checkpoint,
+            arguments.data,
+            arguments.stride,
+            resolve_device(arguments.device),
+            DTYPES.get(arguments.dtype),
+            arguments.max_tokens,
+        )
+        print(result.table())
+        print(f"written to {result.save(info.run_dir)}")
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(main())

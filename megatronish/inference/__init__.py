@@ -1,0 +1,1 @@
+"""Inference: sampling, generation with a key/value cache, evaluation on held-out text."""

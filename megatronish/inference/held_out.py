@@ -1,0 +1,182 @@
+"""The evaluation of a run: its model on its held-out documents, a table for people and evaluation.json for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatronish.config.base import UserError
+from megatronish.config.run import RunConfig
+from megatronish.data.dataset import Dataset, check_dataset_fits, open_dataset
+from megatronish.data.packing import split_documents
+from megatronish.inference.evaluate import ProgressLine, gzip_size, held_out_streams, score_streams, xz_size
+from megatronish.inference.load import CheckpointInfo, load_for_inference
+from megatronish.model.checkpoints import RUN_FILE
+
+EVALUATION_FILE = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The contents of evaluation.json. loss: nats a token; bits are per byte of raw text."""
+
+    checkpoint: str
+    step: int | None
+    data: str
+    held_out: bool  # False: all documents of a data set that the run did not train on
+    documents: int
+    tokens: int
+    text_bytes: int
+    context: int
+    stride: int
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    gzip_bits_per_byte: float
+    xz_bits_per_byte: float
+    exact_bytes: bool  # False: the tokenizer normalises text, the bytes are those of the normalised text
+    seconds: float
+
+    def save(self, run_dir: Path) -> Path:
+        """Write run_dir/evaluation.json, replacing an older one whole. Raises UserError without permission."""
+        path = run_dir / EVALUATION_FILE
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+            partial.replace(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        return path
+
+    def table(self) -> str:
+        """The numbers, and in words whether the model beats gzip and xz."""
+        kind = "held-out documents" if self.held_out else "documents"
+        rows = [("model", self.bits_per_byte), ("gzip -9", self.gzip_bits_per_byte), ("xz -9e", self.xz_bits_per_byte)]
+        step = "" if self.step is None else f", step {self.step:,}"
+        lines = [
+            f"{self.checkpoint}{step}, on {self.documents:,} {kind} of {self.data}",
+            f"{self.tokens:,} tokens, {self.text_bytes:,} bytes; context {self.context:,}, stride {self.stride:,}; "
+            f"{self.seconds:.1f} s",
+            f"loss {self.loss:.4f} nats a token, perplexity {self.perplexity:,.2f}",
+            "",
+            f"{'':10}{'bits per byte':>14}{'size':>9}",
+            *(f"{name:10}{bits:>14.4f}{bits / 8:>9.1%}" for name, bits in rows),
+            "",
+            f"The model {_verdict(rows)}.",
+        ]
+        if not self.exact_bytes:
+            lines.append("The tokenizer normalises text: the bytes compared are those of the normalised text.")
+        return "\n".join(lines)
+
+
+def _verdict(rows: list[tuple[str, float]]) -> str:
+    (_, model), *others = rows
+    beaten = [name for name, bits in others if model < bits]
+    unbeaten = [name for name, bits in others if model >= bits]
+    words = [f"beats {' and '.join(beaten)}"] if beaten else []
+    words += [f"does not beat {' or '.join(unbeaten)}"] if unbeaten else []
+    return " but ".join(words)
+
+
+def evaluate_run(
+    checkpoint: str | Path,
+    data: str | None,
+    stride: int | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    max_tokens: int | None = None,
+) -> tuple[Evaluation, CheckpointInfo]:
+    """Evaluate a run folder or checkpoint on held-out text (shown on stderr as it goes).
+
+    data: the prefix of a data set, by default the one that run.json names. Of the data that the run trained on, its
+    held-out documents are taken; of another data set of the same tokenizer, all. stride: tokens scored a window, half
+    the context by default. max_tokens: only the first documents, up to so many tokens, one document at least.
+    Raises UserError for a data set of another tokenizer, one that changed since training, and nothing held out.
+    """
+    start = time.monotonic()
+    model, tokenizer, info = load_for_inference(checkpoint, device, dtype)
+    run = _run_config(info, required=data is None)
+    context = model.config.seq_length
+    stride = max(1, context // 2) if stride is None else stride
+    prefix = data or (run.megatronish.data.path if run else "")
+    dataset = open_dataset(prefix)
+    check_dataset_fits(dataset.manifest, model.config.vocab_size, tokenizer.fingerprint, place=prefix)
+    documents, held_out = _documents(dataset, info, run, named=data is not None)
+    lengths = dataset.reader.document_lengths[documents]
+    if max_tokens is not None:
+        if max_tokens < 1:
+            raise UserError(f"max tokens {max_tokens} must be at least 1")
+        kept = max(1, int(np.searchsorted(np.cumsum(lengths), max_tokens, side="right")))
+        documents, lengths = documents[:kept], lengths[:kept]
+    mask = run.megatronish.data.document_mask if run else False
+    # Without end-of-document tokens in the data the model has not learnt that one comes before a text.
+    start_id = tokenizer.eod_id if dataset.manifest.appended_eod and not mask else None
+    progress = ProgressLine(int(lengths.sum()), sys.stderr.write, sys.stderr.isatty())
+    score = score_streams(
+        model,
+        held_out_streams(dataset.reader, documents, start_id, mask),
+        stride,
+        first_is_given=start_id is not None,
+        vocab_size=tokenizer.vocab_size,
+        progress=progress,
+    )
+    progress.close()
+    text = dataset.held_out_text(documents)
+    if not text:
+        raise UserError(f"{prefix}: the held-out documents hold no text")
+    result = Evaluation(
+        checkpoint=str(info.folder),
+        step=info.step,
+        data=prefix,
+        held_out=held_out,
+        documents=len(documents),
+        tokens=score.tokens,
+        text_bytes=len(text),
+        context=context,
+        stride=stride,
+        loss=score.loss,
+        perplexity=score.perplexity,
+        bits_per_byte=score.bits_per_byte(len(text)),
+        gzip_bits_per_byte=8 * gzip_size(text) / len(text),
+        xz_bits_per_byte=8 * xz_size(text) / len(text),
+        exact_bytes=tokenizer.lossless,
+        seconds=round(time.monotonic() - start, 2),
+    )
+    return result, info
+
+
+def _run_config(info: CheckpointInfo, required: bool) -> RunConfig | None:
+    path = info.folder / RUN_FILE
+    if path.exists():
+        return RunConfig.load(path)
+    if required:
+        raise UserError(f"{path} is missing, so the data set is not known: name it with --data PREFIX")
+    return None
+
+
+def _documents(dataset: Dataset, info: CheckpointInfo, run: RunConfig | None, named: bool) -> tuple[np.ndarray, bool]:
+    """Which documents to evaluate on, and whether they are a run's held-out ones."""
+    reader = dataset.reader
+    if run is not None and info.data_identity == reader.identity:
+        fraction = run.megatronish.data.validation_fraction
+        _, held_out = split_documents(reader.num_documents, fraction)
+        if not len(held_out):
+            raise UserError(
+                f"{dataset.prefix}: nothing is held out ({reader.num_documents} documents, data.validation_fraction "
+                f"{fraction}). Name another data set of the same tokenizer with --data PREFIX."
+            )
+        return held_out, True
+    if not named:
+        raise UserError(
+            f"{dataset.prefix} is not the data set that this run trained on, so which documents were held out is not "
+            "known: make it again as it was, or evaluate on all of its documents with --data "
+            f"{dataset.prefix} (the run may have been trained on some of them)."
+        )
+    return np.arange(reader.num_documents), False

@@ -1,0 +1,57 @@
+"""Token ids to text as they come, without ever showing half a character."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
+
+from megatronish.data.tokenizer import Tokenizer
+
+_INCOMPLETE = "\ufffd"
+
+
+class TextStream:
+    """Turns ids into text piece by piece; the pieces joined are the text of all ids.
+
+    A lossless tokenizer is decoded byte by byte, and bytes wait until their UTF-8 character is whole. Others decode a
+    token by its neighbours (a leading blank is dropped at the start of a text): there a piece is what a token adds to
+    the text of the tokens before it, `prompt_ids` first.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._ids = list(prompt_ids)
+        self._context = 0  # ids from here on give the neighbours
+        self._shown = len(self._ids)  # ids before here are shown
+
+    def push(self, token_id: int) -> str:
+        """The text that is complete with this id, often empty, at times several characters."""
+        if self._tokenizer.lossless:
+            return self._decoder.decode(self._tokenizer.decode_bytes([token_id]))
+        self._ids.append(token_id)
+        piece = self._added()
+        if not piece or piece.endswith(_INCOMPLETE):  # bytes of a character that is not whole yet
+            return ""
+        self._context, self._shown = self._shown, len(self._ids)
+        return piece
+
+    def finish(self) -> str:
+        """What is left when no id follows: U+FFFD for bytes that never became a character."""
+        if self._tokenizer.lossless:
+            return self._decoder.decode(b"", final=True)
+        piece = self._added()
+        self._context = self._shown = len(self._ids)
+        return piece
+
+    def _added(self) -> str:
+        before = self._tokenizer.decode(self._ids[self._context : self._shown])
+        return self._tokenizer.decode(self._ids[self._context :])[len(before) :]
+
+
+def text_pieces(tokenizer: Tokenizer, prompt_ids: Sequence[int], new_ids: Iterable[int]) -> Iterator[str]:
+    """The text of `new_ids` behind `prompt_ids`, piece by piece as the ids come."""
+    stream = TextStream(tokenizer, prompt_ids)
+    for token_id in new_ids:
+        yield stream.push(token_id)
+    yield stream.finish()

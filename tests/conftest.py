@@ -1,0 +1,25 @@
+"""Settles the test process as a launcher would, before torch is loaded, and runs fast tests first."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+
+from megatronish.parallel.startup import has_gpu, tune_allocator
+
+if not has_gpu():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+tune_allocator()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Unit tests, then tests of several processes, then slow ones."""
+
+    def cost(item: pytest.Item) -> int:
+        return 2 if item.get_closest_marker("slow") else 1 if item.get_closest_marker("distributed") else 0
+
+    items.sort(key=cost)

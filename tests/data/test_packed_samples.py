@@ -1,0 +1,180 @@
+"""Packing, splitting and sampling: every sample once an epoch, whatever the ranks, batches, stops or length of the run."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatronish.data.errors import DataError
+from megatronish.data.indexed import IndexedReader, IndexedWriter
+from megatronish.data.packing import (
+    PackedDataset,
+    TokenStream,
+    keyed_permutation,
+    labels_within_documents,
+    positions_in_documents,
+    split_documents,
+)
+from megatronish.data.sampler import MicroBatchSampler
+
+
+def make(folder, lengths: list[int]) -> IndexedReader:
+    """Every token is distinct, so a sample shows where it came from."""
+    writer = IndexedWriter(folder / "d", "<i4")
+    start = 0
+    for length in lengths:
+        writer.add_document(np.arange(start, start + length))
+        start += length
+    writer.finalize()
+    return IndexedReader(folder / "d")
+
+
+LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=25)
+
+
+@settings(max_examples=120, deadline=None)
+@given(lengths=LENGTHS, seq_length=st.integers(1, 20), seed=st.integers(0, 5), epoch=st.integers(0, 4))
+def test_an_epoch_is_a_permutation_of_one_stream(tmp_path_factory, lengths, seq_length, seed, epoch):
+    """Reconstructs the whole epoch from its samples: overlapping ends agree, each document is whole and once."""
+    reader = make(tmp_path_factory.mktemp("packed"), lengths)
+    total = sum(lengths)
+    if total < seq_length + 1:
+        with pytest.raises(DataError, match=f"hold {total} tokens.*needs {seq_length + 1}"):
+            PackedDataset(reader, np.arange(len(lengths)), seq_length, seed)
+        return
+    dataset = PackedDataset(reader, np.arange(len(lengths)), seq_length, seed)
+    count = dataset.samples_per_epoch
+    assert count == (total - 1) // seq_length
+    samples = [dataset.sample(epoch * count + n) for n in range(count)]
+    ends = {int(tokens[-1]): tokens for tokens, _ in samples}
+    assert len(ends) == count
+    # Chain the samples by their shared token: the sample that nothing leads into comes first.
+    starts = {int(tokens[0]): (tokens, marks) for tokens, marks in samples}
+    (first,) = set(starts) - set(ends)
+    stream, marks_in_stream = [first], set()
+    while stream[-1] in starts:
+        tokens, marks = starts[stream[-1]]
+        marks_in_stream |= {len(stream) - 1 + int(mark) for mark in marks[1:]}
+        stream.extend(tokens[1:].tolist())
+    assert len(stream) == count * seq_length + 1
+    assert len(set(stream)) == len(stream), "a token appears twice in an epoch"
+    breaks = {i for i in range(1, len(stream)) if stream[i] in set(reader.document_starts[:-1].tolist())}
+    assert all(stream[i] == stream[i - 1] + 1 for i in range(1, len(stream)) if i not in breaks)
+    assert breaks == marks_in_stream
+
+
+def test_samples_do_not_depend_on_what_was_read_before(tmp_path):
+    reader = make(tmp_path, [7] * 40)
+    one, other = (PackedDataset(reader, np.arange(40), 5, 3) for _ in range(2))
+    forward = [one.sample(n)[0].tolist() for n in range(300)]
+    assert forward == [other.sample(n)[0].tolist() for n in reversed(range(300))][::-1]
+
+
+def test_order_changes_with_seed_epoch_and_data_but_not_with_documents_names(tmp_path):
+    for name, lengths in (("a", [7] * 40), ("b", [7] * 40), ("c", [7] * 38 + [6, 8])):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name, lengths)
+
+    def run(name: str, seed: int, epoch: int) -> list[int]:
+        dataset = PackedDataset(IndexedReader(tmp_path / name / "d"), np.arange(40), 5, seed)
+        return [
+            int(dataset.sample(epoch * dataset.samples_per_epoch + n)[0][0]) for n in range(dataset.samples_per_epoch)
+        ]
+
+    assert run("a", 1, 0) == run("b", 1, 0)
+    different = [run("a", 1, 0), run("a", 2, 0), run("a", 1, 1), run("c", 1, 0)]
+    assert len({tuple(order) for order in different}) == 4
+
+
+def test_permutation_is_pinned():
+    """Golden values: a change of NumPy or of this code that reorders every user's run must not pass unseen."""
+    assert keyed_permutation(10, "documents", 1234, 0, "x").tolist() == [5, 9, 8, 3, 0, 1, 2, 4, 7, 6]
+    assert sorted(keyed_permutation(1000, 1).tolist()) == list(range(1000))
+
+
+def test_permutation_is_uniform():
+    """Over 6000 keys each of the 24 orders of four comes up 250 times on average; 5 standard deviations are 78."""
+    counts: dict[tuple[int, ...], int] = {}
+    for key in range(6000):
+        order = tuple(keyed_permutation(4, key).tolist())
+        counts[order] = counts.get(order, 0) + 1
+    assert len(counts) == 24
+    assert max(abs(count - 250) for count in counts.values()) < 78
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=30), data=st.data())
+def test_window_reads_what_concatenation_gives(tmp_path_factory, lengths, data):
+    """Both ways of reading (slices for few documents, one gather for many) against plain concatenation."""
+    reader = make(tmp_path_factory.mktemp("stream"), lengths)
+    order = np.array(data.draw(st.permutations(range(len(lengths)))))
+    whole = np.concatenate([reader.document(int(d)) for d in order])
+    starts = set(np.cumsum([0] + [lengths[d] for d in order])[:-1].tolist())
+    begin = data.draw(st.integers(0, len(whole) - 1))
+    length = data.draw(st.integers(1, len(whole) - begin))
+    tokens, marks = TokenStream(reader, order).window(begin, length)
+    assert tokens.dtype == np.int64
+    assert tokens.tolist() == whole[begin : begin + length].tolist()
+    assert marks.tolist() == sorted({0} | {s - begin for s in starts if begin < s < begin + length})
+
+
+def test_positions_and_labels_at_documents_by_hand():
+    tokens = np.array([10, 11, 20, 30, 31, 32, 40])
+    starts = np.array([0, 2, 3, 6])  # the last label, 40, begins a document
+    assert positions_in_documents(starts, 6).tolist() == [0, 1, 0, 0, 1, 2]
+    assert labels_within_documents(tokens, starts).tolist() == [11, -100, -100, 31, 32, -100]
+    assert labels_within_documents(tokens, np.array([0, 1, 5])).tolist() == [-100, 20, 30, 31, -100, 40]
+    assert labels_within_documents(tokens, np.array([0])).tolist() == [11, 20, 30, 31, 32, 40]
+
+
+@settings(max_examples=200, deadline=None)
+@given(count=st.integers(0, 400), fraction=st.floats(0, 0.999))
+def test_split_covers_every_document_once_and_is_never_empty_when_asked(count, fraction):
+    train, validation = split_documents(count, fraction)
+    assert sorted([*train.tolist(), *validation.tolist()]) == list(range(count))
+    assert train.tolist() == sorted(train.tolist()) and validation.tolist() == sorted(validation.tolist())
+    if fraction == 0:
+        assert validation.size == 0
+    elif count >= 2:
+        assert validation.size >= 1 and train.size >= 1
+        assert abs(validation.size - count * fraction) <= 1
+    again = split_documents(count, fraction)
+    assert np.array_equal(train, again[0]) and np.array_equal(validation, again[1])
+
+
+def test_larger_validation_keeps_the_smaller_one():
+    small, large = (set(split_documents(1000, fraction)[1].tolist()) for fraction in (0.01, 0.1))
+    assert small < large
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_split_fraction_outside_is_refused(fraction):
+    with pytest.raises(ValueError, match="validation fraction"):
+        split_documents(10, fraction)
+
+
+LAYOUT = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))  # micro batch, ranks, accumulation
+
+
+@settings(max_examples=150, deadline=None)
+@given(layout=LAYOUT, consumed=st.integers(0, 50), steps=st.integers(1, 4))
+def test_any_layout_gives_the_same_global_order(layout, consumed, steps):
+    micro, ranks, accumulation = layout
+    batch = micro * ranks * accumulation
+    iterators = [iter(MicroBatchSampler(consumed, batch, micro, rank, ranks)) for rank in range(ranks)]
+    seen = [int(n) for _ in range(steps * accumulation) for iterator in iterators for n in next(iterator)]
+    assert seen == list(range(consumed, consumed + steps * batch))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 10, 4, 0, 1), "10 is not a multiple of micro batch 4 x data-parallel size 1 = 4"),
+        ((0, 8, 4, 2, 2), r"rank 2 is outside 0\.\.1"),
+        ((0, 8, 0, 0, 1), "must be positive"),
+        ((-1, 8, 4, 0, 1), "-1 must not be negative"),
+    ],
+)
+def test_sampler_refuses_what_does_not_divide(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MicroBatchSampler(*arguments)

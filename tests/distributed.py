@@ -1,0 +1,88 @@
+"""Run a function on N gloo ranks: forked after torch and deepspeed are imported, so a start costs a second, not ten."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatronish.parallel.startup import free_port
+
+TIMEOUT_SECONDS = 240.0
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call `function(rank, *args)` in `world_size` processes that share a process group; their results, by rank.
+
+    Results must be picklable. Raises AssertionError with the traceback of the first rank that failed; the others are
+    ended. The group is made by the engine's own `start_process_group` and left by `stop_process_group`.
+    """
+    import megatronish.training.engine  # noqa: F401  imported once here, inherited by every fork
+
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        children = {_fork(rank, world_size, port, Path(folder), function, args): rank for rank in range(world_size)}
+        try:
+            _wait(children, Path(folder))
+        finally:
+            for pid in children:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world_size)]
+
+
+def _fork(rank: int, world: int, port: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+        import torch
+
+        from megatronish.training.engine import start_process_group, stop_process_group
+
+        torch.set_num_threads(1)
+        start_process_group(timeout_minutes=3)
+        result = function(rank, *args)
+        stop_process_group()
+        (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
+        status = 0
+    except BaseException:
+        report = io.StringIO()
+        traceback.print_exc(file=report)
+        (folder / f"{rank}.error").write_text(report.getvalue())
+    finally:
+        os._exit(status)
+
+
+def _wait(children: dict[int, int], folder: Path) -> None:
+    """Wait for every child; the first failure or the timeout ends the wait."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    running = set(children)
+    while running:
+        for pid in list(running):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if not done:
+                continue
+            running.discard(pid)
+            if status:
+                rank = children[pid]
+                error = folder / f"{rank}.error"
+                raise AssertionError(f"rank {rank} failed:\n{error.read_text() if error.exists() else status}")
+        if time.monotonic() > deadline:
+            raise AssertionError(f"ranks {sorted(children[pid] for pid in running)} still run after {TIMEOUT_SECONDS} s")
+        time.sleep(0.02)

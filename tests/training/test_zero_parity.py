@@ -1,0 +1,71 @@
+"""ZeRO 0-3 and offload on 2 ranks equal a plain single-process loop. This test guards the DeepSpeed pin: some releases
+computed wrong gradients silently (DeepSpeed issues 7718 and 8224)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import run_ranks
+from tests.runs import Trace, engine_loop, make_dataset, plain_loop, small_run
+
+OFFLOAD = {"device": "cpu", "pin_memory": False}
+LAYOUTS = {
+    "zero0": {"stage": 0},
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero2-offload": {"stage": 2, "offload_optimizer": OFFLOAD},
+}
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def plain_fp32(data: str) -> Trace:
+    return plain_loop(small_run(data, "unused"), data_size=2)
+
+
+@pytest.fixture(scope="module")
+def plain_bf16(data: str) -> list[Trace]:
+    """The plain bf16 loop, and the same with its initial weights moved by up to half a bf16 step, by two seeds."""
+    return [plain_loop(small_run(data, "unused"), 2, torch.bfloat16, perturb=seed) for seed in (None, 1, 2)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fp32_equals_the_plain_loop(layout: str, data: str, plain_fp32: Trace, tmp_path: Path) -> None:
+    """Loss and gradient norm of 10 steps within 1e-5: clipping is active and micro batches hold uneven token counts."""
+    config = small_run(data, tmp_path, {"zero_optimization": LAYOUTS[layout]})
+    assert max(plain_fp32.norms) > config.deepspeed.gradient_clipping, "clipping must act for this test to mean something"
+    trace, _ = run_ranks(2, engine_loop, config, 2)
+    torch.testing.assert_close(trace.losses, plain_fp32.losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(trace.norms, plain_fp32.norms, rtol=1e-5, atol=0)
+    for name, weight in plain_fp32.weights.items():
+        # AdamW divides by the gradient's own size: where that is near 0, 1e-7 of rounding moves a weight by up to 1e-5.
+        torch.testing.assert_close(trace.weights[name].float(), weight, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bf16_is_within_rounding_of_the_plain_loop(
+    layout: str, data: str, plain_bf16: list[Trace], tmp_path: Path
+) -> None:
+    """No further from the plain bf16 loop than that loop is from itself when rounding alone is changed."""
+    config = small_run(data, tmp_path, {"zero_optimization": LAYOUTS[layout], "bf16": {"enabled": True}})
+    plain, *others = plain_bf16
+    trace, _ = run_ranks(2, engine_loop, config, 2)
+    for kind in ("losses", "norms"):
+        spread = max(distance(getattr(other, kind), getattr(plain, kind)) for other in others)
+        found = distance(getattr(trace, kind), getattr(plain, kind))
+        print(f"{layout} bf16 {kind}: {found:.2e} from the plain loop; rounding spread {spread:.2e}")
+        assert found <= spread, f"{kind} differ by {found:.2e}, rounding alone gives {spread:.2e}"
+
+
+def distance(a: list[float], b: list[float]) -> float:
+    """The largest relative difference of two series."""
+    return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
