@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     device = resolve_device(arguments.device)
     model, tokenizer, info = load_for_inference(arguments.checkpoint, device, DTYPES.get(arguments.dtype))
-    print(f"{info.folder}: {model.embedding.weight.dtype} on {device}", file=sys.stderr)
+    print(f"{info.folder}: {next(model.parameters()).dtype} on {device}", file=sys.stderr)
     prompts = [(text, encode_prompt(tokenizer, text)) for text in arguments.prompt or [""]]
     generations = [
         generate(

@@ -20,17 +20,21 @@ from megatronish.parallel.startup import free_port
 TIMEOUT_SECONDS = 240.0
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, group: bool = True) -> list[Any]:
     """Call `function(rank, *args)` in `world_size` processes that share a process group; their results, by rank.
 
     Results must be picklable. Raises AssertionError with the traceback of the first rank that failed; the others are
-    ended. The group is made by the engine's own `start_process_group` and left by `stop_process_group`.
+    ended. The group is made by the engine's own `start_process_group` and left by `stop_process_group`, unless `group`
+    is False: then `function` makes it.
     """
     import megatronish.training.engine  # noqa: F401  imported once here, inherited by every fork
 
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
-        children = {_fork(rank, world_size, port, Path(folder), function, args): rank for rank in range(world_size)}
+        children = {
+            _fork(rank, world_size, port, Path(folder), function, args, group): rank
+            for rank in range(world_size)
+        }
         try:
             _wait(children, Path(folder))
         finally:
@@ -40,7 +44,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world_size)]
 
 
-def _fork(rank: int, world: int, port: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> int:
+def _fork(rank: int, world: int, port: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...], group: bool) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -56,7 +60,8 @@ def _fork(rank: int, world: int, port: int, folder: Path, function: Callable[...
         from megatronish.training.engine import start_process_group, stop_process_group
 
         torch.set_num_threads(1)
-        start_process_group(timeout_minutes=3)
+        if group:
+            start_process_group(timeout_minutes=3)
         result = function(rank, *args)
         stop_process_group()
         (folder / f"{rank}.result").write_bytes(pickle.dumps(result))

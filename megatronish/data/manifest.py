@@ -82,15 +82,15 @@ def read_manifest(prefix: str | os.PathLike[str]) -> Manifest:
 
 def _missing(prefix: str | os.PathLike[str]) -> str:
     name = os.fspath(prefix)
-    near = sorted(Path(name).parent.glob(f"{glob.escape(Path(name).stem)}*.manifest.json"))
-    if near:
-        meant = str(near[0]).removesuffix(".manifest.json")
-        return f"no data set at {name}; did you mean {meant}? (the path has no suffix, and ends in _KEY_document)"
     if Path(f"{name}.bin").exists() or Path(f"{name}.idx").exists():
         return (
             f"{manifest_path(prefix)}: no such file, though {name}.bin or .idx exists: preprocessing did not finish, or another "
             "tool made them; make the data set again with: python tools/preprocess_data.py --output-prefix ... --overwrite"
         )
+    near = sorted(Path(name).parent.glob(f"{glob.escape(Path(name).stem)}*.manifest.json"))
+    if near:
+        meant = str(near[0]).removesuffix(".manifest.json")
+        return f"no data set at {name}; did you mean {meant}? (the path has no suffix, and ends in _KEY_document)"
     return (
         f"no data set at {name} ({manifest_path(prefix)} does not exist); make the default one with: "
         "python tools/preprocess_data.py, or your own with --input FILE --output-prefix PREFIX and point data.path at PREFIX_text_document"

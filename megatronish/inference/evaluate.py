@@ -107,7 +107,7 @@ def score_streams(
     Raises UserError when there is nothing to score, for a stride out of range and for a loss that is no number.
     """
     nats, count = 0.0, 0
-    device, limit = model.embedding.weight.device, model.config.seq_length
+    device, limit = next(model.parameters()).device, model.config.seq_length
     elements = LOGITS_CUDA if device.type == "cuda" else LOGITS_CPU
     batch_size = max(1, elements // (limit * model.config.vocab_size))
 

@@ -73,7 +73,7 @@ class Generation(Iterator[int]):
     @torch.inference_mode()
     def _step(self) -> int:
         """Read what is unread and draw the token that follows it."""
-        weight = self._model.embedding.weight
+        weight = next(self._model.parameters())
         if self._cache is None:  # made here, so that a generation that waits its turn holds no memory
             length = min(self._model.config.seq_length, self.prompt_tokens + self._max_new_tokens)
             self._cache = KVCache(self._model.config, 1, length, device=weight.device, dtype=weight.dtype)

@@ -79,7 +79,7 @@ class Evaluation:
 def _verdict(rows: list[tuple[str, float]]) -> str:
     (_, model), *others = rows
     beaten = [name for name, bits in others if model < bits]
-    unbeaten = [name for name, bits in others if model >= bits]
+    unbeaten = [name for name, _ in others if name not in beaten]
     words = [f"beats {' and '.join(beaten)}"] if beaten else []
     words += [f"does not beat {' or '.join(unbeaten)}"] if unbeaten else []
     return " but ".join(words)
@@ -164,7 +164,7 @@ def _run_config(info: CheckpointInfo, required: bool) -> RunConfig | None:
 def _documents(dataset: Dataset, info: CheckpointInfo, run: RunConfig | None, named: bool) -> tuple[np.ndarray, bool]:
     """Which documents to evaluate on, and whether they are a run's held-out ones."""
     reader = dataset.reader
-    if run is not None and info.data_identity == reader.identity:
+    if run is not None and info.data_identity in (reader.identity, dataset.fingerprint):
         fraction = run.megatronish.data.validation_fraction
         _, held_out = split_documents(reader.num_documents, fraction)
         if not len(held_out):

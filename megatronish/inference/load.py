@@ -25,7 +25,7 @@ class CheckpointInfo:
     folder: Path  # of the weights
     run_dir: Path
     step: int | None  # optimizer steps it was trained for
-    data_identity: str | None  # IndexedReader.identity of the training data
+    data_identity: str | None  # of the training data, as the training state names it
 
 
 def load_for_inference(

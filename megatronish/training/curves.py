@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from megatronish.config.base import UserError
 from megatronish.config.run import RunConfig
 from megatronish.model.accounting import parameter_counts
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 FIGURE_FILE = "loss.png"
 EVALUATION_FILE = "evaluation.json"
 # The smoothed curve averages over about this share of the reports.
-SMOOTHING_SHARE = 0.04
+SMOOTHING_SHARE = 0.05
 TRAIN_COLOR, VALIDATION_COLOR, MUTED = "#2563a8", "#d1495b", "#5f6b7a"
 
 
@@ -81,20 +83,23 @@ def read_curves(run_dir: Path) -> Curves:
     return curves
 
 
-def smooth(values: list[float], span: float) -> list[float]:
-    """Exponential moving average over about `span` values, without the pull towards zero of its first ones.
+def smooth(values: list[float], width: int) -> list[float]:
+    """Mean of the `width` values around each, as many before as behind it, so that a slope is not delayed.
 
-    Each is the mean of the values so far with weights (1 - 1/span)^age (as Adam's corrected moments). Values that are
-    no finite number are passed over.
+    Towards both ends the window shrinks with the distance to the end. Values that are no finite number are left out; a
+    window without any gives NaN.
     """
-    keep = 1.0 - 1.0 / max(1.0, span)
-    total = weight = 0.0
-    smoothed = []
-    for value in values:
-        if math.isfinite(value):
-            total, weight = keep * total + value, keep * weight + 1.0
-        smoothed.append(total / weight if weight else math.nan)
-    return smoothed
+    numbers = np.array(values, dtype=np.float64)
+    finite = np.isfinite(numbers)
+    sums = np.concatenate(([0.0], np.cumsum(np.where(finite, numbers, 0.0))))
+    counts = np.concatenate(([0], np.cumsum(finite)))
+    places = np.arange(len(numbers))
+    half = np.minimum(np.minimum(places, places[::-1]), max(0, width - 1) // 2)
+    low, high = places - half, places + half + 1
+    inside = counts[high] - counts[low]
+    means = np.full(len(numbers), np.nan)
+    np.divide(sums[high] - sums[low], inside, out=means, where=inside > 0)
+    return means.tolist()
 
 
 def draw_curves(run_dir: Path, output: Path | None = None) -> Path:
@@ -117,19 +122,14 @@ def draw_curves(run_dir: Path, output: Path | None = None) -> Path:
     _draw_loss(top, curves)
     _write_title(top, run_dir, curves)
     _write_evaluation(top, run_dir)
+    power = _power_of_ten(curves.rates)
     panels = [
-        ("learning rate", curves.rates),
+        (f"learning rate (1e{power})", [rate / 10.0**power for rate in curves.rates]),
         ("gradient norm", curves.grad_norms),
-        ("thousand tokens/s", [speed / 1e3 for speed in curves.speeds]),
+        ("speed (thousand tokens/s)", [speed / 1e3 for speed in curves.speeds]),
     ]
     for column, (name, values) in enumerate(panels):
-        panel = figure.add_subplot(grid[1, column])
-        panel.plot(curves.steps, values, color=MUTED, linewidth=1.2, marker="o" if len(values) < 3 else None)
-        panel.set_title(name, fontsize=10, loc="left")
-        panel.set_xlabel("optimizer step")
-        panel.ticklabel_format(axis="y", scilimits=(-2, 4))
-        panel.set_ylim(bottom=0)
-        _style(panel)
+        _draw_panel(figure.add_subplot(grid[1, column]), name, curves.steps, values)
     try:
         figure.savefig(output, dpi=140)
     except OSError as error:
@@ -137,13 +137,30 @@ def draw_curves(run_dir: Path, output: Path | None = None) -> Path:
     return output
 
 
+def _draw_panel(axes: Axes, name: str, steps: list[int], values: list[float]) -> None:
+    axes.set_title(name, fontsize=10, loc="left")
+    axes.set_xlabel("optimizer step")
+    _style(axes)
+    if any(math.isfinite(value) for value in values):
+        axes.plot(steps, values, color=MUTED, linewidth=1.2, marker="o" if len(values) < 3 else None)
+        axes.set_ylim(bottom=0)
+    else:
+        axes.text(0.5, 0.5, "not reported", transform=axes.transAxes, ha="center", va="center", color=MUTED)
+
+
+def _power_of_ten(values: list[float]) -> int:
+    """The exponent of the largest value as it is written in scientific notation; 0 where there is none."""
+    largest = max((value for value in values if 0 < value < math.inf), default=1.0)
+    return math.floor(math.log10(largest))
+
+
 def _draw_loss(axes: Axes, curves: Curves) -> None:
-    span = max(1.0, SMOOTHING_SHARE * len(curves.steps))
-    if curves.steps:
-        raw_label = "training" if span <= 1 else "training, as reported"
-        axes.plot(curves.steps, curves.losses, color=TRAIN_COLOR, alpha=1 if span <= 1 else 0.35, lw=1, label=raw_label)
-    if span > 1:
-        axes.plot(curves.steps, smooth(curves.losses, span), color=TRAIN_COLOR, lw=2, label="training, smoothed")
+    width = round(SMOOTHING_SHARE * len(curves.steps))
+    if width < 3:  # too few reports to smooth
+        axes.plot(curves.steps, curves.losses, color=TRAIN_COLOR, lw=1.5, marker="o", markersize=3, label="training")
+    else:
+        axes.plot(curves.steps, curves.losses, color=TRAIN_COLOR, alpha=0.35, lw=1, label="training, as reported")
+        axes.plot(curves.steps, smooth(curves.losses, width), color=TRAIN_COLOR, lw=2, label="training, smoothed")
     if curves.validation_steps:
         axes.plot(
             curves.validation_steps,
@@ -177,6 +194,7 @@ def _style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#000000", alpha=0.1, linewidth=0.6)
     axes.margins(x=0.02)
+    axes.locator_params(axis="x", integer=True)
 
 
 def _write_title(axes: Axes, run_dir: Path, curves: Curves) -> None:
@@ -202,13 +220,15 @@ def _write_evaluation(axes: Axes, run_dir: Path) -> None:
         raise UserError(f"{run_dir / EVALUATION_FILE} cannot be read ({error!r}): evaluate the run again") from None
     lines = [f"bits per byte{step}", *(f"{name:<8}{bits:8.3f}" for name, bits in rows)]
     axes.text(
-        0.02,
-        0.05,
+        0.985,
+        0.62,  # below the legend
         "\n".join(lines),
         transform=axes.transAxes,
         family="monospace",
         fontsize=9,
-        verticalalignment="bottom",
+        horizontalalignment="right",
+        verticalalignment="top",
+        multialignment="left",
         bbox={"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": "#c3c9d1"},
     )
 

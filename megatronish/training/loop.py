@@ -66,7 +66,7 @@ def prepare(config: RunConfig, rank: Rank) -> Prepared:
     train = PackedDataset(dataset.reader, train_ids, ours.model.seq_length, ours.train.seed)
     run_dir = Path(ours.train.save_dir)
     check_writable(run_dir)
-    state = TrainState.start(config, plan, dataset.reader.identity)
+    state = TrainState.start(config, plan, dataset.fingerprint)
     found = CheckpointStore(run_dir, ours.train.keep_last, rank.is_first, lambda: None).find(ours.train.resume)
     if found is not None:
         check_same_model(found, config)
