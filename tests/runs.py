@@ -140,9 +140,10 @@ def engine_loop(rank: int, config: RunConfig, data_size: int) -> Trace:
     import torch.distributed as dist
 
     from megatronish.training.engine import Engine
+    from megatronish.training.loop import build_model
 
     ours, plan = config.megatronish, config.batch_plan(data_size)
-    engine = Engine(Transformer(ours.model, ours.kernels, seed=ours.train.seed), config, plan)
+    engine = Engine(build_model(config, plan), config, plan)
     loader = rank_loader(config, rank, data_size)
     losses, norms = [], []
     for step in range(ours.train.steps):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class UserError(ValueError):
@@ -20,9 +20,17 @@ class ConfigError(UserError):
 
 
 class Frozen(BaseModel):
-    """An immutable model that refuses unknown fields and silent type coercion of booleans and strings."""
+    """An immutable model that refuses unknown fields; a string or a boolean is never taken for a number, nor inf or nan."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_floats_are_integers(cls, raw: Any) -> Any:
+        """`5e8` is how DeepSpeed files write bucket sizes; JSON reads it as a float."""
+        if not isinstance(raw, dict):
+            return raw
+        return {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in raw.items()}
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatronish.config.base import ConfigError, Frozen
 
@@ -27,21 +27,7 @@ OURS = {  # DeepSpeed keys whose job another place of the run description has
 }
 
 
-class Strict(Frozen):
-    """A section in which a string is never taken for a number or a number for a boolean."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _whole_floats_are_integers(cls, raw: Any) -> Any:
-        """`5e8` is how DeepSpeed files write bucket sizes; JSON reads it as a float."""
-        if not isinstance(raw, dict):
-            return raw
-        return {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in raw.items()}
-
-
-class Bf16Config(Strict):
+class Bf16Config(Frozen):
     """bfloat16 weights and gradients; ZeRO keeps the fp32 master copy."""
 
     enabled: bool = Field(False, description="train in bfloat16")
@@ -49,7 +35,7 @@ class Bf16Config(Strict):
     check_grad_overflow: bool | None = Field(None, description="check bf16 gradients for inf and nan")
 
 
-class Fp16Config(Strict):
+class Fp16Config(Frozen):
     """float16 with loss scaling."""
 
     enabled: bool = Field(False, description="train in float16")
@@ -61,7 +47,7 @@ class Fp16Config(Strict):
     min_loss_scale: float = Field(1, gt=0, description="the scale never falls below this")
 
 
-class OffloadOptimizer(Strict):
+class OffloadOptimizer(Frozen):
     """Optimizer states and their update outside the GPU."""
 
     device: Literal["none", "cpu", "nvme"] = Field(..., description="where optimizer states live")
@@ -72,7 +58,7 @@ class OffloadOptimizer(Strict):
     ratio: float = Field(1.0, ge=0, le=1, description="share of the update done on the CPU (ZeRO-3)")
 
 
-class OffloadParam(Strict):
+class OffloadParam(Frozen):
     """Parameters outside the GPU (ZeRO-3)."""
 
     device: Literal["none", "cpu", "nvme"] = Field(..., description="where parameters live")
@@ -83,11 +69,11 @@ class OffloadParam(Strict):
     max_in_cpu: int = Field(1_000_000_000, ge=0, description="elements kept in host memory with NVMe offload")
 
 
-class ZeroConfig(Strict):
+class ZeroConfig(Frozen):
     """The ZeRO optimizer: what is partitioned over the data-parallel ranks, and in what pieces."""
 
-    stage: Literal[0, 1, 2, 3] = Field(
-        ..., description="0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters"
+    stage: int = Field(
+        ..., ge=0, le=3, description="0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters"
     )
     overlap_comm: bool | None = Field(None, description="reduce gradients while backward still runs")
     contiguous_gradients: bool = Field(True, description="copy gradients into one buffer as they are made")
@@ -140,7 +126,7 @@ class ZeroConfig(Strict):
         return self.offload_optimizer is not None and self.offload_optimizer.device != "none"
 
 
-class OptimizerParams(Strict):
+class OptimizerParams(Frozen):
     """Settings of the optimizer; which of them an optimizer takes is checked by its type."""
 
     lr: float = Field(..., gt=0, description="peak learning rate (of Muon's matrices, for Muon)")
@@ -156,7 +142,7 @@ class OptimizerParams(Strict):
         return tuple(value) if isinstance(value, list) else value
 
 
-class OptimizerConfig(Strict):
+class OptimizerConfig(Frozen):
     """Which optimizer, as DeepSpeed writes it."""
 
     type: Literal["AdamW", "Lion", "Muon"] = Field(..., description="the optimizer")
@@ -179,7 +165,7 @@ class OptimizerConfig(Strict):
         return self
 
 
-class DeepSpeedConfig(Strict):
+class DeepSpeedConfig(Frozen):
     """The DeepSpeed half of a run description."""
 
     train_batch_size: int | None = Field(None, ge=1, description="samples an optimizer step, over all ranks")
@@ -269,7 +255,7 @@ def load_json(path: str | Path) -> dict[str, Any]:
     try:
         raw = json.loads(text, object_pairs_hook=no_repeats)
     except json.JSONDecodeError as error:
-        row = text.splitlines()[error.lineno - 1] if text.strip() else ""
+        row = text.split("\n")[error.lineno - 1]
         raise ConfigError(
             f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}.\n  {row}\n  "
             + " " * (error.colno - 1)

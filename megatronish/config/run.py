@@ -89,11 +89,13 @@ class RunConfig:
             equation = f"{micro} * {steps} * dp {data_size} = {micro * steps * data_size}"
         plan = BatchPlan(micro, steps or 1, data_size)
         if rest or not plan.samples:
-            near = max(1, round(total / (max(micro, 1) * data_size)))
+            micro = max(micro, 1)
+            near = max(1, round(total / (micro * data_size)))
+            also = "" if ds.train_micro_batch_size_per_gpu else f"train_micro_batch_size_per_gpu to {micro} and "
             raise ConfigError(
                 f"{self.source}: train_batch_size {total} != train_micro_batch_size_per_gpu * "
                 f"gradient_accumulation_steps * data-parallel ranks ({equation}). Either set train_batch_size to "
-                f"{max(micro, 1) * (steps or near) * data_size}, or remove it and set "
+                f"{micro * (steps or near) * data_size}, or remove it and set {also}"
                 f"gradient_accumulation_steps to {near}."
             )
         return plan
@@ -140,7 +142,8 @@ class RunConfig:
         """
         raw = load_json(path)
         source = str(path)
-        if "preset" in (overrides or {}).get(BLOCK, {}).get("model", {}) and isinstance(raw.get(BLOCK), dict):
+        model = (overrides or {}).get(BLOCK, {}).get("model")
+        if isinstance(model, dict) and "preset" in model and isinstance(raw.get(BLOCK), dict):
             raw[BLOCK].pop("model", None)
         if overrides:
             source += " with the command line's overrides"

@@ -18,9 +18,7 @@ from megatronish.data.dataset import Dataset, check_dataset_fits, open_dataset
 from megatronish.data.packing import split_documents
 from megatronish.inference.evaluate import ProgressLine, gzip_size, held_out_streams, score_streams, xz_size
 from megatronish.inference.load import CheckpointInfo, load_for_inference
-from megatronish.model.checkpoints import RUN_FILE
-
-EVALUATION_FILE = "evaluation.json"
+from megatronish.model.checkpoints import EVALUATION_FILE, RUN_FILE
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from megatronish.config.base import ConfigError
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"
 RUN_FILE = "run.json"
+EVALUATION_FILE = "evaluation.json"
 TOKENIZER_RECORD_FILE = "tokenizer_record.json"
 LATEST, BEST = "latest", "best"
 

@@ -13,14 +13,13 @@ import numpy as np
 from megatronish.config.base import UserError
 from megatronish.config.run import RunConfig
 from megatronish.model.accounting import parameter_counts
-from megatronish.model.checkpoints import RUN_FILE
+from megatronish.model.checkpoints import EVALUATION_FILE, RUN_FILE
 from megatronish.training.monitor import METRICS_FILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FIGURE_FILE = "loss.png"
-EVALUATION_FILE = "evaluation.json"
 # The smoothed curve averages over about this share of the reports.
 SMOOTHING_SHARE = 0.05
 TRAIN_COLOR, VALIDATION_COLOR, MUTED = "#2563a8", "#d1495b", "#5f6b7a"

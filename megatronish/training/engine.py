@@ -18,6 +18,7 @@ import logging
 import os
 import sys
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,6 +166,17 @@ class Engine:
         else:
             state = self._engine.module.state_dict() if dist.get_rank() == 0 else {}
         return {name.removeprefix("model."): value for name, value in state.items()}
+
+
+def partitioned_construction(config: RunConfig, plan: BatchPlan) -> AbstractContextManager[Any]:
+    """Inside it modules are born partitioned under ZeRO-3, so that no rank ever holds a whole model; else nothing."""
+    enabled = config.deepspeed.zero_optimization.stage == 3
+    return deepspeed.zero.Init(config_dict_or_path=engine_keys(config, plan)) if enabled else nullcontext()
+
+
+def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Inside it ZeRO-3 parameters are whole; what the first rank writes to them becomes theirs."""
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
 class _LossModule(nn.Module):

@@ -19,11 +19,20 @@ from megatronish.data.loader import MicroBatchLoader, ValidationLoader
 from megatronish.data.packing import PackedDataset, split_documents
 from megatronish.data.sampler import MicroBatchSampler
 from megatronish.model.accounting import flops_per_token, parameter_counts
+from megatronish.model.init import init_weights
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import load_config, save_model
 from megatronish.parallel.startup import Rank, has_gpu
 from megatronish.training.checkpoint import ENGINE_TAG, RUN_FILE, CheckpointStore, check_writable
-from megatronish.training.engine import Batch, Engine, device, start_process_group, stop_process_group
+from megatronish.training.engine import (
+    Batch,
+    Engine,
+    device,
+    gathered,
+    partitioned_construction,
+    start_process_group,
+    stop_process_group,
+)
 from megatronish.training.memory import fit_to_host
 from megatronish.training.monitor import Monitor, clock
 from megatronish.training.peak import Peak, find_peak
@@ -126,7 +135,7 @@ class _Trainer:
         peak = find_peak(self.device, self.dtype)
         if rank.is_first:
             self._announce(peak)
-        self.engine = Engine(self._build_model(), run.config, run.plan)
+        self.engine = Engine(build_model(run.config, run.plan), run.config, run.plan)
         if run.resume_from:
             self.engine.load(str(run.resume_from), ENGINE_TAG)
         sampler = MicroBatchSampler(self.state.samples, run.plan.samples, run.plan.micro, rank.rank, run.plan.data_size)
@@ -141,17 +150,6 @@ class _Trainer:
         self.monitor = None
         if rank.is_first:
             self.monitor = Monitor(run.config, run.run_dir, self.state.step, self.flops, peak, self.device)
-
-    def _build_model(self) -> Transformer:
-        ours = self.run.config.megatronish
-        try:
-            model = Transformer(ours.model, ours.kernels, seed=ours.train.seed)
-        except ValueError as error:  # a forced kernel that is not installed
-            raise ConfigError(str(error)) from None
-        model.set_activation_checkpointing(ours.train.activation_checkpointing)
-        if ours.train.compile:
-            model.compile_blocks(ours.train.compile_mode)
-        return model
 
     def train(self) -> None:
         """Steps up to the last one, then the loader and the logs are closed."""
@@ -291,6 +289,25 @@ class _Trainer:
             print(f"MFU is of {peak.flops / 1e12:.4g} TFLOP/s: {peak.source}")
         if run.resume_from:
             print(f"continuing {run.resume_from} at step {run.state.step}")
+
+
+def build_model(config: RunConfig, plan: BatchPlan) -> Transformer:
+    """The run's model with its initial weights, partitioned from the start under ZeRO-3. The process group exists.
+
+    Raises ConfigError for a kernel that is asked for by name and not installed.
+    """
+    ours, zero3 = config.megatronish, config.deepspeed.zero_optimization.stage == 3
+    try:
+        with partitioned_construction(config, plan):
+            model = Transformer(ours.model, ours.kernels, seed=None if zero3 else ours.train.seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if zero3:
+        init_weights(model, ours.model, ours.train.seed, gather=gathered)
+    model.set_activation_checkpointing(ours.train.activation_checkpointing)
+    if ours.train.compile:
+        model.compile_blocks(ours.train.compile_mode)
+    return model
 
 
 def copy_tokenizer(dataset: Dataset, folder: Path) -> None:

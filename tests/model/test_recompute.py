@@ -89,8 +89,8 @@ def _operators(config: ModelConfig, mode: str) -> Counter[str]:
 
 
 def _outside_blocks(config: ModelConfig, tokens: int) -> int:
-    """Saved by embedding, final norm, head and loss: token ids, norm input and rstd, head input, logits, log Z, labels."""
-    return tokens * (8 + 4 * config.hidden_size + 4 + 4 * config.hidden_size + 4 * config.vocab_size + 4 + 8)
+    """Saved by embedding, final norm, head and loss: token ids, norm input and rstd, head input, logits, label indices, which count."""
+    return tokens * (8 + 4 * config.hidden_size + 4 + 4 * config.hidden_size + 4 * config.vocab_size + 8 + 1)
 
 
 def _saved_bytes(config: ModelConfig, mode: str) -> int:
