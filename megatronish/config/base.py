@@ -35,9 +35,16 @@ class Frozen(BaseModel):
 
 @contextlib.contextmanager
 def explained(is_first: bool = True) -> Iterator[None]:
-    """End the program on a UserError: its text on stderr (from the first rank only), exit status 2, no traceback."""
+    """End the program on a UserError: its text on stderr (from the first rank only), exit status 2, no traceback.
+
+    Ctrl-C ends it with status 130, as a shell does.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        if is_first:
+            print("\nstopped by Ctrl-C; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        sys.exit(130)
     except UserError as error:
         if is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -74,7 +81,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str, prefix: 
         elif item["type"] == "value_error":
             line = f"{dotted}: {item['ctx']['error']}" if dotted else str(item["ctx"]["error"])
         else:
-            line = f'"{dotted}" is {item["input"]!r}: {item["msg"].lower()}.'
+            line = f'"{dotted}" is {item["input"]!r}: {item["msg"][0].lower()}{item["msg"][1:]}.'
         lines.append(line)
     return ConfigError(f"{where}: " + ("\n  " if len(lines) > 1 else "") + "\n  ".join(lines))
 

@@ -43,12 +43,22 @@ def known_names() -> dict[str, tuple[str, ...]]:
     return {".".join(path).removeprefix(BLOCK + "."): path for path in [*paths, *sorted(sections)]}
 
 
-def parse_value(text: str) -> Any:
-    """A command-line value: JSON where it is JSON (numbers, true, null, lists, objects), else the text itself."""
+def text_names() -> set[str]:
+    """Dotted command-line names of the fields that hold text: `--train.save_dir 7` means the folder "7"."""
+    found = [*fields(DeepSpeedConfig), *fields(MegatronishConfig)]
+    return {name for name, field in found if str in (field.annotation, *get_args(field.annotation))}
+
+
+def parse_value(text: str, is_text: bool = False) -> Any:
+    """A command-line value: JSON where it is JSON (numbers, true, null, lists, objects), else the text itself.
+
+    is_text: the field holds text, so that of JSON only a quoted string and null are meant as such.
+    """
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError:
-        return {"True": True, "False": False, "None": None}.get(text, text)
+        value = {"True": True, "False": False, "None": None}.get(text, text)
+    return text if is_text and value is not None and not isinstance(value, str) else value
 
 
 def parse(argv: Sequence[str], program: str, default_config: str | None = None) -> RunConfig:
@@ -56,8 +66,9 @@ def parse(argv: Sequence[str], program: str, default_config: str | None = None) 
 
     Prints help and exits on --help. Raises ConfigError on an unknown name, a missing value or a bad run.
     """
-    names, overrides, path = known_names(), {}, default_config
-    words = list(argv)
+    names, texts, words = known_names(), text_names(), list(argv)
+    overrides: dict[str, Any] = {}
+    path = default_config
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):
@@ -80,7 +91,7 @@ def parse(argv: Sequence[str], program: str, default_config: str | None = None) 
         dotted = name[2:].removeprefix(BLOCK + ".")
         if dotted not in names:
             raise ConfigError(f"{program}: unknown option {name}.{did_you_mean(dotted, names)} See --help for all.")
-        nested = parse_value(value)
+        nested = parse_value(value, dotted in texts)
         for part in reversed(names[dotted]):
             nested = {part: nested}
         overrides = merge(overrides, nested)

@@ -115,6 +115,8 @@ class RunConfig:
                 '"train": {"steps": 100, "save_dir": "runs/x"}}.'
             )
         ours = raw.pop(BLOCK)
+        if misplaced := [key for key in raw if key in MegatronishConfig.model_fields]:
+            raise ConfigError(f'{source}: "{misplaced[0]}" stands beside "{BLOCK}"; move it inside that block.')
         try:
             engine = DeepSpeedConfig.model_validate(raw)
         except ValidationError as error:

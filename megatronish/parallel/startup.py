@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,17 +46,27 @@ class Rank:
 def find_rank(env: MutableMapping[str, str]) -> Rank:
     """Read the rank from the launcher's variables: torch's names first, then Open MPI's, then Slurm's.
 
-    Raises LaunchError when a variable is missing or no number.
+    Raises LaunchError when a variable is missing or no number, or the rank is not below the number of ranks.
     """
 
     def number(name: str, default: str | None = None) -> int:
         text = env.get(name, default)
         if text is None:
             raise LaunchError(f"the launcher set some of the rank variables but not {name}; start all ranks with it.")
-        if not text.isdigit():
+        if not text.isdecimal():
             raise LaunchError(f"{name}={text!r} is no number; it is set by the launcher, unset it in your shell.")
         return int(text)
 
+    found = _read_rank(env, number)
+    if not (found.rank < found.world_size and found.local_rank < found.local_world_size):
+        raise LaunchError(
+            f"rank {found.rank} of {found.world_size} (local rank {found.local_rank} of {found.local_world_size}) cannot "
+            "be: ranks count from 0. Unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE in your shell."
+        )
+    return found
+
+
+def _read_rank(env: MutableMapping[str, str], number: Callable[..., int]) -> Rank:
     if "RANK" in env and "WORLD_SIZE" in env:
         world = number("WORLD_SIZE")
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_RANK" in env else "environment"
@@ -81,6 +91,8 @@ def find_rank(env: MutableMapping[str, str]) -> Rank:
             int(tasks[0] if tasks else 1),
             "srun",
         )
+    if "RANK" in env or "WORLD_SIZE" in env:
+        number("RANK"), number("WORLD_SIZE")  # one of them is missing
     return Rank(0, 1, 0, 1, "python")
 
 
@@ -94,10 +106,10 @@ def _deepspeed_local_size(env: MutableMapping[str, str], world: int) -> str:
 
 def first_host(node_list: str) -> str:
     """The first host of a Slurm node list: 'gpu[07-09,12],login1' -> 'gpu07'."""
-    head = re.match(r"([^,\[]+)(?:\[(\d+))?([^,\]]*\])?([^,\[]*)", node_list)
+    head = re.match(r"(?:[^,\[\]]|\[[^\]]*\])+", node_list)  # a comma inside [...] does not end the first entry
     if not head:
         raise LaunchError(f"SLURM_STEP_NODELIST={node_list!r} names no host.")
-    return head[1] + (head[2] or "") + (head[4] if head[2] else "")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", head[0])
 
 
 def find_master(rank: Rank, env: MutableMapping[str, str]) -> tuple[str, int]:
@@ -107,7 +119,12 @@ def find_master(rank: Rank, env: MutableMapping[str, str]) -> tuple[str, int]:
     ranks on several machines have no way to agree.
     """
     if "MASTER_ADDR" in env and "MASTER_PORT" in env:
-        return env["MASTER_ADDR"], int(env["MASTER_PORT"])
+        port = env["MASTER_PORT"]
+        if not (port.isdecimal() and 0 < int(port) < 1 << 16):
+            raise LaunchError(
+                f"MASTER_PORT={port!r} is no TCP port; it is set by the launcher, unset it in your shell."
+            )
+        return env["MASTER_ADDR"], int(port)
     if rank.world_size == 1:
         return "127.0.0.1", free_port()
     if rank.launcher == "mpirun":
@@ -179,11 +196,31 @@ def settle_process() -> Rank:
     if not has_gpu():
         env.setdefault("DS_ACCELERATOR", "cpu")
         env.setdefault("OMP_WAIT_POLICY", "passive")
-        unset = "OMP_NUM_THREADS" not in env
-        if unset or rank.launcher == "torchrun":  # torchrun writes 1 wherever the user wrote nothing
-            env["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // rank.local_world_size))
+        said = env.get("OMP_NUM_THREADS")
+        if said is None or (
+            said == "1" and rank.launcher == "torchrun"
+        ):  # torchrun writes 1 where the user said nothing
+            env["OMP_NUM_THREADS"] = str(claim_cores(rank))
         tune_allocator()
     return rank
+
+
+def claim_cores(rank: Rank) -> int:
+    """The cores this rank may use: its share of the launcher's cores, or fewer if it was bound to fewer.
+
+    Open MPI binds each of one or two ranks to a single core, however many the machine has: that is undone, while a
+    binding that leaves a rank its share (`--bind-to`, `--map-by ...:pe=N`) stays.
+    """
+    mine = os.sched_getaffinity(0)
+    try:
+        whole = os.sched_getaffinity(os.getppid())
+    except OSError:  # the launcher runs outside this container
+        whole = mine
+    share = max(1, len(whole) // rank.local_world_size)
+    if rank.launcher == "mpirun" and len(mine) < share:
+        os.sched_setaffinity(0, whole)
+        return share
+    return min(share, len(mine))
 
 
 def tune_allocator() -> bool:

@@ -7,6 +7,7 @@
     save_dir/checkpoints/latest, best     names of checkpoints
 
 All ranks write into `.writing-step-...`; when every rank is done its files are synced and the folder is renamed.
+A checkpoint goes by a rename to `.removing-step-...`, so that half of one never stands under its name either.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from megatronish.model.checkpoints import BEST, CHECKPOINTS, LATEST, STATE_FILE,
 from megatronish.model.checkpoints import RUN_FILE as RUN_FILE
 
 ENGINE_TAG = "engine"
-_WRITING = ".writing-"
+_WRITING, _REMOVING = ".writing-", ".removing-"
 
 
 def step_name(step: int) -> str:
@@ -46,7 +47,7 @@ class CheckpointStore:
         """Make the checkpoint of `step`: every rank calls it, `write` fills the folder it is given."""
         staging, final = self.folder / (_WRITING + step_name(step)), self.folder / step_name(step)
         if self._is_first:
-            shutil.rmtree(staging, ignore_errors=True)
+            self._clear()  # what a killed run left
             staging.mkdir(parents=True)
         self._barrier()
         write(staging)
@@ -54,13 +55,14 @@ class CheckpointStore:
         if self._is_first:
             sync_tree(staging)
             if final.exists():  # the same step saved again: the old one goes only when the new one is complete
-                shutil.rmtree(final)
+                self._retire(final)
             staging.rename(final)
             sync_folder(self.folder)
             self._point(LATEST, final.name)
             if is_best:
                 self._point(BEST, final.name)
-            self._prune()
+            self._prune(final)
+            self._clear()
         self._barrier()
         return final
 
@@ -87,11 +89,20 @@ class CheckpointStore:
     def _point(self, name: str, target: str) -> None:
         write_atomically(self.folder / name, target + "\n")
 
-    def _prune(self) -> None:
+    def _prune(self, newest: Path) -> None:
+        """Retire all but the last few up to `newest`. Later steps, of a run taken up again further back, stay."""
         best = read_pointer(self.folder, BEST)
-        for old in self.complete()[: -self._keep_last]:
+        up_to_now = [path for path in self.complete() if path.name <= newest.name]
+        for old in up_to_now[: -self._keep_last]:
             if old != best:
-                shutil.rmtree(old)
+                self._retire(old)
+
+    def _retire(self, old: Path) -> None:
+        old.rename(self.folder / (_REMOVING + old.name))
+
+    def _clear(self) -> None:
+        for leftover in [*self.folder.glob(_WRITING + "*"), *self.folder.glob(_REMOVING + "*")]:
+            shutil.rmtree(leftover)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -18,8 +18,12 @@ import logging
 import os
 import sys
 import threading
+import time
+import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -32,10 +36,12 @@ from torch import nn
 
 from megatronish.config.base import UserError
 from megatronish.config.run import BLOCK, BatchPlan, RunConfig
+from megatronish.model.transformer import Transformer
 from megatronish.training.optimizers import ADAM_EPS, DEFAULT_BETAS, build_torch_optimizer, parameter_groups
 
 NEVER = 1 << 60
 SHUTDOWN_SECONDS = 20.0
+STALE_LOCK_SECONDS = 600.0  # several times what the compilation takes
 Batch = dict[str, Any]  # what data/loader.py yields, on the engine's device
 
 
@@ -63,6 +69,7 @@ def device() -> torch.device:
 def start_process_group(timeout_minutes: float = 30.0) -> None:
     """Join the other ranks (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are set): NCCL on GPUs, gloo on CPUs."""
     deepspeed_logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # deepspeed's calls, not ours
     on_cpu = device().type == "cpu"
     if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -77,26 +84,35 @@ def start_process_group(timeout_minutes: float = 30.0) -> None:
 
 
 def stop_process_group() -> None:
-    """Leave the process group; if that hangs (a peer is gone), end the process after SHUTDOWN_SECONDS."""
+    """Leave the process group after a good run; if a peer keeps that from returning, the process ends all the same."""
     if not dist.is_initialized():
         return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    watchdog = threading.Timer(SHUTDOWN_SECONDS, os._exit, (0,))
-    watchdog.daemon = True
-    watchdog.start()
+    timer = end_within(SHUTDOWN_SECONDS, status=0)
     dist.destroy_process_group()
-    watchdog.cancel()
+    timer.cancel()
+
+
+def end_within(seconds: float, status: int) -> threading.Timer:
+    """Have this process end in `seconds` with exit status `status`, however its threads hang, unless cancelled."""
+
+    def end() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 class Engine:
     """One data-parallel rank of a training run: forward, backward, step, save and load through DeepSpeed.
 
-    model: a module whose `loss(tokens, labels, **packing)` gives (sum of token losses, token count);
-    config, plan: the run and its batch arithmetic.
+    model: with its initial weights; config, plan: the run and its batch arithmetic.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig, plan: BatchPlan) -> None:
+    def __init__(self, model: Transformer, config: RunConfig, plan: BatchPlan) -> None:
         self.device = device()
         self.data_size = dist.get_world_size()
         keys = engine_keys(config, plan)
@@ -182,7 +198,7 @@ def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
 class _LossModule(nn.Module):
     """What DeepSpeed calls: a batch in, the sum of its token losses out."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model = model
 
@@ -229,7 +245,7 @@ def _build_muon(groups: list[dict[str, Any]], offload: bool, where: torch.device
     return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
 
 
-def load_cpu_adam() -> type[torch.optim.Optimizer]:
+def load_cpu_adam() -> Callable[..., torch.optim.Optimizer]:
     """DeepSpeed's CPU Adam with its kernel loaded, compiled first if it has to be (about a minute).
 
     Raises OpBuildError with the mend when it cannot be compiled.
@@ -237,6 +253,9 @@ def load_cpu_adam() -> type[torch.optim.Optimizer]:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
+    lock = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / CPUAdamBuilder.NAME / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS:
+        lock.unlink()  # left by a process that was killed while it compiled; every later load would wait for it
     try:
         CPUAdamBuilder().load(verbose=False)
     except Exception as error:

@@ -19,15 +19,18 @@ from megatronish.data.loader import MicroBatchLoader, ValidationLoader
 from megatronish.data.packing import PackedDataset, split_documents
 from megatronish.data.sampler import MicroBatchSampler
 from megatronish.model.accounting import flops_per_token, parameter_counts
+from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
 from megatronish.model.init import init_weights
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import load_config, save_model
 from megatronish.parallel.startup import Rank, has_gpu
 from megatronish.training.checkpoint import ENGINE_TAG, RUN_FILE, CheckpointStore, check_writable
 from megatronish.training.engine import (
+    SHUTDOWN_SECONDS,
     Batch,
     Engine,
     device,
+    end_within,
     gathered,
     partitioned_construction,
     start_process_group,
@@ -79,6 +82,8 @@ def prepare(config: RunConfig, rank: Rank) -> Prepared:
     found = CheckpointStore(run_dir, ours.train.keep_last, rank.is_first, lambda: None).find(ours.train.resume)
     if found is not None:
         check_same_model(found, config)
+        check_same_tokenizer(found, dataset)
+        check_engine_state(found)
         saved = TrainState.load(found)
         saved.check_continues(state, found)
         state = saved
@@ -104,6 +109,25 @@ def check_same_model(checkpoint: Path, config: RunConfig) -> None:
         )
 
 
+def check_same_tokenizer(checkpoint: Path, dataset: Dataset) -> None:
+    """Refuse a dataset whose token ids mean something else than those the checkpoint learned. Raises UserError."""
+    path = checkpoint / TOKENIZER_RECORD_FILE
+    try:
+        learned = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error!r}); use an older checkpoint.") from None
+    check_dataset_fits(dataset.manifest, dataset.manifest.tokenizer.vocab_size, learned, place=dataset.prefix)
+
+
+def check_engine_state(checkpoint: Path) -> None:
+    """Refuse a checkpoint that holds no optimizer state, such as a copy made for inference. Raises ConfigError."""
+    if not any((checkpoint / ENGINE_TAG).glob("*.pt")):
+        raise ConfigError(
+            f"{checkpoint / ENGINE_TAG} holds no training state, so this checkpoint can be read but not continued. "
+            "Use another one, or begin afresh with --train.resume never and another --train.save_dir."
+        )
+
+
 def pretrain(config: RunConfig, rank: Rank) -> Path:
     """Train the run to its last step; returns the run's folder. Every rank calls it.
 
@@ -117,8 +141,10 @@ def pretrain(config: RunConfig, rank: Rank) -> Path:
     start_process_group()
     try:
         _Trainer(run, rank).train()
-    finally:
-        stop_process_group()
+    except BaseException:
+        end_within(SHUTDOWN_SECONDS, status=1)  # peers may wait for this rank in a collective: the launcher ends them
+        raise
+    stop_process_group()
     return run.run_dir
 
 
@@ -173,6 +199,8 @@ class _Trainer:
             tokens.append(result.tokens)
             done, last = step + 1, step + 1 == config.steps
             self.state = self.state.advance(plan.samples, plan.samples * self.run.train.seq_length)
+            if self.monitor and step == self.run.state.step:
+                self.monitor.first_step()
             if done % config.log_interval == 0 or last:
                 self._report(done, losses, tokens, result.grad_norm)
                 losses, tokens = [], []
@@ -180,7 +208,9 @@ class _Trainer:
             if done % config.save_interval == 0 or last or is_best:
                 self._save(done, is_best)
 
-    def _report(self, done: int, losses: list[torch.Tensor], tokens: list[torch.Tensor], norm: object) -> None:
+    def _report(
+        self, done: int, losses: list[torch.Tensor], tokens: list[torch.Tensor], norm: float | torch.Tensor | None
+    ) -> None:
         """Mean loss of the steps since the last report, over all ranks; stops when it is no number."""
         total = torch.stack(losses).sum()
         dist.all_reduce(total)
@@ -222,11 +252,13 @@ class _Trainer:
         if is_best:
             self.state = replace(self.state, best_loss=loss)
         if self.monitor:
-            self.monitor.validation(done, loss, int(count.item()), time.monotonic() - start, is_best)
-            self.monitor.pause_ends()
+            seconds = time.monotonic() - start
+            self.monitor.validation(done, loss, int(count.item()), seconds, is_best)
+            self.monitor.pause_ends(seconds)
         return is_best
 
     def _save(self, done: int, is_best: bool) -> None:
+        start = time.monotonic()
         weights = self.engine.weights()
 
         def write(folder: Path) -> None:
@@ -240,7 +272,7 @@ class _Trainer:
         saved = self.store.save(done, write, is_best)
         if self.monitor:
             self.monitor.say(f"saved {saved}")
-            self.monitor.pause_ends()
+            self.monitor.pause_ends(time.monotonic() - start)
 
     def _to_device(self, batch: Batch) -> Batch:
         if self.device.type == "cpu":
@@ -317,7 +349,7 @@ def copy_tokenizer(dataset: Dataset, folder: Path) -> None:
         source = Path(dataset.prefix).parent / record.file
         suffix = ".model" if source.suffix == ".model" else ".json"
         shutil.copyfile(source, folder / f"tokenizer{suffix}")
-    (folder / "tokenizer_record.json").write_text(
+    (folder / TOKENIZER_RECORD_FILE).write_text(
         json.dumps({"kind": record.kind, "eod_id": record.eod_id, "sha256": record.sha256}, indent=2) + "\n"
     )
 

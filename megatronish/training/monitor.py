@@ -11,7 +11,9 @@ from typing import Any, Protocol, TextIO
 import psutil
 import torch
 
+from megatronish.config.base import ConfigError
 from megatronish.config.run import RunConfig
+from megatronish.training.checkpoint import write_atomically
 from megatronish.training.peak import Peak
 
 METRICS_FILE = "metrics.jsonl"
@@ -33,7 +35,7 @@ class JsonLines:
     def __init__(self, path: Path, resumed_step: int) -> None:
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
-            path.write_text("".join(line + "\n" for line in kept))
+            write_atomically(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
@@ -58,7 +60,7 @@ class TensorBoard:
     def __init__(self, folder: Path, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():
@@ -76,12 +78,12 @@ class WandB:
         try:
             import wandb
         except ImportError:
-            raise ValueError(
+            raise ConfigError(
                 f"log.wandb is {config.megatronish.log.wandb!r} and wandb is not installed: pip install wandb, "
                 "or --log.wandb off."
             ) from None
         log, id_file = config.megatronish.log, run_dir / "wandb_id"
-        known = id_file.read_text().strip() if id_file.exists() else None
+        known = (id_file.read_text().strip() if id_file.exists() else "") or None
         self._run = wandb.init(
             project=log.wandb_project,
             mode="offline" if log.wandb == "offline" else "online",
@@ -124,6 +126,10 @@ class DeviceMetrics:
             uuid = str(torch.cuda.get_device_properties(device).uuid)
             self._gpu = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
         psutil.cpu_percent()  # the first call only starts the clock
+
+    def started(self) -> float:
+        """When this process started, in seconds since the epoch."""
+        return self._process.create_time()
 
     def memory_gib(self) -> float:
         """GPU: peak allocated by torch; CPU: resident memory of this process."""
@@ -178,6 +184,10 @@ class Monitor:
         self._out.write(text + "\n")
         self._out.flush()
 
+    def first_step(self) -> None:
+        """Say how long after the start of the process the first step was done."""
+        self.say(f"first step done {time.time() - self._devices.started():.1f} s after this process started")
+
     def step(self, step: int, loss: float, rate: float, grad_norm: float | None, tokens: int, new_tokens: int) -> None:
         """Report `step` steps done; loss: mean of the tokens since the last report; new_tokens: their number."""
         now = time.perf_counter()
@@ -208,9 +218,9 @@ class Monitor:
             f"validation at step {step}: loss {loss:.4f} over {tokens:,} tokens{', best so far' if is_best else ''}"
         )
 
-    def pause_ends(self) -> None:
-        """Time since the last report was not training (validation, saving): leave it out of rates and ETA."""
-        self._last_time = time.perf_counter()
+    def pause_ends(self, seconds: float) -> None:
+        """The last `seconds` were not training (validation, saving): leave them out of rates and ETA."""
+        self._last_time += seconds
 
     def close(self) -> None:
         """End the live line and close every sink."""

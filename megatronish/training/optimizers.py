@@ -84,13 +84,14 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     hidden = [p for name, p in matrices if "blocks." in name]
     outer = [p for name, p in matrices if "blocks." not in name]
     adam_lr = params.adam_lr or params.lr
+    momentum = MUON_MOMENTUM if params.momentum is None else params.momentum
     adam: dict[str, Any] = {
         "use_muon": False,
         "betas": params.betas or DEFAULT_BETAS["Muon"],
         "eps": params.eps or ADAM_EPS,
     }
     groups = [
-        group(hidden, params.lr, params.weight_decay, use_muon=True, momentum=params.momentum or MUON_MOMENTUM),
+        group(hidden, params.lr, params.weight_decay, use_muon=True, momentum=momentum),
         group(outer, adam_lr, params.weight_decay, **adam),
         group(vectors, adam_lr, 0.0, **adam),
     ]

@@ -42,9 +42,9 @@ class Peak:
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak | None:
     """The peak of all ranks; None for a GPU whose data sheet is not in the table. Every rank calls it."""
     if device.type == "cpu":
-        rate = torch.tensor(measure_matmul(dtype), dtype=torch.float64)
-        dist.all_reduce(rate)
-        return Peak(rate.item(), f"measured {MATRIX}^3 {dtype} matmul on {dist.get_world_size()} CPU ranks")
+        total = torch.tensor(measure_matmul(dtype), dtype=torch.float64)
+        dist.all_reduce(total)
+        return Peak(total.item(), f"measured {MATRIX}^3 {dtype} matmul on {dist.get_world_size()} CPU ranks")
     name = torch.cuda.get_device_name(device)
     for key in sorted(GPU_TFLOPS, key=len, reverse=True):
         if key.lower() in name.lower():

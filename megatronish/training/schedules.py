@@ -8,7 +8,7 @@ from megatronish.config.training import ScheduleConfig
 
 
 def rate_share(step: int, total: int, schedule: ScheduleConfig) -> float:
-    """The share of the peak learning rate that optimizer step `step` (0-based) of `total` uses, in (0, 1].
+    """The share of the peak learning rate that optimizer step `step` (0-based) of `total` uses, in [0, 1].
 
     Warmup is linear and reaches the peak at step `warmup_steps - 1`. Cosine (Loshchilov & Hutter 2017) and linear decay
     over the rest of the run to `min_ratio`, reached at the last step; wsd (Hu et al. 2024, MiniCPM) holds the peak and

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from megatronish.config.base import ConfigError
 from megatronish.config.run import BatchPlan, RunConfig
-
-STATE_FILE = "state.json"
+from megatronish.model.checkpoints import STATE_FILE
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,6 @@ class TrainState:
             ("optimizer", "optimizer"),
             ("dtype", "training dtype"),
             ("seed", "train.seed"),
-            ("data_identity", "dataset"),
         ):
             saved, now = getattr(self, name), getattr(fresh, name)
             if saved != now:
@@ -86,3 +84,9 @@ class TrainState:
                     f"{where} was saved with {words} {saved}, this run has {now}. Start with {saved} to continue it, "
                     "or begin afresh with --train.resume never and another --train.save_dir."
                 )
+        if self.data_identity != fresh.data_identity:
+            raise ConfigError(
+                f"{where} was saved on another dataset (SHA-256 {self.data_identity[:12]}..., this run reads "
+                f"{fresh.data_identity[:12]}...). Give that dataset's --data.path to continue it, or begin afresh with "
+                "--train.resume never and another --train.save_dir."
+            )

@@ -5,6 +5,7 @@ import io
 import json
 import lzma
 import math
+import random
 import shutil
 import zlib
 
@@ -27,7 +28,7 @@ from megatronish.inference.evaluate import (
 )
 from megatronish.inference.held_out import Evaluation, evaluate_run
 from tests.inference.conftest import save_checkpoint
-from tests.runs import make_dataset
+from tests.runs import WORDS, make_dataset
 
 CPU = torch.device("cpu")
 
@@ -127,11 +128,20 @@ def test_a_model_that_knows_nothing_pays_a_uniform_code(run, model):
 
 
 def test_sizes_are_those_of_the_command_line_formats():
-    text = b"the quick brown fox " * 400 + bytes(range(256))
-    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
-    assert gzip_size(text) == len(deflate.compress(text) + deflate.flush()) + 18  # RFC 1952: header 10, trailer 8
-    xz = lzma.LZMACompressor(lzma.FORMAT_XZ, preset=9 | lzma.PRESET_EXTREME)
-    assert xz_size(text) == len(xz.compress(text) + xz.flush())
+    draw = random.Random(0)
+    text = " ".join(draw.choices(WORDS, k=20_000)).encode()
+
+    def deflated(level):
+        deflate = zlib.compressobj(level, zlib.DEFLATED, -15)
+        return len(deflate.compress(text) + deflate.flush())
+
+    def xz(preset):
+        compressor = lzma.LZMACompressor(lzma.FORMAT_XZ, preset=preset)
+        return len(compressor.compress(text) + compressor.flush())
+
+    assert deflated(6) != deflated(9) and xz(6) != xz(9 | lzma.PRESET_EXTREME), "this text tells the levels apart"
+    assert gzip_size(text) == deflated(9) + 18  # RFC 1952: a header of 10 bytes, a trailer of 8
+    assert xz_size(text) == xz(9 | lzma.PRESET_EXTREME)
 
 
 def test_document_mask_scores_documents_alone(run, model, tmp_path):

@@ -64,6 +64,8 @@ def test_resumed_equals_unbroken(layout: str, tmp_path: Path) -> None:
     unbroken, resumed = read_losses(tmp_path / "unbroken"), read_losses(tmp_path / "stopped")
     assert [step for step, _, _ in resumed] == list(range(1, 21))
     assert resumed == unbroken
-    weights = [load_file(tmp_path / run / "checkpoints/step-00000020/model.safetensors") for run in ("unbroken", "stopped")]
+    weights = [
+        load_file(tmp_path / run / "checkpoints/step-00000020/model.safetensors") for run in ("unbroken", "stopped")
+    ]
     assert weights[0].keys() == weights[1].keys()
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])

@@ -42,13 +42,17 @@ def plain_bf16(data: str) -> list[Trace]:
 def test_fp32_equals_the_plain_loop(layout: str, data: str, plain_fp32: Trace, tmp_path: Path) -> None:
     """Loss and gradient norm of 10 steps within 1e-5: clipping is active and micro batches hold uneven token counts."""
     config = small_run(data, tmp_path, {"zero_optimization": LAYOUTS[layout]})
-    assert max(plain_fp32.norms) > config.deepspeed.gradient_clipping, "clipping must act for this test to mean something"
+    assert max(plain_fp32.norms) > config.deepspeed.gradient_clipping, (
+        "clipping must act for this test to mean something"
+    )
     trace, _ = run_ranks(2, engine_loop, config, 2)
     torch.testing.assert_close(trace.losses, plain_fp32.losses, rtol=1e-5, atol=0)
     torch.testing.assert_close(trace.norms, plain_fp32.norms, rtol=1e-5, atol=0)
     for name, weight in plain_fp32.weights.items():
         # AdamW divides by the gradient's own size: where that is near 0, 1e-7 of rounding moves a weight by up to 1e-5.
-        torch.testing.assert_close(trace.weights[name].float(), weight, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            trace.weights[name].float(), weight, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,0 +1,88 @@
+"""The counters of a run: what a checkpoint keeps, and when a run may go on from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatronish.config.base import ConfigError
+from megatronish.training.state import STATE_FILE, TrainState
+from tests.config.raw import read
+
+START = TrainState.start(read(gradient_accumulation_steps=2), read().batch_plan(2), "abc")
+
+
+def test_a_run_starts_at_nothing() -> None:
+    run = read(bf16={"enabled": True}, zero_optimization={"stage": 2}, megatronish={"train": {"seed": 7}})
+    state = TrainState.start(run, run.batch_plan(4), "abc")
+    assert (state.step, state.samples, state.tokens, state.best_loss) == (0, 0, 0, None)
+    assert (state.data_size, state.zero_stage, state.optimizer, state.dtype, state.seed) == (4, 2, "AdamW", "bf16", 7)
+
+
+def test_counters_advance() -> None:
+    twice = START.advance(8, 800).advance(4, 300)
+    assert twice == replace(START, step=2, samples=12, tokens=1100)
+
+
+@pytest.mark.parametrize("best", [None, 1.25, 0.1 + 0.2])
+def test_saved_and_loaded_is_the_same(best: float | None, tmp_path: Path) -> None:
+    """Every bit of the best loss too: a resumed run compares with it."""
+    state = replace(START, step=3, best_loss=best)
+    state.save(tmp_path)
+    assert TrainState.load(tmp_path) == state
+
+
+def test_unreadable_states(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"no {STATE_FILE}; this is no checkpoint of megatronish"):
+        TrainState.load(tmp_path)
+    START.save(tmp_path)
+    whole = (tmp_path / STATE_FILE).read_text()
+    for torn in ("", whole[: len(whole) // 2], "[]", "3"):
+        (tmp_path / STATE_FILE).write_text(torn)
+        with pytest.raises(ConfigError, match=r"state.json: cannot be read \(.*\); use an older checkpoint"):
+            TrainState.load(tmp_path)
+    raw = json.loads(whole)
+    for field in fields(TrainState):
+        (tmp_path / STATE_FILE).write_text(json.dumps({key: value for key, value in raw.items() if key != field.name}))
+        with pytest.raises(ConfigError, match=f"cannot be read .*{field.name}"):
+            TrainState.load(tmp_path)
+
+
+OTHERS: list[tuple[str, Any, str]] = [
+    ("data_size", 4, "data-parallel ranks 2, this run has 4"),
+    ("zero_stage", 2, "ZeRO stage 1, this run has 2"),
+    ("optimizer", "Lion", "optimizer AdamW, this run has Lion"),
+    ("dtype", "bf16", "training dtype fp32, this run has bf16"),
+    ("seed", 7, "train.seed 1234, this run has 7"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), OTHERS)
+def test_another_run_does_not_go_on(name: str, value: Any, words: str) -> None:
+    """The place, both values and both mends."""
+    fresh = replace(START, **{name: value})
+    with pytest.raises(ConfigError) as error:
+        replace(START, step=5).check_continues(fresh, Path("runs/x/step-5"))
+    message = str(error.value)
+    assert message.startswith(f"runs/x/step-5 was saved with {words}. Start with ")
+    assert "or begin afresh with --train.resume never and another --train.save_dir." in message
+
+
+def test_another_dataset() -> None:
+    fresh = replace(START, data_identity="0123456789abcdef")
+    with pytest.raises(ConfigError) as error:
+        START.check_continues(fresh, Path("runs/x"))
+    message = str(error.value)
+    assert "runs/x was saved on another dataset (SHA-256 abc..., this run reads 0123456789ab...)" in message
+    assert "Give that dataset's --data.path to continue it, or begin afresh" in message
+
+
+def test_what_may_differ() -> None:
+    """Where the run stands is not compared: that is what it goes on from."""
+    replace(START, step=5, samples=40, tokens=4000, best_loss=2.0).check_continues(START, Path("x"))
+    compared = {name for name, _, _ in OTHERS} | {"data_identity"}
+    assert {field.name for field in fields(TrainState)} == compared | {"step", "samples", "tokens", "best_loss"}
