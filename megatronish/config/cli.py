@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -72,6 +73,7 @@ def parse(argv: Sequence[str], program: str, default_config: str | None = None) 
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
             print(help_text(program))
             sys.exit(0)
         if word == "--deepspeed":

