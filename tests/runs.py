@@ -140,16 +140,16 @@ def engine_loop(rank: int, config: RunConfig, data_size: int) -> Trace:
     import torch.distributed as dist
 
     from megatronish.training.engine import Engine
-    from megatronish.training.loop import build_model
+    from megatronish.training.loop import build_model, to_device
 
     ours, plan = config.megatronish, config.batch_plan(data_size)
     engine = Engine(build_model(config, plan), config, plan)
     loader = rank_loader(config, rank, data_size)
     losses, norms = [], []
     for step in range(ours.train.steps):
-        batches = [next(loader) for _ in range(plan.accumulation)]
+        batches = [to_device(next(loader), engine.device) for _ in range(plan.accumulation)]
         result = engine.train_step(batches, rate_share(step, ours.train.steps, ours.schedule))
         dist.all_reduce(result.loss_sum)
         losses.append((result.loss_sum / result.tokens).item())
         norms.append(float(result.grad_norm))
-    return Trace(losses, norms, {name: value.clone() for name, value in engine.weights().items()})
+    return Trace(losses, norms, {name: value.cpu().clone() for name, value in engine.weights().items()})

@@ -259,16 +259,6 @@ class Installer:
         held.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
         self.pip("--no-build-isolation", "-c", str(held), "-e", ".[dev]")
 
-    def build_ops(self) -> None:
-        """Compile DeepSpeed's CPU optimizers now instead of at the first step; only offloaded training needs them."""
-        if not compiler():
-            self.say("WARNING: no C++ compiler: optimizer offload to the CPU will not work. Install g++, make install")
-            return
-        self.say("operators: compiling DeepSpeed's CPU optimizers (about a minute on two cores)")
-        command = [str(self.python), "tools/build_ops.py"]
-        if not self.run(command):
-            self.say(f"WARNING: they did not compile, so optimizer offload to the CPU will not work: see {self.log}")
-
     def install(self) -> None:
         """All steps, then the stamp."""
         index = os.environ.get("TORCH_INDEX", "")
@@ -289,7 +279,6 @@ class Installer:
         torch_version = self.torch(gpu, system_torch)
         self.say(f"packages: megatronish[dev] beside torch {torch_version}")
         self.package(torch_version)
-        self.build_ops()
         record = {
             "inputs": inputs_hash(self.root),
             "root": str(self.root),

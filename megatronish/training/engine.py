@@ -7,6 +7,8 @@ What it settles, so that the rest of the code need not know (each met on deepspe
 - low-precision ZeRO-0 takes an optimizer step with zero gradients to allocate its moments, which decays the weights and
   counts as step 1 of AdamW's bias correction (losses 1% off): rates are 0 during set-up and the moments dropped after;
 - the shared-memory op of CPU ranks leaves 69 MB a rank in /dev/shm: plain gloo is used;
+- offloaded AdamW is torch's fused one: as fast as DeepSpeed's CPU Adam (tools/bench_cpu_adam.py), nothing to compile, and
+  it resumes bit for bit;
 - Muon's Newton-Schulz under torch.compile is slow on CPUs: it runs eagerly there;
 - shutdown is explicit and bounded in time.
 """
@@ -18,12 +20,9 @@ import logging
 import os
 import sys
 import threading
-import time
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -37,16 +36,11 @@ from torch import nn
 from megatronish.config.base import UserError
 from megatronish.config.run import BLOCK, BatchPlan, RunConfig
 from megatronish.model.transformer import Transformer
-from megatronish.training.optimizers import ADAM_EPS, DEFAULT_BETAS, build_torch_optimizer, parameter_groups
+from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
 
 NEVER = 1 << 60
 SHUTDOWN_SECONDS = 20.0
-STALE_LOCK_SECONDS = 600.0  # several times what the compilation takes
 Batch = dict[str, Any]  # what data/loader.py yields, on the engine's device
-
-
-class OpBuildError(UserError):
-    """A DeepSpeed operator that this run needs cannot be compiled."""
 
 
 @dataclass(frozen=True)
@@ -233,17 +227,10 @@ def engine_keys(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: RunConfig, where: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of the run: torch's on the device, DeepSpeed's CPU kernels under offload, DeepSpeed's Muon."""
-    chosen, offload = config.deepspeed.optimizer, config.deepspeed.zero_optimization.offloads_optimizer
-    if chosen.type == "Muon":
-        return _build_muon(groups, offload, where)
-    if chosen.type == "AdamW" and offload:
-        betas, eps = chosen.params.betas or DEFAULT_BETAS["AdamW"], chosen.params.eps or ADAM_EPS
-        return load_cpu_adam()(groups, lr=chosen.params.lr, betas=betas, eps=eps)
-    return build_torch_optimizer(groups, chosen)
-
-
-def _build_muon(groups: list[dict[str, Any]], offload: bool, where: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of the run: torch's fused AdamW or our Lion, on the GPU and under offload, or DeepSpeed's Muon."""
+    chosen = config.deepspeed.optimizer
+    if chosen.type != "Muon":
+        return build_torch_optimizer(groups, chosen)
     from deepspeed.runtime.zero.muon import original_muon  # importing it compiles: only for runs that use it
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
@@ -251,33 +238,4 @@ def _build_muon(groups: list[dict[str, Any]], offload: bool, where: torch.device
         for name in ("zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz", "muon_update"):
             function = getattr(original_muon, name)
             setattr(original_muon, name, getattr(function, "_torchdynamo_orig_callable", function))
-    if offload:
-        return MuonWithAuxAdam(groups, adam_optimizer=load_cpu_adam())
     return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
-
-
-def load_cpu_adam() -> Callable[..., torch.optim.Optimizer]:
-    """DeepSpeed's CPU Adam with its kernel loaded, compiled first if it has to be (about a minute).
-
-    Raises OpBuildError with the mend when it cannot be compiled.
-    """
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-    from deepspeed.ops.op_builder import CPUAdamBuilder
-
-    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / CPUAdamBuilder.NAME
-    lock, kernel = folder / "lock", folder / f"{CPUAdamBuilder.NAME}.so"
-    if lock.exists():
-        if time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS:
-            lock.unlink()  # left by a process that was killed while it compiled; every later load would wait for it
-        else:
-            print(f"waiting for another process that compiles CPU Adam; if there is none, delete {lock}", flush=True)
-    elif not kernel.exists():
-        print(f"compiling DeepSpeed's CPU Adam in {folder}: about 2 minutes, once", flush=True)
-    try:
-        CPUAdamBuilder().load(verbose=False)
-    except Exception as error:
-        raise OpBuildError(
-            f"optimizer offload needs DeepSpeed's CPU Adam kernel, and it cannot be built: {error}\n"
-            "Install a C++ compiler and ninja, then run: python tools/build_ops.py"
-        ) from error
-    return DeepSpeedCPUAdam

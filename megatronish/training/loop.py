@@ -192,7 +192,7 @@ class _Trainer:
         tokens: list[torch.Tensor] = []
         for step in range(self.state.step, config.steps):
             torch.manual_seed(step_seed(config.seed, step, self.rank.rank))
-            batches = [self._to_device(next(self.loader)) for _ in range(plan.accumulation)]
+            batches = [to_device(next(self.loader), self.device) for _ in range(plan.accumulation)]
             share = rate_share(step, config.steps, self.schedule)
             result = self.engine.train_step(batches, share)
             losses.append(result.loss_sum)
@@ -246,7 +246,7 @@ class _Trainer:
             document_mask=ours.data.document_mask,
             max_windows=windows,
         )
-        loss_sum, count = self.engine.evaluate(self._to_device(batch) for batch in loader)
+        loss_sum, count = self.engine.evaluate(to_device(batch, self.device) for batch in loader)
         loss = (loss_sum / count).item()
         is_best = self.state.best_loss is None or loss < self.state.best_loss
         if is_best:
@@ -273,14 +273,6 @@ class _Trainer:
         if self.monitor:
             self.monitor.say(f"saved {saved}")
             self.monitor.pause_ends(time.monotonic() - start)
-
-    def _to_device(self, batch: Batch) -> Batch:
-        if self.device.type == "cpu":
-            return batch
-        return {
-            key: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for key, value in batch.items()
-        }
 
     def _announce(self, peak: Peak | None) -> None:
         """Say once what is about to be trained, on what, and write the resolved configuration."""
@@ -340,6 +332,14 @@ def build_model(config: RunConfig, plan: BatchPlan) -> Transformer:
     if ours.train.compile:
         model.compile_blocks(ours.train.compile_mode)
     return model
+
+
+def to_device(batch: Batch, target: torch.device) -> Batch:
+    """The batch with its tensors on the device; from pinned memory the copies run beside the computation."""
+    return {
+        key: value.to(target, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
 
 
 def copy_tokenizer(dataset: Dataset, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Optimizers and their parameter groups.
 
 AdamW is torch's fused one: its step counts resume bit for bit, which DeepSpeed's running beta^t does not. Lion is ours
-because DeepSpeed has a CPU kernel for it only under offload. Muon comes from DeepSpeed (training/engine.py), which
+because DeepSpeed has a CPU kernel for it only under offload, compiled at first use. Muon comes from DeepSpeed (training/engine.py), which
 orthogonalises whole matrices while ZeRO partitions them.
 """
 

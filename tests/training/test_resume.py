@@ -20,6 +20,7 @@ MUON = {"type": "Muon", "params": {"lr": 0.02, "adam_lr": 3e-3}}
 LION = {"type": "Lion", "params": {"lr": 3e-4, "weight_decay": 0.1}}
 DROPOUT = {"megatronish": {"model": {"residual_dropout": 0.1, "attention_dropout": 0.1, "embedding_dropout": 0.1}}}
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+OFFLOAD = {"device": "cpu", "pin_memory": False}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "zero0": {"zero_optimization": {"stage": 0}},
     "zero0-bf16": {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}},
@@ -27,8 +28,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "zero1-bf16": {"zero_optimization": {"stage": 1}, **BF16},
     "zero2-bf16": {"zero_optimization": {"stage": 2}, **BF16},
     "zero3-bf16": {"zero_optimization": {"stage": 3}, **BF16},
+    "zero2-offload-bf16": {"zero_optimization": {"stage": 2, "offload_optimizer": OFFLOAD}, **BF16},
+    "zero3-offload-bf16": {
+        "zero_optimization": {"stage": 3, "offload_optimizer": OFFLOAD, "offload_param": OFFLOAD},
+        **BF16,
+    },
     "zero2-lion": {"zero_optimization": {"stage": 2}, "optimizer": LION},
     "zero1-muon": {"zero_optimization": {"stage": 1}, "optimizer": MUON, "gradient_clipping": 0.0},
+    "zero2-offload-muon": {
+        "zero_optimization": {"stage": 2, "offload_optimizer": OFFLOAD},
+        "optimizer": MUON,
+        "gradient_clipping": 0.0,
+    },
     "zero2-muon-bf16": {  # the demo's
         "zero_optimization": {"stage": 2},
         "bf16": {"enabled": True},

@@ -18,6 +18,7 @@ LAYOUTS = {
     "zero2": {"stage": 2},
     "zero3": {"stage": 3, "stage3_param_persistence_threshold": 0},
     "zero2-offload": {"stage": 2, "offload_optimizer": OFFLOAD},
+    "zero3-offload": {"stage": 3, "offload_optimizer": OFFLOAD, "offload_param": OFFLOAD},
 }
 pytestmark = pytest.mark.distributed
 
