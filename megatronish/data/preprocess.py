@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatronish.config.files import sync
 from megatronish.data.corpus import default_corpus, default_corpus_description
 from megatronish.data.documents import Document, DocumentReader, ReadReport, find_inputs
 from megatronish.data.errors import DataError
@@ -347,7 +348,7 @@ def _commit(staging: Path, prefix: str, manifest: Manifest) -> PreprocessResult:
     written = manifest_path(staging / Path(prefix).name)
     written.write_text(manifest.to_json(), encoding="utf-8")
     for name in [*manifest.files, written.name]:
-        _sync(staging / name)
+        sync(staging / name)
     manifest_path(prefix).unlink(missing_ok=True)
     for suffix in (".tokenizer.json", ".tokenizer.model"):
         stale = Path(f"{prefix}{suffix}")
@@ -355,18 +356,10 @@ def _commit(staging: Path, prefix: str, manifest: Manifest) -> PreprocessResult:
             stale.unlink(missing_ok=True)
     for name in manifest.files:
         os.replace(staging / name, target / name)
-    _sync(target)
+    sync(target)
     os.replace(written, manifest_path(prefix))
-    _sync(target)
+    sync(target)
     return PreprocessResult(prefix, manifest, already_there=False)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _say_nothing(line: str) -> None:

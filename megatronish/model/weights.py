@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatronish.config.files import sync, write_whole
 from megatronish.config.model import KernelConfig, ModelConfig
 from megatronish.model.transformer import Transformer
 
@@ -46,12 +47,12 @@ def save_model(
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial, metadata=header
         )
-        _sync(partial)
+        sync(partial)
         os.replace(partial, folder / WEIGHTS_FILE)
     finally:
         partial.unlink(missing_ok=True)
-    _write_text(folder / CONFIG_FILE, text + "\n")
-    _sync(folder)
+    write_whole(folder / CONFIG_FILE, text + "\n")
+    sync(folder)
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -131,22 +132,3 @@ def _read_weights(path: Path, config: ModelConfig, device: torch.device | str) -
         raise ValueError(
             f"{path} is torn or not a safetensors file ({error}): use another checkpoint, or save this one again"
         ) from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        _sync(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until the file's contents, or the folder's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatronish.config.base import ConfigError
+from megatronish.config.files import sync, sync_tree, write_whole
 from megatronish.model.checkpoints import BEST, CHECKPOINTS, LATEST, STATE_FILE, find_checkpoint, read_pointer
 from megatronish.model.checkpoints import RUN_FILE as RUN_FILE
 
@@ -57,7 +58,7 @@ class CheckpointStore:
             if final.exists():  # the same step saved again: the old one goes only when the new one is complete
                 self._retire(final)
             staging.rename(final)
-            sync_folder(self.folder)
+            sync(self.folder)
             self._point(LATEST, final.name)
             if is_best:
                 self._point(BEST, final.name)
@@ -87,7 +88,7 @@ class CheckpointStore:
         return self.newest() if resume == "auto" else find_checkpoint(Path(resume))
 
     def _point(self, name: str, target: str) -> None:
-        write_atomically(self.folder / name, target + "\n")
+        write_whole(self.folder / name, target + "\n")
 
     def _prune(self, newest: Path) -> None:
         """Retire all but the last few up to `newest`. Later steps, of a run taken up again further back, stay."""
@@ -103,37 +104,6 @@ class CheckpointStore:
     def _clear(self) -> None:
         for leftover in [*self.folder.glob(_WRITING + "*"), *self.folder.glob(_REMOVING + "*")]:
             shutil.rmtree(leftover)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by a synced file with `text`, so that a reader sees the old or the new one, whole."""
-    aside = path.with_name(path.name + ".new")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_tree(folder: Path) -> None:
-    """Have every file and folder below `folder` on the disk."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        else:
-            sync_folder(path)
-    sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in `folder` on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def check_writable(folder: Path) -> None:

@@ -12,8 +12,8 @@ import psutil
 import torch
 
 from megatronish.config.base import ConfigError
+from megatronish.config.files import write_whole
 from megatronish.config.run import RunConfig
-from megatronish.training.checkpoint import write_atomically
 from megatronish.training.peak import Peak
 
 METRICS_FILE = "metrics.jsonl"
@@ -35,7 +35,7 @@ class JsonLines:
     def __init__(self, path: Path, resumed_step: int) -> None:
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
-            write_atomically(path, "".join(line + "\n" for line in kept))
+            write_whole(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:

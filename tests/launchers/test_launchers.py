@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -157,3 +158,15 @@ def test_bad_input_under_torchrun(folder: Path) -> None:
     assert "exitcode  : 2" in result.err
     assert 'launchers/pretrain.py", line' not in result.err, "no traceback from inside the launcher"
     assert result.status != 0
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses(launched: Callable[[str], Launched], folder: Path) -> None:
+    """torch.compile adds in another order: within 1e-5, as between layouts. In a process of its own: its workers do not
+    outlive a fork."""
+    run_dir = folder / "compiled"
+    samples = ["--train_micro_batch_size_per_gpu", "4"]
+    compiled = launch("python", folder, *samples, "--train.compile", "true", "--train.save_dir", str(run_dir))
+    assert compiled.status == 0, compiled.err
+    losses = dataclasses.replace(compiled, run_dir=run_dir).losses()
+    assert losses == pytest.approx(launched("python").losses(), rel=1e-5)

@@ -53,7 +53,10 @@ def test_rank_of_each_launcher(env: dict[str, str], launcher: str) -> None:
     ("env", "rank"),
     [
         ({}, Rank(0, 1, 0, 1, "python")),
-        ({"HOME": "/root", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, Rank(0, 1, 0, 1, "python")),  # sbatch, not srun
+        (
+            {"HOME": "/home/ada", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"},
+            Rank(0, 1, 0, 1, "python"),
+        ),  # sbatch, not srun
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, Rank(1, 2, 1, 2, "environment")),
         ({"RANK": "0", "WORLD_SIZE": "1"}, Rank(0, 1, 0, 1, "environment")),
         ({**OPEN_MPI, "RANK": "0", "WORLD_SIZE": "1"}, Rank(0, 1, 0, 1, "environment")),  # torch's names win

@@ -104,12 +104,3 @@ def test_muon_and_lion_are_the_same_under_zero2_as_on_one_rank(
     trace, _ = run_ranks(2, engine_loop, two, 2)
     (alone,) = run_ranks(1, engine_loop, one, 1)
     torch.testing.assert_close(trace.losses, alone.losses, rtol=1e-5, atol=0)
-
-
-@pytest.mark.slow
-def test_compiled_blocks_equal_the_plain_loop(data: str, plain_fp32: Trace, tmp_path: Path) -> None:
-    """torch.compile of the blocks under ZeRO-2: the same bounds as without."""
-    changes = {"zero_optimization": {"stage": 2}, "megatronish": {"train": {"compile": True}}}
-    trace, _ = run_ranks(2, engine_loop, small_run(data, tmp_path, changes), 2)
-    torch.testing.assert_close(trace.losses, plain_fp32.losses, rtol=1e-5, atol=0)
-    torch.testing.assert_close(trace.norms, plain_fp32.norms, rtol=1e-5, atol=0)
