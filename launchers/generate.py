@@ -52,8 +52,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Check everything, then write a text for each prompt. Raises UserError."""
     import torch  # only after the process is settled
 
-    from megatronish.inference.generate import encode_prompt, generate
+    from megatronish.inference.generate import generate
     from megatronish.inference.load import DTYPES, load_for_inference, resolve_device
+    from megatronish.inference.prompt import encode_prompt
     from megatronish.inference.sampling import GREEDY, Sampling
     from megatronish.inference.stream import text_pieces
 
@@ -65,19 +66,20 @@ def run(arguments: argparse.Namespace) -> None:
     generations = [
         generate(
             model,
-            ids,
+            prompt.ids,
             arguments.max_new_tokens,
             GREEDY if arguments.greedy else sampling,
             tokenizer.eod_id,
             torch.Generator(device).manual_seed(arguments.seed),
             vocab_size=tokenizer.vocab_size,
+            first_ids=prompt.first_ids,
         )
-        for _, ids in prompts
+        for _, prompt in prompts
     ]
-    for (text, ids), generation in zip(prompts, generations, strict=True):
+    for (text, prompt), generation in zip(prompts, generations, strict=True):
         print(text, end="", flush=True)
         start = time.perf_counter()
-        for piece in text_pieces(tokenizer, ids, generation):
+        for piece in text_pieces(tokenizer, prompt, generation):
             print(piece, end="", flush=True)
         seconds = time.perf_counter() - start
         print(flush=True)

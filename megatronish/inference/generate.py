@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 
 from megatronish.config.base import UserError
-from megatronish.data.tokenizer import Tokenizer
 from megatronish.inference.sampling import Sampling, choose
 from megatronish.model.kv_cache import KVCache
 from megatronish.model.transformer import Transformer
@@ -33,6 +32,7 @@ class Generation(Iterator[int]):
         eod_id: int | None,
         generator: torch.Generator | None,
         vocab_size: int | None,
+        first_ids: Sequence[int] | None,
     ) -> None:
         context, known = model.config.seq_length, vocab_size or model.config.vocab_size
         if max_new_tokens < 1:
@@ -51,7 +51,7 @@ class Generation(Iterator[int]):
         self.finish_reason: FinishReason | None = None
         self._model, self._sampling, self._generator = model, sampling, generator
         self._eod_id, self._vocab_size, self._max_new_tokens = eod_id, known, max_new_tokens
-        self._unread = list(prompt_ids)
+        self._unread, self._first_ids = list(prompt_ids), first_ids
         self._cache: KVCache | None = None
 
     def __next__(self) -> int:
@@ -80,8 +80,11 @@ class Generation(Iterator[int]):
         tokens = torch.tensor([self._unread], device=weight.device)
         for piece in tokens.split(PREFILL_TOKENS, dim=1):
             logits = self._model(piece, cache=self._cache)[:, -1]
-        # A vocabulary padded for speed has ids that no tokenizer knows.
-        return int(choose(logits[:, : self._vocab_size], self._sampling, self._generator))
+        logits = logits[:, : self._vocab_size]  # a vocabulary padded for speed has ids that no tokenizer knows
+        if self._first_ids is not None and self.new_tokens == 0:
+            among = torch.tensor(self._first_ids, device=weight.device)
+            return int(among[choose(logits[:, among], self._sampling, self._generator)])
+        return int(choose(logits, self._sampling, self._generator))
 
 
 def generate(
@@ -93,29 +96,13 @@ def generate(
     generator: torch.Generator | None = None,
     *,
     vocab_size: int | None = None,
+    first_ids: Sequence[int] | None = None,
 ) -> Generation:
     """Continue `prompt_ids` by at most `max_new_tokens` ids, each drawn from the model's logits.
 
     Ends at `eod_id`, or when the model has read model.config.seq_length tokens, the longest it was trained on (see
     `Generation.finish_reason`). generator: random numbers for this call, on the model's device. vocab_size: the
-    tokenizer's; larger ids are never drawn. Raises UserError for an empty prompt, one longer than the context, or ids
+    tokenizer's; larger ids are never drawn. first_ids: the first new token is one of these (see `Prompt`). Raises UserError for an empty prompt, one longer than the context, or ids
     outside the vocabulary, all before anything is computed.
     """
-    return Generation(model, prompt_ids, max_new_tokens, sampling, eod_id, generator, vocab_size)
-
-
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a prompt. An empty one becomes the end-of-document token, behind which a new document starts.
-
-    Raises UserError for text that is not Unicode (a command line in another encoding), and for an empty prompt where
-    the tokenizer has no such token.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"the prompt is not valid UTF-8 at character {error.start}: give it in UTF-8") from None
-    if text:
-        return tokenizer.encode(text).tolist()
-    if tokenizer.eod_id is None:
-        raise UserError("the prompt is empty, and this tokenizer has no end-of-document token to start from")
-    return [tokenizer.eod_id]
+    return Generation(model, prompt_ids, max_new_tokens, sampling, eod_id, generator, vocab_size, first_ids)

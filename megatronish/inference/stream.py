@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Iterable, Iterator, Sequence
 
 from megatronish.data.tokenizer import Tokenizer
+from megatronish.inference.prompt import Prompt
 
 _INCOMPLETE = "\ufffd"
 
@@ -15,11 +16,13 @@ class TextStream:
 
     A lossless tokenizer is decoded byte by byte, and bytes wait until their UTF-8 character is whole. Others decode a
     token by its neighbours (a leading blank is dropped at the start of a text): there a piece is what a token adds to
-    the text of the tokens before it, `prompt_ids` first.
+    the text of the tokens before it, `prompt_ids` first. overlap: bytes of the first id of a lossless tokenizer that are
+    shown already.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), overlap: int = 0) -> None:
         self._tokenizer = tokenizer
+        self._overlap = overlap
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._ids = list(prompt_ids)
         self._context = 0  # ids from here on give the neighbours
@@ -28,7 +31,8 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """The text that is complete with this id, often empty, at times several characters."""
         if self._tokenizer.lossless:
-            return self._decoder.decode(self._tokenizer.decode_bytes([token_id]))
+            skipped, self._overlap = self._overlap, 0
+            return self._decoder.decode(self._tokenizer.decode_bytes([token_id])[skipped:])
         self._ids.append(token_id)
         piece = self._added()
         if not piece or piece.endswith(_INCOMPLETE):  # bytes of a character that is not whole yet
@@ -49,9 +53,9 @@ class TextStream:
         return self._tokenizer.decode(self._ids[self._context :])[len(before) :]
 
 
-def text_pieces(tokenizer: Tokenizer, prompt_ids: Sequence[int], new_ids: Iterable[int]) -> Iterator[str]:
-    """The text of `new_ids` behind `prompt_ids`, piece by piece as the ids come."""
-    stream = TextStream(tokenizer, prompt_ids)
+def text_pieces(tokenizer: Tokenizer, prompt: Prompt, new_ids: Iterable[int]) -> Iterator[str]:
+    """The text of `new_ids` behind the prompt's, piece by piece as the ids come."""
+    stream = TextStream(tokenizer, prompt.ids, prompt.overlap)
     for token_id in new_ids:
         yield stream.push(token_id)
     yield stream.finish()

@@ -1,15 +1,16 @@
 """Generation with the cache writes what reading everything anew at every token would write."""
 
-import numpy as np
 import pytest
 import torch
 
 from megatronish.config.base import UserError
 from megatronish.config.model import ModelConfig
-from megatronish.data.tokenizer import ByteTokenizer
+from megatronish.data.tokenizer import ByteTokenizer, train_bpe
 from megatronish.inference import generate as generate_module
-from megatronish.inference.generate import encode_prompt, generate
+from megatronish.inference.generate import generate
+from megatronish.inference.prompt import Prompt, encode_prompt
 from megatronish.inference.sampling import GREEDY, Sampling, choose
+from megatronish.inference.stream import text_pieces
 from megatronish.model.transformer import Transformer
 
 SHAPE = {
@@ -103,11 +104,28 @@ def test_bad_input(model, prompt, count, message):
 
 def test_prompts():
     tokenizer = ByteTokenizer()
-    assert encode_prompt(tokenizer, "hé") == list("hé".encode())
-    assert encode_prompt(tokenizer, "") == [256]
+    assert encode_prompt(tokenizer, "hé") == Prompt([256, *"hé".encode()]), "no byte begins with another: all is read"
+    assert encode_prompt(tokenizer, "") == Prompt([256])
     with pytest.raises(UserError, match="not valid UTF-8 at character 2"):
         encode_prompt(tokenizer, "ab\udcff")
     tokenizer.eod_id = None
     with pytest.raises(UserError, match="no end-of-document token to start from"):
         encode_prompt(tokenizer, "")
-    assert np.array_equal(tokenizer.encode("hé"), encode_prompt(tokenizer, "hé"))
+    assert encode_prompt(tokenizer, "hé") == Prompt(list("hé".encode()))
+
+
+def test_a_prompt_may_end_inside_a_token(model):
+    """The last token is drawn again among those that begin with its bytes, and only what is new of it is shown."""
+    tokenizer = train_bpe(["def main(): return name\n"] * 50, 300)
+    prompt = encode_prompt(tokenizer, "def ")
+    assert prompt.ids == [tokenizer.eod_id, *tokenizer.encode("def").tolist()]
+    assert prompt.overlap == 1
+    assert all(tokenizer.decode_bytes([token]).startswith(b" ") for token in prompt.first_ids)
+    assert tokenizer.encode(" main").tolist()[0] in prompt.first_ids
+    assert "".join(text_pieces(tokenizer, prompt, tokenizer.encode(" main").tolist())) == "main"
+    for seed in range(20):
+        drawn = generate(
+            model, [1, 2], 2, Sampling(), generator=torch.Generator().manual_seed(seed), first_ids=[7, 9, 11]
+        )
+        assert next(drawn) in (7, 9, 11)
+        assert 0 <= next(drawn) < 257, "only the first one is held to the list"

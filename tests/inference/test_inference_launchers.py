@@ -37,7 +37,7 @@ def test_generate_writes_what_the_model_says(run, model):
         ids = list(
             generate(
                 model,
-                list(prompt.encode()),
+                [256, *prompt.encode()],
                 12,
                 Sampling(1.1, 50, 0.9),
                 256,
@@ -74,7 +74,7 @@ def test_bad_input_is_one_line_and_status_2(run):
         (["--top-p", "1.5"], "top-p 1.5 must be above 0"),
         (["--top-k", "-2"], "top-k -2"),
         (["--max-new-tokens", "0"], "max new tokens 0 must be at least 1"),
-        (["--prompt", "fits", "--prompt", "x" * 33], "the prompt has 33 tokens, but the model's context is 32"),
+        (["--prompt", "fits", "--prompt", "x" * 33], "the prompt has 34 tokens, but the model's context is 32"),
         (["--checkpoint", "nowhere/run"], "nowhere/run: no such folder"),
         (["--checkpoint", str(ROOT / "launchers")], "launchers: holds no complete checkpoint"),
     ],

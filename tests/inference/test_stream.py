@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatronish.data.tokenizer import ByteTokenizer, load_tokenizer
+from megatronish.inference.prompt import Prompt
 from megatronish.inference.stream import TextStream, text_pieces
 
 TEXT = "naïve café 日本語 🙂👩‍👩‍👧 def f(x):\n    return x"
@@ -33,7 +34,7 @@ def sentencepiece_tokenizer(tmp_path_factory):
 
 def test_characters_come_whole():
     tokenizer = ByteTokenizer()
-    pieces = list(text_pieces(tokenizer, [], tokenizer.encode(TEXT).tolist()))
+    pieces = list(text_pieces(tokenizer, Prompt([]), tokenizer.encode(TEXT).tolist()))
     assert "".join(pieces) == TEXT
     assert all("\ufffd" not in piece for piece in pieces)
     assert [piece for piece in pieces if piece][-1] == "x", "nothing is held back longer than needed"
@@ -42,7 +43,7 @@ def test_characters_come_whole():
 @given(st.lists(st.integers(0, 256), max_size=30))
 def test_any_bytes(ids):
     tokenizer = ByteTokenizer()
-    assert "".join(text_pieces(tokenizer, [], ids)) == tokenizer.decode(ids)
+    assert "".join(text_pieces(tokenizer, Prompt([]), ids)) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("prompt", ["", "the quick", "naïve"])
@@ -52,7 +53,7 @@ def test_sentencepiece_keeps_blanks_and_byte_fallback(sentencepiece_tokenizer, p
     ids = tokenizer.encode(prompt + " fox " + " ".join(TEXT.split())).tolist()
     split = len(tokenizer.encode(prompt))
     assert ids[:split] == tokenizer.encode(prompt).tolist()
-    pieces = list(text_pieces(tokenizer, ids[:split], ids[split:]))
+    pieces = list(text_pieces(tokenizer, Prompt(ids[:split]), ids[split:]))
     assert tokenizer.decode(ids[:split]) + "".join(pieces) == tokenizer.decode(ids)
     assert all("\ufffd" not in piece for piece in pieces)
 
