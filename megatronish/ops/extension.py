@@ -184,10 +184,11 @@ class FusedRopeQKV(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin, positions)
         ctx.heads, ctx.interleaved = heads, interleaved
-        packed = qkv.detach()  # shares memory and version with qkv: autograd notices if its producer kept it
+        packed = qkv.detach()
         torch.ops.megatronish.rope_qkv_(
             packed, cos, sin, positions, 1, heads[0], heads[1], heads[1], interleaved, False
         )
+        torch.autograd.graph.increment_version(packed)  # shared with qkv: who kept that for later use is told
         return packed.split((heads[0], heads[1], heads[1]), dim=2)
 
     @staticmethod
