@@ -211,6 +211,7 @@ def _free_gib() -> float:
 
 
 @needs_cpu
+@pytest.mark.slow
 @pytest.mark.skipif(_free_gib() < 6, reason="needs 6 GiB of free memory")
 def test_offsets_beyond_32_bits() -> None:
     """Rows that begin after element 2^31: of tensors whose other pages are never touched, or are read as zeros."""
