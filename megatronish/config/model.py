@@ -204,6 +204,11 @@ class KernelConfig(Frozen):
         default="auto",
         description="auto: flash-attn where installed and usable, else torch's SDPA; a forced one that is missing fails",
     )
+    ops: Literal["auto", "fused", "compiled", "reference"] = Field(
+        default="auto",
+        description="RMSNorm, SwiGLU and RoPE: fused: our kernels; compiled: torch.compile; reference: plain torch "
+        "operations; auto: fused where built, else reference",
+    )
 
 
 def _nearby_divisors(number: int, wanted: int) -> str:

@@ -14,8 +14,8 @@ from megatronish.model.kv_cache import KVCache
 from megatronish.model.linear import Linear
 from megatronish.model.norm import build_norm
 from megatronish.ops.attention import attention
-from megatronish.ops.dispatch import AttentionBackend
-from megatronish.ops.rope import rope
+from megatronish.ops.dispatch import Backends
+from megatronish.ops.rope import rope, rope_qkv_
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,19 @@ class AttentionInputs:
 
     cos: Tensor  # [positions, rotary / 2] fp32
     sin: Tensor
-    positions: Tensor | None = None  # [b, s] int; None: offset, offset + 1, ...
+    positions: Tensor | None = None  # [b, s] int32; None: offset, offset + 1, ...
     offset: int = 0
     cu_seqlens: Tensor | None = None  # int32 [documents + 1]
     max_seqlen: int | None = None
     masks: dict[int | None, Tensor] | None = None  # by window; only those that the backend needs
     cache: KVCache | None = None
+    in_place: bool = True  # whether the packed projection may be rotated where it lies
 
 
 class SelfAttention(nn.Module):
     """out(softmax(rope(q) rope(k)^T / sqrt(d)) v) with q, k, v from one packed projection: rows [q heads; k; v]."""
 
-    def __init__(self, config: ModelConfig, layer: int, backend: AttentionBackend) -> None:
+    def __init__(self, config: ModelConfig, layer: int, backends: Backends) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
@@ -44,32 +45,28 @@ class SelfAttention(nn.Module):
         )
         self.layer = layer
         self.window = config.layer_window(layer)
-        self.backend = backend
+        self.backends = backends
         self.dropout = config.attention_dropout
         self.interleaved = config.rope_interleaved
         self.rotates = config.rotary_dim > 0
         packed = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.qkv = Linear(config.hidden_size, packed, bias=config.attention_qkv_bias)
         self.out = Linear(self.heads * self.head_dim, config.hidden_size, bias=config.attention_out_bias)
-        self.q_norm = build_norm(config, self.head_dim) if config.qk_norm else None
-        self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else None
+        self.q_norm = build_norm(config, self.head_dim, backends.ops) if config.qk_norm else None
+        self.k_norm = build_norm(config, self.head_dim, backends.ops) if config.qk_norm else None
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         """x [b, s, hidden] -> [b, s, hidden]."""
         b, s, _ = x.shape
         qkv = self.qkv(x).view(b, s, self.heads + 2 * self.kv_heads, self.head_dim)
-        q_bshd, k_bsgd, v_bsgd = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_bshd, k_bsgd = self.q_norm(q_bshd), self.k_norm(k_bsgd)
-        if self.rotates:
-            q_bshd, k_bsgd = self._rotate(q_bshd, inputs), self._rotate(k_bsgd, inputs)
+        q_bshd, k_bsgd, v_bsgd = self._position(qkv, inputs)
         if inputs.cache is not None:
             k_bsgd, v_bsgd = inputs.cache.update(self.layer, k_bsgd, v_bsgd, self.window)
         out_bshd = attention(
             q_bshd,
             k_bsgd,
             v_bsgd,
-            backend=self.backend,
+            backend=self.backends.attention,
             window=self.window,
             cu_seqlens=inputs.cu_seqlens,
             max_seqlen=inputs.max_seqlen,
@@ -78,7 +75,33 @@ class SelfAttention(nn.Module):
         )
         return self.out(out_bshd.flatten(2))
 
+    def _position(self, qkv: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of the packed projection, q and k normalised and rotated as the model says."""
+        if self.rotates and self.q_norm is None and inputs.in_place:
+            return rope_qkv_(
+                qkv,
+                self.kv_heads,
+                inputs.cos,
+                inputs.sin,
+                inputs.positions,
+                offset=inputs.offset,
+                interleaved=self.interleaved,
+                backend=self.backends.ops,
+            )
+        q_bshd, k_bsgd, v_bsgd = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_bshd, k_bsgd = self.q_norm(q_bshd)[0], self.k_norm(k_bsgd)[0]
+        if self.rotates:
+            q_bshd, k_bsgd = self._rotate(q_bshd, inputs), self._rotate(k_bsgd, inputs)
+        return q_bshd, k_bsgd, v_bsgd
+
     def _rotate(self, x_bshd: Tensor, inputs: AttentionInputs) -> Tensor:
         return rope(
-            x_bshd, inputs.cos, inputs.sin, inputs.positions, offset=inputs.offset, interleaved=self.interleaved
+            x_bshd,
+            inputs.cos,
+            inputs.sin,
+            inputs.positions,
+            offset=inputs.offset,
+            interleaved=self.interleaved,
+            backend=self.backends.ops,
         )

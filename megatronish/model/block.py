@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -12,9 +13,12 @@ from megatronish.config.model import ModelConfig
 from megatronish.model.attention import AttentionInputs, SelfAttention
 from megatronish.model.mlp import MLP
 from megatronish.model.norm import build_norm
-from megatronish.ops.dispatch import AttentionBackend
+from megatronish.ops.dispatch import Backends
 
 Recompute = Literal["none", "full", "selective"]
+# The residual stream between blocks is the sum of two tensors (of one, where the second is None): the next norm adds them
+# up while it reads them.
+Stream = tuple[Tensor, Tensor | None]
 
 
 class Block(nn.Module):
@@ -24,70 +28,77 @@ class Block(nn.Module):
     products and fused attention and computes the cheap operations between them again (Korthikanti et al. 2022).
     """
 
-    def __init__(self, config: ModelConfig, layer: int, backend: AttentionBackend) -> None:
+    def __init__(self, config: ModelConfig, layer: int, backends: Backends) -> None:
         super().__init__()
         self.recompute: Recompute = "none"
-        self.attention_norm = build_norm(config, config.hidden_size)
-        self.attention = SelfAttention(config, layer, backend)
-        self.mlp_norm = build_norm(config, config.hidden_size) if config.has_mlp_norm else nn.Identity()
+        self.attention_norm = build_norm(config, config.hidden_size, backends.ops)
+        self.attention = SelfAttention(config, layer, backends)
+        self.mlp_norm = build_norm(config, config.hidden_size, backends.ops) if config.has_mlp_norm else nn.Identity()
         self.shared_norm = config.parallel_block_shared_norm
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, backends.ops)
         self.dropout = nn.Dropout(config.residual_dropout) if config.residual_dropout > 0 else nn.Identity()
 
-    def compute(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        """The block's equation: x [b, s, hidden] -> [b, s, hidden]."""
+    def compute(self, x: Tensor, residual: Tensor | None, inputs: AttentionInputs) -> Stream:
+        """The block's equation, for the stream x + residual [b, s, hidden]."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None, inputs: AttentionInputs) -> Stream:
         """`compute`, with its intermediate results kept or recomputed as `recompute` says."""
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self.compute(x, inputs)
+            return self.compute(x, residual, inputs)
+        if residual is not None:
+            x, residual = x + residual, None  # one tensor to keep instead of two
         if self.recompute == "full":
-            return checkpoint(self.compute, x, inputs, use_reentrant=False)
-        return checkpoint(self.compute, x, inputs, use_reentrant=False, context_fn=_selective_contexts)
+            return checkpoint(self.compute, x, residual, inputs, use_reentrant=False)
+        inputs = replace(inputs, in_place=False)  # the projections are kept as they are, for the second pass
+        return checkpoint(self.compute, x, residual, inputs, use_reentrant=False, context_fn=_selective_contexts)
 
 
 class PreNormBlock(Block):
     """h = x + attention(norm(x)); h + mlp(norm(h))."""
 
-    def compute(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), inputs))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+    def compute(self, x: Tensor, residual: Tensor | None, inputs: AttentionInputs) -> Stream:
+        y, x = self.attention_norm(x, residual)
+        y, x = self.mlp_norm(self.dropout(self.attention(y, inputs)), x)
+        return self.dropout(self.mlp(y)), x
 
 
 class PostNormBlock(Block):
     """h = norm(x + attention(x)); norm(h + mlp(h)) (Vaswani et al. 2017)."""
 
-    def compute(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        x = self.attention_norm(x + self.dropout(self.attention(x, inputs)))
-        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+    def compute(self, x: Tensor, residual: Tensor | None, inputs: AttentionInputs) -> Stream:
+        assert residual is None, "a post-norm block hands on one tensor"
+        x, _ = self.attention_norm(self.dropout(self.attention(x, inputs)), x)
+        x, _ = self.mlp_norm(self.dropout(self.mlp(x)), x)
+        return x, None
 
 
 class ParallelPreNormBlock(Block):
     """x + attention(norm(x)) + mlp(norm'(x)); norm' is norm itself when the norm is shared (Wang 2021, GPT-J)."""
 
-    def compute(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        attention_input = self.attention_norm(x)
-        mlp_input = attention_input if self.shared_norm else self.mlp_norm(x)
-        return x + self.dropout(self.attention(attention_input, inputs)) + self.dropout(self.mlp(mlp_input))
+    def compute(self, x: Tensor, residual: Tensor | None, inputs: AttentionInputs) -> Stream:
+        y, x = self.attention_norm(x, residual)
+        z = y if self.shared_norm else self.mlp_norm(x)[0]
+        return self.dropout(self.attention(y, inputs)) + self.dropout(self.mlp(z)), x
 
 
 class ParallelPostNormBlock(Block):
     """norm(x + attention(x) + mlp(x))."""
 
-    def compute(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+    def compute(self, x: Tensor, residual: Tensor | None, inputs: AttentionInputs) -> Stream:
+        assert residual is None, "a post-norm block hands on one tensor"
         branches = self.dropout(self.attention(x, inputs)) + self.dropout(self.mlp(x))
-        return self.attention_norm(x + branches)
+        return self.attention_norm(branches, x)[0], None
 
 
-def build_block(config: ModelConfig, layer: int, backend: AttentionBackend) -> Block:
+def build_block(config: ModelConfig, layer: int, backends: Backends) -> Block:
     """Block number `layer` in the form that norm_position and parallel_block name."""
     form: type[Block]
     if config.parallel_block:
         form = ParallelPreNormBlock if config.norm_position == "pre" else ParallelPostNormBlock
     else:
         form = PreNormBlock if config.norm_position == "pre" else PostNormBlock
-    return form(config, layer, backend)
+    return form(config, layer, backends)
 
 
 def check_recompute(mode: str) -> Recompute:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatronish.config.model import ModelConfig
 from megatronish.model.linear import Linear
+from megatronish.ops.dispatch import OpsBackend
 from megatronish.ops.swiglu import geglu, swiglu
 
 
@@ -18,18 +19,25 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
-    {"swiglu": swiglu, "geglu": geglu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu}
-)
+def activation_function(name: str, backend: OpsBackend) -> Callable[[Tensor], Tensor]:
+    """The function of ModelConfig.activation; the gated ones halve the last dim."""
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "swiglu": partial(swiglu, backend=backend),
+        "geglu": partial(geglu, backend=backend),
+        "gelu": F.gelu,
+        "gelu_tanh": gelu_tanh,
+        "relu": F.relu,
+    }
+    return functions[name]
 
 
 class MLP(nn.Module):
     """down(activation(up(x))). For a gated activation `up` is packed: the gate in the first half of its rows."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, backend: OpsBackend) -> None:
         super().__init__()
         width = config.ffn_hidden_size
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = activation_function(config.activation, backend)
         self.up = Linear(config.hidden_size, 2 * width if config.is_gated else width, bias=config.mlp_bias)
         self.down = Linear(width, config.hidden_size, bias=config.mlp_bias)
 

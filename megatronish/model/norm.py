@@ -1,4 +1,4 @@
-"""Normalisation over the last dim: RMSNorm and LayerNorm."""
+"""Normalisation over the last dim: RMSNorm and LayerNorm, each with the residual sum in front of it."""
 
 from __future__ import annotations
 
@@ -7,38 +7,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatronish.config.model import ModelConfig
-from megatronish.ops.rms_norm import rms_norm
+from megatronish.ops.dispatch import OpsBackend
+from megatronish.ops.rms_norm import add_rms_norm, rms_norm
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019)."""
+class Norm(nn.Module):
+    """What both norms share: `weight`, `eps`, and how they are called."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., size] -> [..., size]."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """norm(x + residual) and x + residual, for x [..., size]; without a residual norm(x) and x itself."""
+        raise NotImplementedError
 
 
-class LayerNorm(nn.Module):
+class RMSNorm(Norm):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float, backend: OpsBackend) -> None:
+        super().__init__(size, eps)
+        self.backend = backend
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See Norm."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps, backend=self.backend), x
+        return add_rms_norm(x, residual, self.weight, self.eps, backend=self.backend)
+
+
+class LayerNorm(Norm):
     """(x - mean) / sqrt(variance + eps) * weight + bias (Ba et al. 2016); the bias may be left out."""
 
     def __init__(self, size: int, eps: float, bias: bool) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size))
+        super().__init__(size, eps)
         self.bias = nn.Parameter(torch.empty(size)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., size] -> [..., size]."""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See Norm."""
+        total = x if residual is None else x + residual
+        return F.layer_norm(total, self.weight.shape, self.weight, self.bias, self.eps), total
 
 
-def build_norm(config: ModelConfig, size: int) -> nn.Module:
+def build_norm(config: ModelConfig, size: int, backend: OpsBackend) -> Norm:
     """The norm that `config` names, over `size` channels."""
     if config.norm == "rmsnorm":
-        return RMSNorm(size, config.norm_eps)
+        return RMSNorm(size, config.norm_eps, backend)
     return LayerNorm(size, config.norm_eps, config.norm_bias)

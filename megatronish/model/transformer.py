@@ -23,7 +23,7 @@ from megatronish.model.rotary import RotaryTables
 from megatronish.ops.attention import needs_mask, uses_flash
 from megatronish.ops.attention_mask import attention_mask
 from megatronish.ops.cross_entropy import cross_entropy
-from megatronish.ops.dispatch import AttentionBackend, resolve_attention
+from megatronish.ops.dispatch import Backends, resolve_attention, resolve_ops
 
 IGNORED_LABEL = -100
 
@@ -61,13 +61,13 @@ class LayerSpec:
     build: Callable[[], nn.Module]
 
 
-def layer_specs(config: ModelConfig, backend: AttentionBackend) -> list[LayerSpec]:
+def layer_specs(config: ModelConfig, backends: Backends) -> list[LayerSpec]:
     """The layers in order: embedding, blocks.0 ..., final_norm (unless post-norm), head."""
     specs = [LayerSpec("embedding", partial(TokenEmbedding, config))]
     for layer in range(config.num_layers):
-        specs.append(LayerSpec(f"blocks.{layer}", partial(build_block, config, layer, backend)))
+        specs.append(LayerSpec(f"blocks.{layer}", partial(build_block, config, layer, backends)))
     if config.has_final_norm:
-        specs.append(LayerSpec("final_norm", partial(build_norm, config, config.hidden_size)))
+        specs.append(LayerSpec("final_norm", partial(build_norm, config, config.hidden_size, backends.ops)))
     specs.append(LayerSpec("head", partial(Head, config)))
     return specs
 
@@ -80,12 +80,12 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.kernels = kernels or KernelConfig()
-        self.backend = resolve_attention(self.kernels.attention)
+        self.backends = Backends(resolve_attention(self.kernels.attention), resolve_ops(self.kernels.ops))
         self.rotary = RotaryTables(config)
-        layers = {spec.name: spec.build() for spec in layer_specs(config, self.backend)}
+        layers = {spec.name: spec.build() for spec in layer_specs(config, self.backends)}
         self.embedding = layers["embedding"]
         self.blocks = nn.ModuleList(layers[f"blocks.{layer}"] for layer in range(config.num_layers))
-        self.final_norm = layers.get("final_norm", nn.Identity())
+        self.final_norm = layers.get("final_norm")
         self.head = layers["head"]
         self.tie_weights()
         if seed is not None and not next(self.parameters()).is_meta:
@@ -120,11 +120,14 @@ class Transformer(nn.Module):
             cache.check(tokens)
         x = self.embedding(tokens)
         inputs = self._attention_inputs(x, positions, cu_seqlens, max_seqlen, cache)
+        residual = None
         for block in self.blocks:
-            x = block(x, inputs)
+            x, residual = block(x, residual, inputs)
         if cache is not None:
             cache.length += tokens.shape[1]
-        return self.head(self.final_norm(x))
+        if self.final_norm is not None:
+            x, _ = self.final_norm(x, residual)
+        return self.head(x)
 
     def loss(
         self,
@@ -153,8 +156,10 @@ class Transformer(nn.Module):
         batch, new, _ = x.shape
         offset = 0 if cache is None else cache.length
         cos, sin = self.rotary.get(x.device, offset + new)
+        if positions is not None:
+            positions = positions.to(torch.int32)
         masks = {}
-        if not uses_flash(self.backend, x, self.config.resolved_head_dim):
+        if not uses_flash(self.backends.attention, x, self.config.resolved_head_dim):
             for window in {self.config.layer_window(layer) for layer in range(self.config.num_layers)}:
                 keys = new if cache is None else cache.readable(new, window)
                 if needs_mask(new, keys, window, cu_seqlens):

@@ -4,14 +4,73 @@ from __future__ import annotations
 
 import importlib
 import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
+from torch import Tensor
+
+from megatronish.ops import extension
 
 # flash2 and flash3 are versions of flash-attn; "..._or_sdpa" takes SDPA for tensors that flash-attn does not take.
 AttentionBackend = Literal["sdpa", "reference", "flash2", "flash3", "flash2_or_sdpa", "flash3_or_sdpa"]
+# RMSNorm, SwiGLU and RoPE: the kernels of csrc/, torch.compile of ops/reference.py, or plain torch operations.
+OpsBackend = Literal["fused", "compiled", "reference"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Backends:
+    """The implementations that a model was built with."""
+
+    attention: AttentionBackend
+    ops: OpsBackend
+
+
+def resolve_ops(requested: str) -> OpsBackend:
+    """The backend of RMSNorm, SwiGLU and RoPE for `requested` ("auto", "fused", "compiled", "reference") on this machine.
+
+    "auto" takes the kernels of csrc/ where they are built for the CPU and, on a machine with a GPU, for CUDA; else it
+    warns and takes plain torch. Raises ValueError if "fused" is asked for and not built.
+    """
+    if requested == "compiled":
+        return "compiled"
+    if requested == "reference":
+        return "reference"
+    if requested not in ("auto", "fused"):
+        raise ValueError(f"unknown ops backend {requested!r}: choose auto, fused, compiled or reference")
+    built = extension.EXTENSION
+    problem = built.cuda_problem if torch.cuda.is_available() and not built.cuda else built.cpu_problem
+    if not problem:
+        return "fused"
+    if requested == "fused":
+        raise ValueError(f"ops backend 'fused' was asked for, but {problem}; or set ops to 'auto' or 'reference'")
+    warnings.warn(
+        f"RMSNorm, SwiGLU and RoPE run as plain torch operations, several times slower: {problem}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return "reference"
+
+
+def check_floating(name: str, argument: str, tensor: Tensor) -> None:
+    """Raise ValueError unless `tensor`, the `argument` of operator `name`, is fp32, bf16, fp16 or float64."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"{name}: {argument} is {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.compile of `function`, made once; `function` itself within something that is being compiled already."""
+    return function if torch.compiler.is_compiling() else _compile(function)
+
+
+@cache
+def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function)
 
 
 def installed_flash(capability: tuple[int, int]) -> tuple[Literal["flash2", "flash3"] | None, str]:

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight."""
+"""RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight, alone or behind a residual sum."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatronish.ops import reference
+from megatronish.ops.dispatch import OpsBackend, check_floating, compiled
+from megatronish.ops.extension import FusedAddRMSNorm, FusedRMSNorm
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -33,14 +37,49 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: OpsBackend = "reference") -> Tensor:
     """Normalise the last dim of x [..., n] by its root mean square and scale by weight [n]; result in x's dtype.
 
-    Raises ValueError if weight does not have one element per channel.
+    weight: in x's dtype or fp32. Raises ValueError for another dtype, or if weight does not have one element per channel.
     """
+    _check("rms_norm", x, weight)
+    result: Tensor
+    if backend == "fused":
+        result = FusedRMSNorm.apply(x, weight, eps, 0.0)
+    elif backend == "compiled":
+        result = compiled(reference.rms_norm)(x, weight, eps)
+    else:
+        result = _RMSNorm.apply(x, weight, eps)
+    return result
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, backend: OpsBackend = "reference"
+) -> tuple[Tensor, Tensor]:
+    """rms_norm(x + residual) and x + residual, the sum rounded to x's dtype before the norm; see `rms_norm`.
+
+    Raises ValueError also if x and residual differ in shape or dtype.
+    """
+    _check("add_rms_norm", x, weight)
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(
+            f"add_rms_norm: residual is {residual.dtype} of shape {tuple(residual.shape)}, expected {x.dtype} of shape "
+            f"{tuple(x.shape)}, as x"
+        )
+    if backend == "fused":
+        y, total = FusedAddRMSNorm.apply(x, residual, weight, eps, 0.0)
+        return y, total
+    total = x + residual
+    return rms_norm(total, weight, eps, backend=backend), total
+
+
+def _check(name: str, x: Tensor, weight: Tensor) -> None:
+    check_floating(name, "x", x)
     if weight.shape != x.shape[-1:]:
         raise ValueError(
-            f"rms_norm: weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},), the last dim of x"
+            f"{name}: weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},), the last dim of x"
         )
-    result: Tensor = _RMSNorm.apply(x, weight, eps)
-    return result
+    if weight.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"{name}: weight is {weight.dtype}, expected {x.dtype}, the dtype of x, or torch.float32")
+    if weight.device != x.device:
+        raise ValueError(f"{name}: weight is on {weight.device}, expected {x.device}, where x is")

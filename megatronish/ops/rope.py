@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatronish.ops import reference
+from megatronish.ops.dispatch import OpsBackend, check_floating, compiled
+from megatronish.ops.extension import FusedRope, FusedRopeQKV
+
 
 class _Rope(torch.autograd.Function):
     """A rotation is orthogonal, so its backward pass is the rotation by the negative angle: nothing of x is kept."""
@@ -50,29 +54,87 @@ def rope(
     *,
     offset: int = 0,
     interleaved: bool = False,
+    backend: OpsBackend = "reference",
 ) -> Tensor:
     """Rotate the leading channels of x [b, s, h, d] by the angle of each token's position; returns a new tensor.
 
     cos, sin: tables [max_positions, rotary / 2] in fp32 (or wider); channels from `rotary` on pass through.
-    positions: int [b, s]; without it token i sits at offset + i. interleaved: pairs are neighbouring channels
-    (2i, 2i + 1) instead of (i, i + rotary / 2).
+    positions: int [b, s] (int32 saves a conversion); without it token i sits at offset + i. interleaved: pairs are
+    neighbouring channels (2i, 2i + 1) instead of (i, i + rotary / 2).
     Raises ValueError for tables that are too narrow, too wide or too short.
     """
+    _check("rope", x, cos, sin, positions, offset)
+    result: Tensor
+    if backend == "fused":
+        result = FusedRope.apply(x, cos, sin, _int32(positions), offset, interleaved)
+    elif backend == "compiled":
+        result = compiled(reference.rope)(x, cos, sin, positions, offset=offset, interleaved=interleaved)
+    else:
+        s = x.shape[1]
+        if positions is None:
+            cos, sin = cos[offset : offset + s].view(1, s, 1, -1), sin[offset : offset + s].view(1, s, 1, -1)
+        else:
+            cos, sin = cos[positions].unsqueeze(2), sin[positions].unsqueeze(2)
+        result = _Rope.apply(x, cos, sin, interleaved)
+    return result
+
+
+def rope_qkv_(
+    qkv: Tensor,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    *,
+    offset: int = 0,
+    interleaved: bool = False,
+    backend: OpsBackend = "reference",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated q [b, s, h, d], rotated k and v [b, s, kv_heads, d] of a packed qkv [b, s, h + 2 * kv_heads, d].
+
+    The heads lie in the order q, k, v. qkv is used up: the fused kernel rotates it in place and returns views of it. The
+    rest is as in `rope`. Raises ValueError for what `rope` refuses, for a leaf that requires a gradient, and for heads
+    that do not add up.
+    """
+    _check("rope_qkv_", qkv, cos, sin, positions, offset)
+    q_heads = qkv.shape[2] - 2 * kv_heads
+    if q_heads < 0 or kv_heads < 0:
+        raise ValueError(f"rope_qkv_: qkv has {qkv.shape[2]} heads, expected at least twice the {kv_heads} kv_heads")
+    if qkv.is_leaf and qkv.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "rope_qkv_: qkv is a leaf that requires a gradient, which cannot be changed in place: clone it"
+        )
+    if backend == "fused" and qkv.is_contiguous():
+        if positions is None:
+            cos, sin = cos[offset:], sin[offset:]
+        q, k, v = FusedRopeQKV.apply(qkv, cos, sin, _int32(positions), (q_heads, kv_heads), interleaved)
+        return q, k, v
+    q, k, v = qkv.split((q_heads, kv_heads, kv_heads), dim=2)
+    q = rope(q, cos, sin, positions, offset=offset, interleaved=interleaved, backend=backend)
+    return q, rope(k, cos, sin, positions, offset=offset, interleaved=interleaved, backend=backend), v
+
+
+def _int32(positions: Tensor | None) -> Tensor | None:
+    return None if positions is None else positions.to(torch.int32)
+
+
+def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int) -> None:
+    check_floating(name, "x", x)
+    if x.ndim != 4:
+        raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected [batch, seq, heads, head_dim]")
     b, s, _, d = x.shape
     if cos.shape != sin.shape or cos.ndim != 2 or 2 * cos.shape[1] > d:
         raise ValueError(
-            f"rope: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be [positions, rotary / 2] with rotary "
+            f"{name}: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be [positions, rotary / 2] with rotary "
             f"at most head_dim {d}"
         )
+    wide = (torch.float32, torch.float64) if x.dtype == torch.float64 else (torch.float32,)
+    if cos.dtype not in wide or sin.dtype != cos.dtype:
+        raise ValueError(f"{name}: cos is {cos.dtype} and sin {sin.dtype}, expected torch.float32 tables")
     if positions is None:
-        if offset + s > cos.shape[0]:
+        if offset < 0 or offset + s > cos.shape[0]:
             raise ValueError(
-                f"rope: positions {offset} to {offset + s - 1} do not fit tables of {cos.shape[0]} positions"
+                f"{name}: positions {offset} to {offset + s - 1} do not fit tables of {cos.shape[0]} positions"
             )
-        cos, sin = cos[offset : offset + s].view(1, s, 1, -1), sin[offset : offset + s].view(1, s, 1, -1)
-    else:
-        if positions.shape != (b, s):
-            raise ValueError(f"rope: positions have shape {tuple(positions.shape)}, expected ({b}, {s})")
-        cos, sin = cos[positions].unsqueeze(2), sin[positions].unsqueeze(2)
-    result: Tensor = _Rope.apply(x, cos, sin, interleaved)
-    return result
+    elif positions.shape != (b, s):
+        raise ValueError(f"{name}: positions have shape {tuple(positions.shape)}, expected ({b}, {s})")

@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatronish.ops import reference
+from megatronish.ops.dispatch import OpsBackend, check_floating, compiled
+from megatronish.ops.extension import FusedSwiGLU
+
 
 class _SwiGLU(torch.autograd.Function):
     """Keeps only the packed input: the activation is computed again in the backward pass."""
@@ -43,27 +47,34 @@ class _GeGLU(torch.autograd.Function):
         return torch.cat((torch.ops.aten.gelu_backward(grad * up, gate), grad * F.gelu(gate)), dim=-1)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, *, backend: OpsBackend = "reference") -> Tensor:
     """silu(gate) * up for gate_up [..., 2F], the gate in the first half; returns [..., F].
 
-    Raises ValueError if the last dim is odd.
+    Raises ValueError if the last dim is odd or the dtype is not a floating one.
     """
     _check("swiglu", gate_up)
-    result: Tensor = _SwiGLU.apply(gate_up)
+    result: Tensor
+    if backend == "fused":
+        result = FusedSwiGLU.apply(gate_up)
+    elif backend == "compiled":
+        result = compiled(reference.swiglu)(gate_up)
+    else:
+        result = _SwiGLU.apply(gate_up)
     return result
 
 
-def geglu(gate_up: Tensor) -> Tensor:
-    """gelu(gate) * up for gate_up [..., 2F], the gate in the first half; returns [..., F].
+def geglu(gate_up: Tensor, *, backend: OpsBackend = "reference") -> Tensor:
+    """gelu(gate) * up for gate_up [..., 2F], the gate in the first half; returns [..., F]. There is no fused kernel.
 
-    Raises ValueError if the last dim is odd.
+    Raises ValueError if the last dim is odd or the dtype is not a floating one.
     """
     _check("geglu", gate_up)
-    result: Tensor = _GeGLU.apply(gate_up)
+    result: Tensor = compiled(reference.geglu)(gate_up) if backend == "compiled" else _GeGLU.apply(gate_up)
     return result
 
 
 def _check(name: str, gate_up: Tensor) -> None:
+    check_floating(name, "gate_up", gate_up)
     if gate_up.shape[-1] % 2 != 0:
         raise ValueError(
             f"{name}: the last dim of gate_up holds gate and up, so it must be even; got {gate_up.shape[-1]}"

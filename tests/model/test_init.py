@@ -9,6 +9,7 @@ from megatronish.config.model import ModelConfig
 from megatronish.config.presets import resolve_model
 from megatronish.model.init import init_weights, initial_weight
 from megatronish.model.transformer import Transformer, layer_specs
+from megatronish.ops.dispatch import Backends
 
 CONFIG = ModelConfig(
     vocab_size=300,
@@ -26,7 +27,7 @@ def test_order_of_construction_does_not_matter() -> None:
     model = Transformer(CONFIG, seed=7)
     torch.manual_seed(99)
     alone = {}
-    for spec in reversed(layer_specs(CONFIG, "sdpa")):
+    for spec in reversed(layer_specs(CONFIG, Backends("sdpa", "reference"))):
         layer = spec.build()
         for name, parameter in layer.named_parameters():
             full_name = f"{spec.name}.{name}"

@@ -27,10 +27,13 @@ def machine() -> dict[str, str]:
     """What the bits of a loss depend on besides the code."""
     import torch
 
+    from megatronish.ops.dispatch import resolve_ops
+
     wanted = ("vendor_id", "cpu family", "model", "model name", "stepping")
     info = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()]
     cpu = ", ".join(value.strip() for key, _, value in info if key.strip() in wanted) or platform.machine()
-    return {"cpu": cpu, "vector": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
+    vector = torch.backends.cpu.get_cpu_capability()
+    return {"cpu": cpu, "vector": vector, "torch": torch.__version__, "ops": resolve_ops("auto")}
 
 
 def run_tiny(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,491 @@
+// The operators of torch.ops.megatronish: schemas, checks, allocation, and the way to the CPU and CUDA kernels. The only
+// file that talks to torch's dispatcher, and only through torch's stable ABI, so that one binary serves torch 2.10 and
+// later. Compiled twice: plainly for the schemas and the CPU, with -DMEGATRONISH_CUDA for CUDA.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#ifdef MEGATRONISH_CUDA
+#include "cuda/launch.h"
+// Weak: the library can be linked against a torch without CUDA, which lacks it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#else
+#include "cpu/levels.h"
+#endif
+
+namespace megatronish {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// ---- Messages: operator, argument, expected, got.
+
+[[noreturn]] void refuse(const char* op, const char* argument, const std::string& expected, const std::string& got) {
+  throw std::runtime_error(std::string(op) + ": " + argument + ": expected " + expected + ", got " + got);
+}
+
+template <class Sizes>
+std::string shape_text(const Sizes& sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+std::string dtype_text(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    default: return "another dtype (torch's number " + std::to_string(static_cast<int>(type)) + ")";
+  }
+}
+
+// ---- Checks.
+
+DType dtype_of(const char* op, const char* argument, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::Double: return DType::f64;
+    default: refuse(op, argument, "float32, bfloat16, float16 or float64", dtype_text(t.scalar_type()));
+  }
+}
+
+void check_dtype(const char* op, const char* argument, const Tensor& t, ScalarType expected) {
+  if (t.scalar_type() != expected) refuse(op, argument, dtype_text(expected), dtype_text(t.scalar_type()));
+}
+
+void check_shape(const char* op, const char* argument, const Tensor& t, const std::vector<int64_t>& expected) {
+  const auto sizes = t.sizes();
+  if (!std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end())) {
+    refuse(op, argument, "shape " + shape_text(expected), shape_text(sizes));
+  }
+}
+
+void check_device(const char* op, const char* argument, const Tensor& t, const Tensor& like) {
+#ifdef MEGATRONISH_CUDA
+  const bool same = t.is_cuda() && t.get_device_index() == like.get_device_index();
+#else
+  const bool same = t.is_cpu() && like.is_cpu();
+#endif
+  if (!same) refuse(op, argument, "all tensors on one device", "one on another");
+}
+
+// `t` has the shape, dtype and device of `like`.
+void check_same(const char* op, const char* argument, const Tensor& t, const Tensor& like) {
+  check_device(op, argument, t, like);
+  check_dtype(op, argument, t, like.scalar_type());
+  const auto sizes = like.sizes();
+  check_shape(op, argument, t, {sizes.begin(), sizes.end()});
+}
+
+void check_has_dims(const char* op, const char* argument, const Tensor& t) {
+  if (t.dim() == 0) refuse(op, argument, "at least one dim", "a scalar");
+}
+
+// A norm's weight: one element a channel of x, in x's dtype or float32.
+void check_weight(const char* op, const Tensor& w, const Tensor& x) {
+  check_device(op, "w", w, x);
+  check_shape(op, "w", w, {x.size(x.dim() - 1)});
+  if (w.scalar_type() != x.scalar_type() && w.scalar_type() != ScalarType::Float) {
+    refuse(op, "w", "float32 or the dtype of x, " + dtype_text(x.scalar_type()), dtype_text(w.scalar_type()));
+  }
+}
+
+// ---- Tensors.
+
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+MaybeTensor dense(const MaybeTensor& t) { return t ? MaybeTensor(dense(*t)) : t; }
+
+const void* data(const MaybeTensor& t) { return t ? t->data_ptr() : nullptr; }
+
+int32_t dtype_code(ScalarType type) {
+  switch (type) {
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    case ScalarType::Double: return aoti_torch_dtype_float64();
+    default: return aoti_torch_dtype_float32();
+  }
+}
+
+// Uninitialised and contiguous, on the device of `like`. The C function, for the C++ one goes through the dispatcher.
+Tensor make(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+#ifdef MEGATRONISH_CUDA
+  const int32_t device_type = aoti_torch_device_type_cuda(), index = like.get_device_index();
+#else
+  (void)like;
+  const int32_t device_type = aoti_torch_device_type_cpu(), index = 0;
+#endif
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), dtype_code(type), device_type, index, &handle));
+  return Tensor(handle);
+}
+
+std::vector<int64_t> shape(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+std::vector<int64_t> shape_with_last(const Tensor& t, int64_t last) {
+  auto sizes = shape(t);
+  sizes.back() = last;
+  return sizes;
+}
+
+ScalarType wide_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+// Rows of the last dim; 0 where that is 0.
+int64_t row_count(const Tensor& t) {
+  const int64_t width = t.size(t.dim() - 1);
+  return width == 0 ? 0 : t.numel() / width;
+}
+
+// ---- Running a kernel.
+
+#ifdef MEGATRONISH_CUDA
+
+struct DeviceGuard {
+  explicit DeviceGuard(const Tensor& t) : guard(t.get_device_index()) {}
+  torch::stable::accelerator::DeviceGuard guard;
+};
+
+template <class Args>
+void launch(const char* op, const Tensor& on, int (*kernel)(const Args&, void* stream), const Args& args) {
+  if (aoti_torch_get_current_cuda_stream == nullptr) throw std::runtime_error("this build of torch has no CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+  const int error = kernel(args, stream);
+  if (error != 0) throw std::runtime_error(std::string(op) + ": CUDA: " + cuda::error_text(error));
+}
+
+void run(const RmsNormFwd& a, const Tensor& on) { launch("rms_norm_fwd", on, cuda::rms_norm_fwd, a); }
+void run(const RmsNormBwd& a, const Tensor& on) { launch("rms_norm_bwd", on, cuda::rms_norm_bwd, a); }
+void run(const SwigluFwd& a, const Tensor& on) { launch("swiglu_fwd", on, cuda::swiglu_fwd, a); }
+void run(const SwigluBwd& a, const Tensor& on) { launch("swiglu_bwd", on, cuda::swiglu_bwd, a); }
+void run(const Rope& a, const Tensor& on) { launch("rope", on, cuda::rope, a); }
+
+int64_t partition_count(int64_t rows, int64_t width) { return cuda::rms_norm_partitions(rows, width); }
+
+#else
+
+struct DeviceGuard {
+  explicit DeviceGuard(const Tensor&) {}
+};
+
+constexpr int64_t kGrain = 32768;  // elements below which another thread costs more than it brings
+
+template <class Args>
+void in_parallel(int64_t count, int64_t width, void (*kernel)(const Args&, int64_t, int64_t), const Args& args) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1));
+  if (count <= grain) {
+    if (count > 0) kernel(args, 0, count);
+    return;
+  }
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+void run(const RmsNormFwd& a, const Tensor&) { in_parallel(a.rows, a.width, cpu_kernels(a.dtype).rms_norm_fwd, a); }
+
+void run(const RmsNormBwd& a, const Tensor&) {
+  const CpuKernels& kernels = cpu_kernels(a.dtype);
+  const int64_t rows_each = (a.rows + a.partitions - 1) / std::max<int64_t>(a.partitions, 1);
+  in_parallel(a.partitions, a.width * rows_each, kernels.rms_norm_bwd, a);
+  if (a.dw != nullptr) in_parallel(a.width, a.partitions, kernels.rms_norm_bwd_dw, a);
+}
+
+void run(const SwigluFwd& a, const Tensor&) { in_parallel(a.rows, a.width, cpu_kernels(a.dtype).swiglu_fwd, a); }
+void run(const SwigluBwd& a, const Tensor&) { in_parallel(a.rows, a.width, cpu_kernels(a.dtype).swiglu_bwd, a); }
+void run(const Rope& a, const Tensor&) {
+  in_parallel(a.batch * a.seq, a.groups * a.heads * a.head_dim, cpu_kernels(a.dtype).rope, a);
+}
+
+// By the number of rows alone, so that the order of the sums does not depend on the number of threads.
+int64_t partition_count(int64_t rows, int64_t) { return std::min<int64_t>(64, (rows + 15) / 16); }
+
+#endif
+
+// ---- RMSNorm.
+
+std::tuple<Tensor, Tensor, Tensor> norm_forward(const char* op, const Tensor& x_in, const MaybeTensor& residual_in,
+                                                const MaybeTensor& w_in, double eps, double w_offset) {
+  check_has_dims(op, "x", x_in);
+  const DType dtype = dtype_of(op, "x", x_in);
+  check_device(op, "x", x_in, x_in);
+  if (residual_in) check_same(op, "residual", *residual_in, x_in);
+  if (w_in) check_weight(op, *w_in, x_in);
+  const DeviceGuard guard(x_in);
+  const Tensor x = dense(x_in);
+  const MaybeTensor residual = dense(residual_in), w = dense(w_in);
+  const Tensor y = make(shape(x), x.scalar_type(), x);
+  const Tensor res_out = residual ? make(shape(x), x.scalar_type(), x) : y;
+  const Tensor rstd = make(shape_with_last(x, 1), wide_type(dtype), x);
+  RmsNormFwd a{};
+  a.x = x.data_ptr();
+  a.residual = data(residual);
+  a.w = data(w);
+  a.y = y.data_ptr();
+  a.res_out = residual ? res_out.data_ptr() : nullptr;
+  a.rstd = rstd.data_ptr();
+  a.rows = row_count(x);
+  a.width = x.size(x.dim() - 1);
+  a.eps = eps;
+  a.w_offset = w_offset;
+  a.dtype = dtype;
+  a.w_dtype = w ? dtype_of(op, "w", *w) : dtype;
+  run(a, x);
+  return {y, res_out, rstd};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_fwd(Tensor x, MaybeTensor w, double eps, double w_offset) {
+  auto [y, same, rstd] = norm_forward("rms_norm_fwd", x, std::nullopt, w, eps, w_offset);
+  return {y, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_fwd(Tensor x, Tensor residual, MaybeTensor w, double eps,
+                                                    double w_offset) {
+  return norm_forward("add_rms_norm_fwd", x, residual, w, eps, w_offset);
+}
+
+std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor dy_in, MaybeTensor dres_in, Tensor x_in, MaybeTensor w_in, Tensor rstd_in,
+                                        double w_offset, bool need_dw) {
+  const char* op = "rms_norm_bwd";
+  check_has_dims(op, "x", x_in);
+  const DType dtype = dtype_of(op, "x", x_in);
+  check_same(op, "dy", dy_in, x_in);
+  if (dres_in) check_same(op, "dres", *dres_in, x_in);
+  if (w_in) check_weight(op, *w_in, x_in);
+  check_device(op, "rstd", rstd_in, x_in);
+  check_dtype(op, "rstd", rstd_in, wide_type(dtype));
+  check_shape(op, "rstd", rstd_in, shape_with_last(x_in, 1));
+  const DeviceGuard guard(x_in);
+  const Tensor dy = dense(dy_in), x = dense(x_in), rstd = dense(rstd_in);
+  const MaybeTensor dres = dense(dres_in), w = dense(w_in);
+  const bool with_dw = need_dw && w;
+  RmsNormBwd a{};
+  a.rows = row_count(x);
+  a.width = x.size(x.dim() - 1);
+  a.partitions = partition_count(a.rows, a.width);
+  const Tensor dx = make(shape(x), x.scalar_type(), x);
+  const Tensor dw = make({with_dw ? a.width : 0}, w ? w->scalar_type() : x.scalar_type(), x);
+  const Tensor partial = make({with_dw ? a.partitions : 0, a.width}, wide_type(dtype), x);
+  a.dy = dy.data_ptr();
+  a.dres = data(dres);
+  a.x = x.data_ptr();
+  a.w = data(w);
+  a.rstd = rstd.data_ptr();
+  a.dx = dx.data_ptr();
+  a.dw = with_dw ? dw.data_ptr() : nullptr;
+  a.partial = with_dw ? partial.data_ptr() : nullptr;
+  a.w_offset = w_offset;
+  a.dtype = dtype;
+  a.w_dtype = w ? dtype_of(op, "w", *w) : dtype;
+  run(a, x);
+  return {dx, dw};
+}
+
+// ---- SwiGLU.
+
+int64_t half_width(const char* op, const Tensor& gate_up) {
+  check_has_dims(op, "gate_up", gate_up);
+  const int64_t width = gate_up.size(gate_up.dim() - 1);
+  if (width % 2 != 0) refuse(op, "gate_up", "an even last dim, gate and up", std::to_string(width));
+  return width / 2;
+}
+
+Tensor swiglu_fwd(Tensor gate_up_in) {
+  const char* op = "swiglu_fwd";
+  const int64_t width = half_width(op, gate_up_in);
+  const DType dtype = dtype_of(op, "gate_up", gate_up_in);
+  const DeviceGuard guard(gate_up_in);
+  const Tensor gate_up = dense(gate_up_in);
+  const Tensor y = make(shape_with_last(gate_up, width), gate_up.scalar_type(), gate_up);
+  SwigluFwd a{};
+  a.gate_up = gate_up.data_ptr();
+  a.y = y.data_ptr();
+  a.rows = row_count(gate_up);
+  a.width = width;
+  a.dtype = dtype;
+  run(a, gate_up);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> swiglu_bwd(Tensor dy_in, Tensor gate_up_in, bool recompute_y) {
+  const char* op = "swiglu_bwd";
+  const int64_t width = half_width(op, gate_up_in);
+  const DType dtype = dtype_of(op, "gate_up", gate_up_in);
+  check_device(op, "dy", dy_in, gate_up_in);
+  check_dtype(op, "dy", dy_in, gate_up_in.scalar_type());
+  check_shape(op, "dy", dy_in, shape_with_last(gate_up_in, width));
+  const DeviceGuard guard(gate_up_in);
+  const Tensor dy = dense(dy_in), gate_up = dense(gate_up_in);
+  const Tensor dgate_up = make(shape(gate_up), gate_up.scalar_type(), gate_up);
+  const Tensor y = make(recompute_y ? shape(dy) : std::vector<int64_t>{0}, gate_up.scalar_type(), gate_up);
+  SwigluBwd a{};
+  a.dy = dy.data_ptr();
+  a.gate_up = gate_up.data_ptr();
+  a.dgate_up = dgate_up.data_ptr();
+  a.y = recompute_y ? y.data_ptr() : nullptr;
+  a.rows = row_count(gate_up);
+  a.width = width;
+  a.dtype = dtype;
+  run(a, gate_up);
+  return {dgate_up, y};
+}
+
+// ---- RoPE.
+
+// cos or sin in the type of the arithmetic; float64 elements take fp32 tables too.
+Tensor table(const char* op, const char* argument, const Tensor& t, const Tensor& x, DType dtype) {
+  check_device(op, argument, t, x);
+  if (dtype == DType::f64 && t.scalar_type() == ScalarType::Float) return dense(torch::stable::to(t, ScalarType::Double));
+  check_dtype(op, argument, t, wide_type(dtype));
+  return dense(t);
+}
+
+// Tables and positions of a rotation of x [b, s, heads, head_dim], checked; the tensors that own the memory are kept.
+struct Angles {
+  Tensor cos, sin;
+  MaybeTensor positions;
+};
+
+Angles angles(const char* op, const Tensor& x, const Tensor& cos, const Tensor& sin, const MaybeTensor& positions,
+              int64_t offset, Rope& a) {
+  if (x.dim() != 4) refuse(op, "x", "shape [batch, seq, heads, head_dim]", shape_text(x.sizes()));
+  a.dtype = dtype_of(op, "x", x);
+  if (cos.dim() != 2 || 2 * cos.size(1) > x.size(3)) {
+    refuse(op, "cos", "shape [positions, rotary / 2] with rotary at most head_dim " + std::to_string(x.size(3)),
+           shape_text(cos.sizes()));
+  }
+  check_shape(op, "sin", sin, shape(cos));
+  Angles kept{table(op, "cos", cos, x, a.dtype), table(op, "sin", sin, x, a.dtype), positions};
+  a.batch = x.size(0);
+  a.seq = x.size(1);
+  a.head_dim = x.size(3);
+  a.half = cos.size(1);
+  a.table_rows = cos.size(0);
+  a.offset = offset;
+  a.cos = kept.cos.data_ptr();
+  a.sin = kept.sin.data_ptr();
+  if (!positions) {
+    if (offset < 0 || offset + a.seq > a.table_rows) {
+      refuse(op, "offset", "0 <= offset and offset + seq " + std::to_string(a.seq) + " <= the tables' " +
+                               std::to_string(a.table_rows) + " rows", std::to_string(offset));
+    }
+    return kept;
+  }
+  check_device(op, "positions", *positions, x);
+  check_dtype(op, "positions", *positions, ScalarType::Int);
+  check_shape(op, "positions", *positions, {a.batch, a.seq});
+  kept.positions = dense(positions);
+  a.positions = static_cast<const int32_t*>(kept.positions->data_ptr());
+#ifndef MEGATRONISH_CUDA  // on CUDA a look would stall the stream: the kernel writes NaN for such a token
+  for (int64_t i = 0; i < a.batch * a.seq; ++i) {
+    if (a.positions[i] < 0 || a.positions[i] >= a.table_rows) {
+      refuse(op, "positions", "numbers from 0 to " + std::to_string(a.table_rows - 1), std::to_string(a.positions[i]));
+    }
+  }
+#endif
+  return kept;
+}
+
+Tensor rope(Tensor x_in, Tensor cos, Tensor sin, MaybeTensor positions, int64_t offset, bool interleaved, bool inverse) {
+  Rope a{};
+  const DeviceGuard guard(x_in);
+  const Angles kept = angles("rope", x_in, cos, sin, positions, offset, a);
+  const Tensor x = x_in.stride(3) == 1 ? x_in : dense(x_in);
+  const Tensor out = make(shape(x), x.scalar_type(), x);
+  a.in = x.data_ptr();
+  a.out = out.data_ptr();
+  a.groups = 1;
+  a.heads = x.size(2);
+  a.in_batch = x.stride(0);
+  a.in_seq = x.stride(1);
+  a.in_head = x.stride(2);
+  a.out_batch = out.stride(0);
+  a.out_seq = out.stride(1);
+  a.out_head = out.stride(2);
+  a.interleaved = interleaved;
+  a.inverse = inverse;
+  run(a, x);
+  return out;
+}
+
+void rope_qkv_(Tensor qkv, Tensor cos, Tensor sin, MaybeTensor positions, int64_t groups, int64_t q_per_group,
+               int64_t k_per_group, int64_t v_per_group, bool interleaved, bool inverse) {
+  const char* op = "rope_qkv_";
+  Rope a{};
+  const DeviceGuard guard(qkv);
+  const Angles kept = angles(op, qkv, cos, sin, positions, 0, a);
+  const int64_t heads = q_per_group + k_per_group + v_per_group;
+  if (std::min({groups, q_per_group, k_per_group, v_per_group}) < 0 || groups * heads != qkv.size(2)) {
+    refuse(op, "qkv", "groups * (q_per_group + k_per_group + v_per_group) = " + std::to_string(groups * heads) + " heads",
+           std::to_string(qkv.size(2)));
+  }
+  if (qkv.numel() > 0 && (qkv.stride(3) != 1 || qkv.stride(2) != a.head_dim)) {
+    refuse(op, "qkv", "strides [..., " + std::to_string(a.head_dim) + ", 1]", shape_text(qkv.strides()));
+  }
+  a.in = qkv.data_ptr();
+  a.out = qkv.data_ptr();
+  a.groups = groups;
+  a.heads = q_per_group + k_per_group;
+  a.in_batch = a.out_batch = qkv.stride(0);
+  a.in_seq = a.out_seq = qkv.stride(1);
+  a.in_group = a.out_group = heads * a.head_dim;
+  a.in_head = a.out_head = a.head_dim;
+  a.interleaved = interleaved;
+  a.inverse = inverse;
+  run(a, qkv);
+}
+
+}  // namespace
+}  // namespace megatronish
+
+#ifndef MEGATRONISH_CUDA
+STABLE_TORCH_LIBRARY(megatronish, m) {
+  m.def("rms_norm_fwd(Tensor x, Tensor? w, float eps, float w_offset) -> (Tensor y, Tensor rstd)");
+  m.def(
+      "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor? w, float eps, float w_offset) -> "
+      "(Tensor y, Tensor res_out, Tensor rstd)");
+  m.def(
+      "rms_norm_bwd(Tensor dy, Tensor? dres, Tensor x, Tensor? w, Tensor rstd, float w_offset, bool need_dw) -> "
+      "(Tensor dx, Tensor dw)");
+  m.def("swiglu_fwd(Tensor gate_up) -> Tensor");
+  m.def("swiglu_bwd(Tensor dy, Tensor gate_up, bool recompute_y) -> (Tensor dgate_up, Tensor y)");
+  m.def(
+      "rope(Tensor x, Tensor cos, Tensor sin, Tensor? positions, int offset, bool interleaved, bool inverse) -> Tensor");
+  m.def(
+      "rope_qkv_(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor? positions, int groups, int q_per_group, "
+      "int k_per_group, int v_per_group, bool interleaved, bool inverse) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(megatronish, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(megatronish, CUDA, m) {
+#endif
+  m.impl("rms_norm_fwd", TORCH_BOX(&megatronish::rms_norm_fwd));
+  m.impl("add_rms_norm_fwd", TORCH_BOX(&megatronish::add_rms_norm_fwd));
+  m.impl("rms_norm_bwd", TORCH_BOX(&megatronish::rms_norm_bwd));
+  m.impl("swiglu_fwd", TORCH_BOX(&megatronish::swiglu_fwd));
+  m.impl("swiglu_bwd", TORCH_BOX(&megatronish::swiglu_bwd));
+  m.impl("rope", TORCH_BOX(&megatronish::rope));
+  m.impl("rope_qkv_", TORCH_BOX(&megatronish::rope_qkv_));
+}

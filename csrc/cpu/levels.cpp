@@ -1,0 +1,79 @@
+// Picks the instruction-set level by CPUID when the library is loaded.
+#include "levels.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+namespace megatronish {
+namespace {
+
+#define MEGATRONISH_TABLE(level) \
+  {#level, level::rms_norm_fwd, level::rms_norm_bwd, level::rms_norm_bwd_dw, level::swiglu_fwd, level::swiglu_bwd, level::rope}
+
+// From the plainest to the fastest.
+constexpr CpuKernels kLevels[] = {
+    MEGATRONISH_TABLE(scalar),
+#ifdef MEGATRONISH_HAS_avx2
+    MEGATRONISH_TABLE(avx2),
+#endif
+#ifdef MEGATRONISH_HAS_avx512
+    MEGATRONISH_TABLE(avx512),
+#endif
+#ifdef MEGATRONISH_HAS_avx512_bf16
+    MEGATRONISH_TABLE(avx512_bf16),
+#endif
+};
+constexpr int kCount = sizeof(kLevels) / sizeof(kLevels[0]);
+
+bool cpu_runs(const char* name) {
+  if (strcmp(name, "scalar") == 0) return true;
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (strcmp(name, "avx2") == 0) return avx2;
+  if (strcmp(name, "avx512") == 0) return avx512;
+#ifdef MEGATRONISH_HAS_avx512_bf16  // an older compiler does not know the name of the feature either
+  if (strcmp(name, "avx512_bf16") == 0) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+#endif
+  return false;
+}
+
+// torch's own variable for the same choice caps ours, so that one setting makes all arithmetic that of an older CPU.
+bool torch_allows(const char* name) {
+  const char* cap = getenv("ATEN_CPU_CAPABILITY");
+  if (cap == nullptr) return true;
+  if (strcmp(cap, "default") == 0) return strcmp(name, "scalar") == 0;
+  if (strcmp(cap, "avx2") == 0) return strncmp(name, "avx512", 6) != 0;
+  return true;
+}
+
+const CpuKernels* pick() {
+  const CpuKernels* best = &kLevels[0];
+  for (int i = 1; i < kCount; ++i) {
+    if (cpu_runs(kLevels[i].name) && torch_allows(kLevels[i].name)) best = &kLevels[i];
+  }
+  return best;
+}
+
+const CpuKernels* chosen = pick();
+
+}  // namespace
+
+const CpuKernels& cpu_kernels(DType dtype) { return dtype == DType::f64 ? kLevels[0] : *chosen; }
+
+}  // namespace megatronish
+
+extern "C" const char* megatronish_cpu_level() { return megatronish::chosen->name; }
+
+extern "C" int megatronish_set_cpu_level(const char* name) {
+  for (const auto& level : megatronish::kLevels) {
+    if (strcmp(level.name, name) == 0 && megatronish::cpu_runs(name)) {
+      megatronish::chosen = &level;
+      return 0;
+    }
+  }
+  return -1;
+}

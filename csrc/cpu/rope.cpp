@@ -1,0 +1,81 @@
+// Rotary position embedding, out of place or in place, on the heads of one token after another.
+#include "vec.h"
+
+namespace megatronish {
+namespace MEGATRONISH_LEVEL {
+namespace {
+
+// Pairs (i, i + half): (a, b) -> (a cos - b sin, b cos + a sin); turn is 1, or -1 for the inverse.
+template <class T, class V, class S>
+inline void rotate_halves(const T* in, T* out, const S* cos, const S* sin, int64_t half, V turn) {
+  each_vector<V>(half, [=](int64_t i, auto n) {
+    const V c = load(cos + i, n, V{}), s = load(sin + i, n, V{}) * turn;
+    const V a = load(in + i, n, V{}), b = load(in + half + i, n, V{});
+    store(out + i, n, fnma(b, s, a * c));
+    store(out + half + i, n, fma(a, s, b * c));
+  });
+}
+
+constexpr int64_t kChunk = 256;  // channels whose factors are spread over pairs at a time
+
+// Pairs (2i, 2i + 1): every channel times its cos plus its neighbour times its signed sin.
+template <class T, class V, class S>
+inline void rotate_pairs(const T* in, T* out, const S* cos, const S* sin, int64_t channels) {
+  each_vector<V>(channels, [=](int64_t i, auto n) {
+    const V x = load(in + i, n, V{});
+    store(out + i, n, fma(swap_pairs(x), load(sin + i, n, V{}), x * load(cos + i, n, V{})));
+  });
+}
+
+template <class T, class Head>
+inline void each_head(const Rope& a, const T* in, T* out, Head head) {
+  for (int64_t group = 0; group < a.groups; ++group) {
+    for (int64_t i = 0; i < a.heads; ++i) {
+      head(in + group * a.in_group + i * a.in_head, out + group * a.out_group + i * a.out_head);
+    }
+  }
+}
+
+template <class T>
+void rotate(const Rope& a, int64_t begin, int64_t end) {
+  using V = typename VecOf<T>::type;
+  using S = typename V::Scalar;
+  const int64_t half = a.half, rest = a.head_dim - 2 * half;
+  const S turn = a.inverse ? S(-1) : S(1);
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t b = token / a.seq, s = token % a.seq;
+    const T* in = static_cast<const T*>(a.in) + b * a.in_batch + s * a.in_seq;
+    T* out = static_cast<T*>(a.out) + b * a.out_batch + s * a.out_seq;
+    const int64_t position = a.positions == nullptr ? a.offset + s : a.positions[token];
+    const S* cos = static_cast<const S*>(a.cos) + position * half;
+    const S* sin = static_cast<const S*>(a.sin) + position * half;
+    if (!a.interleaved) {
+      const V factor = fill(turn, V{});
+      each_head(a, in, out, [=](const T* p, T* q) { rotate_halves<T, V>(p, q, cos, sin, half, factor); });
+    } else {
+      S spread_cos[kChunk], spread_sin[kChunk];
+      for (int64_t start = 0; start < 2 * half; start += kChunk) {
+        const int64_t channels = 2 * half - start < kChunk ? 2 * half - start : kChunk;
+        for (int64_t i = 0; i < channels; ++i) {
+          spread_cos[i] = cos[(start + i) / 2];
+          spread_sin[i] = (i % 2 == 0 ? -turn : turn) * sin[(start + i) / 2];
+        }
+        each_head(a, in, out, [&](const T* p, T* q) {
+          rotate_pairs<T, V>(p + start, q + start, spread_cos, spread_sin, channels);
+        });
+      }
+    }
+    if (rest > 0 && a.in != a.out) {
+      each_head(a, in, out, [=](const T* p, T* q) { memcpy(q + 2 * half, p + 2 * half, rest * sizeof(T)); });
+    }
+  }
+}
+
+}  // namespace
+
+void rope(const Rope& a, int64_t begin, int64_t end) {
+  with_type(a.dtype, [&](auto t) { rotate<decltype(t)>(a, begin, end); });
+}
+
+}  // namespace MEGATRONISH_LEVEL
+}  // namespace megatronish

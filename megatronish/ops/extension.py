@@ -1,0 +1,206 @@
+"""The operators of csrc/ in torch: importing this module registers them as `torch.ops.megatronish.*`.
+
+Registering an operator is the one thing that an import of this package does. Where the libraries are not built, EXTENSION
+says why and nothing is registered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BUILD_HINT = "run `python setup.py build_ext --inplace` in the source folder (it needs a C++ compiler)"
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What could be loaded. The problems are empty where there is none."""
+
+    cpu: bool
+    cuda: bool
+    cpu_problem: str
+    cuda_problem: str
+
+
+def _load() -> Extension:
+    folder = Path(__file__).resolve().parents[1]
+    cpu_problem = _load_library(folder / "_C.so")
+    if not cpu_problem:
+        _register_fakes()
+    if cpu_problem:
+        cuda_problem = cpu_problem
+    elif torch.version.cuda is None:
+        cuda_problem = "this torch has no CUDA"
+    else:
+        cuda_problem = _load_library(folder / "_C_cuda.so")
+    return Extension(not cpu_problem, not cuda_problem, cpu_problem, cuda_problem)
+
+
+def _load_library(path: Path) -> str:
+    """Load one operator library; the reason why not, or ""."""
+    if not path.is_file():
+        return f"{path.name} is not built: {BUILD_HINT}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load ({error}): {BUILD_HINT} again"
+    return ""
+
+
+def _register_fakes() -> None:
+    """Shapes and dtypes of the results, for torch.compile and the meta device."""
+
+    def wide(x: Tensor) -> torch.dtype:
+        return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def rms_norm_fwd(x: Tensor, w: Tensor | None, eps: float, w_offset: float) -> tuple[Tensor, Tensor]:
+        return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=wide(x))
+
+    def add_rms_norm_fwd(
+        x: Tensor, residual: Tensor, w: Tensor | None, eps: float, w_offset: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=wide(x))
+
+    def rms_norm_bwd(
+        dy: Tensor, dres: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, w_offset: float, need_dw: bool
+    ) -> tuple[Tensor, Tensor]:
+        dw = x.new_empty(0) if w is None else w.new_empty(w.shape if need_dw else 0)
+        return x.new_empty(x.shape), dw
+
+    def swiglu_fwd(gate_up: Tensor) -> Tensor:
+        return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+    def swiglu_bwd(dy: Tensor, gate_up: Tensor, recompute_y: bool) -> tuple[Tensor, Tensor]:
+        return gate_up.new_empty(gate_up.shape), gate_up.new_empty(dy.shape if recompute_y else 0)
+
+    def rope(
+        x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int, interleaved: bool, inverse: bool
+    ) -> Tensor:
+        return x.new_empty(x.shape)
+
+    def rope_qkv_(qkv: Tensor, *_: Any) -> None:
+        return None
+
+    for fake in (rms_norm_fwd, add_rms_norm_fwd, rms_norm_bwd, swiglu_fwd, swiglu_bwd, rope, rope_qkv_):
+        torch.library.register_fake(f"megatronish::{fake.__name__}", fake)
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """Keeps x, the weight and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
+        y, rstd = torch.ops.megatronish.rms_norm_fwd(x, weight, eps, offset)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.offset = offset
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        need_dw = ctx.needs_input_grad[1]
+        dx, dw = torch.ops.megatronish.rms_norm_bwd(dy, None, x, weight, rstd, ctx.offset, need_dw)
+        return dx, dw if need_dw else None, None, None
+
+
+class FusedAddRMSNorm(torch.autograd.Function):
+    """norm(x + residual) and the sum; keeps the sum, the weight and one number a row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float
+    ) -> tuple[Tensor, Tensor]:
+        y, total, rstd = torch.ops.megatronish.add_rms_norm_fwd(x, residual, weight, eps, offset)
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.offset = offset
+        ctx.set_materialize_grads(False)  # the sum behind a final norm has no gradient
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, rstd = ctx.saved_tensors
+        if dy is None:
+            return dtotal, dtotal, None, None, None
+        need_dw = ctx.needs_input_grad[2]
+        dx, dw = torch.ops.megatronish.rms_norm_bwd(dy, dtotal, total, weight, rstd, ctx.offset, need_dw)
+        return dx, dx, dw if need_dw else None, None, None
+
+
+class FusedSwiGLU(torch.autograd.Function):
+    """Keeps the packed input only."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        y: Tensor = torch.ops.megatronish.swiglu_fwd(gate_up)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        dgate_up: Tensor = torch.ops.megatronish.swiglu_bwd(dy, ctx.saved_tensors[0], False)[0]
+        return dgate_up
+
+
+class FusedRope(torch.autograd.Function):
+    """Keeps nothing of x: the gradient of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int, interleaved: bool
+    ) -> Tensor:
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.offset, ctx.interleaved = offset, interleaved
+        y: Tensor = torch.ops.megatronish.rope(x, cos, sin, positions, offset, interleaved, False)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin, positions = ctx.saved_tensors
+        dx = torch.ops.megatronish.rope(dy, cos, sin, positions, ctx.offset, ctx.interleaved, True)
+        return dx, None, None, None, None, None
+
+
+class FusedRopeQKV(torch.autograd.Function):
+    """Rotates the q and k heads of a packed projection where they lie, and hands out q, k and v as views of it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        heads: tuple[int, int],
+        interleaved: bool,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.heads, ctx.interleaved = heads, interleaved
+        packed = qkv.detach()
+        torch.ops.megatronish.rope_qkv_(
+            packed, cos, sin, positions, 1, heads[0], heads[1], heads[1], interleaved, False
+        )
+        torch.autograd.graph.increment_version(packed)  # shared with qkv: who kept that for later use is told
+        return packed.split((heads[0], heads[1], heads[1]), dim=2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin, positions = ctx.saved_tensors
+        q_heads, kv_heads = ctx.heads
+        packed = torch.cat((dq, dk, dv), dim=2)
+        torch.ops.megatronish.rope_qkv_(
+            packed, cos, sin, positions, 1, q_heads, kv_heads, kv_heads, ctx.interleaved, True
+        )
+        return packed, None, None, None, None, None
+
+
+EXTENSION = _load()
