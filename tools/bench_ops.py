@@ -1,6 +1,7 @@
 """Time the fused operators beside plain torch, torch.compile, F.rms_norm and Liger (where it imports), errors first.
 
-For each operator, shape and dtype: the relative L2 error against float64, then GB/s of the bytes that must move, as a share
+For each operator, shape and dtype: the relative L2 error against float64 (add_rms_norm rounds twice, the sum and the
+result), then GB/s of the bytes that must move, as a share
 of the bandwidth of a copy measured in the same loop, and how many times as long every other implementation takes. All of
 them take turns, so that a busy machine slows them alike; medians over --repeats, and the spread between the 10th and the
 90th percentile. Run it on one CPU thread (--threads 1) or on a GPU.
