@@ -1,0 +1,80 @@
+"""The CUDA kernels without a GPU: nvcc compiles them for every architecture, and what it made is looked at."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc/cuda"
+SOURCES = sorted(CSRC.glob("*.cu"))
+NVCC = next(
+    (
+        path
+        for path in (
+            *(str(Path(os.environ[name], "bin/nvcc")) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)),
+            shutil.which("nvcc") or "",
+            "/usr/local/cuda/bin/nvcc",
+        )
+        if path and os.access(path, os.X_OK)
+    ),
+    None,
+)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")]
+ARCHITECTURES = ["75", "80", "86", "89", "90"]
+
+
+def _nvcc(*arguments: str) -> str:
+    result = subprocess.run([str(NVCC), "-O3", "-std=c++17", *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+def test_there_is_one_file_an_operator() -> None:
+    assert [path.stem for path in SOURCES] == ["rms_norm", "rope", "swiglu"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_registers_and_spills(source: Path, architecture: str, tmp_path: Path) -> None:
+    if f"compute_{architecture}" not in _nvcc("--list-gpu-arch").split():
+        pytest.skip(f"this nvcc does not know sm_{architecture}")
+    report = _nvcc(
+        "-Xptxas", "-v", f"-arch=sm_{architecture}", "-cubin", str(source), "-o", str(tmp_path / "out.cubin")
+    )
+    kernels = re.findall(
+        r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers",
+        report,
+        re.DOTALL,
+    )
+    assert len(kernels) >= 16
+    for name, stack, stores, loads, registers in kernels:
+        assert (stack, stores, loads) == ("0", "0", "0"), name
+        # 65536 registers a multiprocessor: with 128 a thread, 512 threads still run at a time.
+        assert int(registers) <= 128, name
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_packed_kernels_move_128_bits(source: Path, tmp_path: Path) -> None:
+    ptx = tmp_path / "out.ptx"
+    _nvcc("-arch=compute_90", "-ptx", str(source), "-o", str(ptx))
+    assert "local_depot" not in ptx.read_text()  # nothing lives in local memory
+    bodies = re.findall(r"\.entry (\S+)\((.*?)\n}\n", ptx.read_text(), re.DOTALL)
+    packed = 0
+    for name, body in bodies:
+        if "_plain" in name or "sum_partitions" in name or re.search(r"Li1E(Lb[01]E)?[jl]E", name):
+            continue  # the kernels for any width and alignment
+        if re.search(r"(forward|backward|rotate)Id", name):
+            continue  # float64 is for checks of gradients, not for speed
+        packed += 1
+        loads = re.findall(r"ld\.global\.(\S+)", body)
+        wide = [kind for kind in loads if kind.startswith("v4.") or kind == "v2.f64"]
+        # Beside these only rstd, positions and the factors of a single pair are read one by one.
+        assert len(wide) >= 2 and len(loads) - len(wide) <= 4, (name, loads)
+        stores = re.findall(r"st\.global\.(\S+)", body)
+        narrow = [kind for kind in stores if not kind.startswith(("v4.", "v2.f64"))]
+        assert stores and len(narrow) <= 1, (name, stores)  # rstd
+    assert packed >= 8
