@@ -34,8 +34,9 @@ class Backends:
 def resolve_ops(requested: str) -> OpsBackend:
     """The backend of RMSNorm, SwiGLU and RoPE for `requested` ("auto", "fused", "compiled", "reference") on this machine.
 
-    "auto" takes the kernels of csrc/ where they are built for the CPU and, on a machine with a GPU, for CUDA; else it
-    warns and takes plain torch. Raises ValueError if "fused" is asked for and not built.
+    "auto" takes the kernels of csrc/ on a machine without a GPU where they are built; else it says so and takes plain
+    torch. The CUDA kernels compile but have not run on a GPU yet, so they are taken only when asked for by "fused".
+    Raises ValueError if "fused" is asked for and not built.
     """
     if requested == "compiled":
         return "compiled"
@@ -45,6 +46,9 @@ def resolve_ops(requested: str) -> OpsBackend:
         raise ValueError(f"unknown ops backend {requested!r}: choose auto, fused, compiled or reference")
     built = extension.EXTENSION
     problem = built.cuda_problem if torch.cuda.is_available() and not built.cuda else built.cpu_problem
+    if requested == "auto" and torch.cuda.is_available():
+        logger.info("ops: plain torch; the fused CUDA kernels are unproven on GPUs, kernels.ops 'fused' tries them")
+        return "reference"
     if not problem:
         return "fused"
     if requested == "fused":

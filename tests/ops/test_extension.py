@@ -246,11 +246,20 @@ def test_what_a_request_becomes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch.resolve_ops("reference") == "reference"
     with pytest.raises(ValueError, match="unknown ops backend 'fast': choose auto, fused, compiled or reference"):
         dispatch.resolve_ops("fast")
-    monkeypatch.setattr(dispatch.torch.cuda, "is_available", lambda: True)  # a GPU, and no kernels for it
-    with pytest.warns(RuntimeWarning, match="run as plain torch operations, several times slower: this torch has no"):
+    monkeypatch.setattr(extension, "EXTENSION", Extension(False, False, "no compiler", "no compiler"))
+    with pytest.warns(RuntimeWarning, match="run as plain torch operations, several times slower: no compiler"):
         assert dispatch.resolve_ops("auto") == "reference"
+
+
+def test_on_a_gpu_the_kernels_are_taken_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have not run on one yet: see `resolve_ops`."""
+    monkeypatch.setattr(dispatch.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(extension, "EXTENSION", Extension(True, True, "", ""))
-    assert dispatch.resolve_ops("auto") == "fused"
+    assert dispatch.resolve_ops("auto") == "reference"
+    assert dispatch.resolve_ops("fused") == "fused"
+    monkeypatch.setattr(extension, "EXTENSION", Extension(True, False, "", "this torch has no CUDA"))
+    with pytest.raises(ValueError, match="'fused' was asked for, but this torch has no CUDA"):
+        dispatch.resolve_ops("fused")
 
 
 def test_without_a_build_the_model_runs_and_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
