@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import os
 import pickle
@@ -56,6 +57,7 @@ def _fork(
         os.environ.update(
             RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
+        faulthandler.dump_traceback_later(TIMEOUT_SECONDS - 10, file=(folder / f"{rank}.stacks").open("w"))
         import torch
 
         from megatronish.training.engine import start_process_group, stop_process_group
@@ -63,7 +65,11 @@ def _fork(
         torch.set_num_threads(1)
         if group:
             start_process_group(timeout_minutes=3)
+        graphs = _compiled_graphs()
         result = function(rank, *args)
+        assert _compiled_graphs() == graphs, (
+            "a forked rank used torch.compile, whose workers hang now and then in a fork"
+        )
         stop_process_group()
         (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
         status = 0
@@ -73,6 +79,12 @@ def _fork(
         (folder / f"{rank}.error").write_text(report.getvalue())
     finally:
         os._exit(status)
+
+
+def _compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
 
 
 def _wait(children: dict[int, int], folder: Path) -> None:
@@ -90,7 +102,7 @@ def _wait(children: dict[int, int], folder: Path) -> None:
                 error = folder / f"{rank}.error"
                 raise AssertionError(f"rank {rank} failed:\n{error.read_text() if error.exists() else status}")
         if time.monotonic() > deadline:
-            raise AssertionError(
-                f"ranks {sorted(children[pid] for pid in running)} still run after {TIMEOUT_SECONDS} s"
-            )
+            ranks = sorted(children[pid] for pid in running)
+            stacks = "\n".join(f"rank {rank}:\n{(folder / f'{rank}.stacks').read_text()}" for rank in ranks)
+            raise AssertionError(f"ranks {ranks} still run after {TIMEOUT_SECONDS} s\n{stacks}")
         time.sleep(0.02)

@@ -231,11 +231,15 @@ def build_optimizer(groups: list[dict[str, Any]], config: RunConfig, where: torc
     chosen = config.deepspeed.optimizer
     if chosen.type != "Muon":
         return build_torch_optimizer(groups, chosen)
-    from deepspeed.runtime.zero.muon import original_muon  # importing it compiles: only for runs that use it
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+    from deepspeed.runtime.zero.muon import muon_optimizer, original_muon  # slow to import: only for runs that use it
 
     if where.type == "cpu":
-        for name in ("zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz", "muon_update"):
-            function = getattr(original_muon, name)
-            setattr(original_muon, name, getattr(function, "_torchdynamo_orig_callable", function))
-    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
+        for module in (original_muon, muon_optimizer):  # the second imports muon_update by name, for ZeRO 0
+            for name in {"zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz", "muon_update"} & set(
+                vars(module)
+            ):
+                function = getattr(module, name)
+                setattr(module, name, getattr(function, "_torchdynamo_orig_callable", function))
+    return muon_optimizer.MuonWithAuxAdam(
+        groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True}
+    )
