@@ -5,17 +5,20 @@ Shapes: b batch, s sequence, h query heads, g key/value heads, d head_dim.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from megatronish.config.model import ModelConfig
 from megatronish.model.kv_cache import KVCache
-from megatronish.model.linear import Linear
+from megatronish.model.layout import build_qkv, build_row, local_heads
 from megatronish.model.norm import build_norm
 from megatronish.ops.attention import attention
 from megatronish.ops.dispatch import Backends
 from megatronish.ops.rope import rope, rope_qkv_
+from megatronish.parallel.layers import TensorParallel
+from megatronish.parallel.random import own_random_numbers
 
 
 @dataclass(frozen=True)
@@ -36,44 +39,46 @@ class AttentionInputs:
 class SelfAttention(nn.Module):
     """out(softmax(rope(q) rope(k)^T / sqrt(d)) v) with q, k, v from one packed projection: rows [q heads; k; v]."""
 
-    def __init__(self, config: ModelConfig, layer: int, backends: Backends) -> None:
+    def __init__(self, config: ModelConfig, layer: int, backends: Backends, tp: TensorParallel) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.resolved_kv_heads,
-            config.resolved_head_dim,
-        )
+        self.heads, self.kv_heads = local_heads(config, tp)
+        self.head_dim = config.resolved_head_dim
         self.layer = layer
+        self.tp = tp
         self.window = config.layer_window(layer)
         self.backends = backends
         self.dropout = config.attention_dropout
         self.interleaved = config.rope_interleaved
         self.rotates = config.rotary_dim > 0
-        packed = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv = Linear(config.hidden_size, packed, bias=config.attention_qkv_bias)
-        self.out = Linear(self.heads * self.head_dim, config.hidden_size, bias=config.attention_out_bias)
-        self.q_norm = build_norm(config, self.head_dim, backends.ops) if config.qk_norm else None
-        self.k_norm = build_norm(config, self.head_dim, backends.ops) if config.qk_norm else None
+        self.qkv = build_qkv(config, tp)
+        width = config.num_attention_heads * self.head_dim
+        self.out = build_row(width, config.hidden_size, config.attention_out_bias, tp)
+        self.q_norm = build_norm(config, self.head_dim, backends.ops, tp, of_heads=True) if config.qk_norm else None
+        self.k_norm = build_norm(config, self.head_dim, backends.ops, tp, of_heads=True) if config.qk_norm else None
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         """x [b, s, hidden] -> [b, s, hidden]."""
-        b, s, _ = x.shape
-        qkv = self.qkv(x).view(b, s, self.heads + 2 * self.kv_heads, self.head_dim)
+        qkv = self.qkv(x)
+        b, s, _ = qkv.shape  # under sequence parallelism x was a part of the sequence
+        qkv = qkv.view(b, s, self.heads + 2 * self.kv_heads, self.head_dim)
         q_bshd, k_bsgd, v_bsgd = self._position(qkv, inputs)
         if inputs.cache is not None:
             k_bsgd, v_bsgd = inputs.cache.update(self.layer, k_bsgd, v_bsgd, self.window)
-        out_bshd = attention(
-            q_bshd,
-            k_bsgd,
-            v_bsgd,
-            backend=self.backends.attention,
-            window=self.window,
-            cu_seqlens=inputs.cu_seqlens,
-            max_seqlen=inputs.max_seqlen,
-            dropout_p=self.dropout if self.training else 0.0,
-            mask=None if inputs.masks is None else inputs.masks.get(self.window),
-        )
-        return self.out(out_bshd.flatten(2))
+        dropout = self.dropout if self.training else 0.0
+        with own_random_numbers(self.tp.rank, x.device) if dropout and self.tp.size > 1 else nullcontext():
+            out_bshd = attention(
+                q_bshd,
+                k_bsgd,
+                v_bsgd,
+                backend=self.backends.attention,
+                window=self.window,
+                cu_seqlens=inputs.cu_seqlens,
+                max_seqlen=inputs.max_seqlen,
+                dropout_p=dropout,
+                mask=None if inputs.masks is None else inputs.masks.get(self.window),
+            )
+        y: Tensor = self.out(out_bshd.flatten(2))
+        return y
 
     def _position(self, qkv: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of the packed projection, q and k normalised and rotated as the model says."""

@@ -14,6 +14,7 @@ from megatronish.model.attention import AttentionInputs, SelfAttention
 from megatronish.model.mlp import MLP
 from megatronish.model.norm import build_norm
 from megatronish.ops.dispatch import Backends
+from megatronish.parallel.layers import TensorParallel
 
 Recompute = Literal["none", "full", "selective"]
 # The residual stream between blocks is the sum of two tensors (of one, where the second is None): the next norm adds them
@@ -28,14 +29,16 @@ class Block(nn.Module):
     products and fused attention and computes the cheap operations between them again (Korthikanti et al. 2022).
     """
 
-    def __init__(self, config: ModelConfig, layer: int, backends: Backends) -> None:
+    def __init__(self, config: ModelConfig, layer: int, backends: Backends, tp: TensorParallel) -> None:
         super().__init__()
         self.recompute: Recompute = "none"
-        self.attention_norm = build_norm(config, config.hidden_size, backends.ops)
-        self.attention = SelfAttention(config, layer, backends)
-        self.mlp_norm = build_norm(config, config.hidden_size, backends.ops) if config.has_mlp_norm else nn.Identity()
+        self.attention_norm = build_norm(config, config.hidden_size, backends.ops, tp)
+        self.attention = SelfAttention(config, layer, backends, tp)
+        self.mlp_norm: nn.Module = nn.Identity()
+        if config.has_mlp_norm:
+            self.mlp_norm = build_norm(config, config.hidden_size, backends.ops, tp)
         self.shared_norm = config.parallel_block_shared_norm
-        self.mlp = MLP(config, backends.ops)
+        self.mlp = MLP(config, backends.ops, tp)
         self.dropout = nn.Dropout(config.residual_dropout) if config.residual_dropout > 0 else nn.Identity()
 
     def compute(self, x: Tensor, residual: Tensor | None, inputs: AttentionInputs) -> Stream:
@@ -91,14 +94,14 @@ class ParallelPostNormBlock(Block):
         return self.attention_norm(branches, x)[0], None
 
 
-def build_block(config: ModelConfig, layer: int, backends: Backends) -> Block:
+def build_block(config: ModelConfig, layer: int, backends: Backends, tp: TensorParallel) -> Block:
     """Block number `layer` in the form that norm_position and parallel_block name."""
     form: type[Block]
     if config.parallel_block:
         form = ParallelPreNormBlock if config.norm_position == "pre" else ParallelPostNormBlock
     else:
         form = PreNormBlock if config.norm_position == "pre" else PostNormBlock
-    return form(config, layer, backends)
+    return form(config, layer, backends, tp)
 
 
 def check_recompute(mode: str) -> Recompute:

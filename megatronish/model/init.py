@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megatronish.config.model import ModelConfig
+from megatronish.parallel.layers import shard_of
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[object]]
 
@@ -52,4 +53,8 @@ def init_weights(module: nn.Module, config: ModelConfig, seed: int, *, gather: G
         if parameter.is_meta:
             raise ValueError(f"{name} is on the meta device: call module.to_empty(device=...) before init_weights")
         with nullcontext() if gather is None else gather([parameter]):
-            parameter.copy_(initial_weight(name, parameter.shape, config, seed))
+            shard = shard_of(parameter)
+            if shard is None:
+                parameter.copy_(initial_weight(name, parameter.shape, config, seed))
+            else:
+                parameter.copy_(shard.take(initial_weight(shard.full_name(name), shard.full, config, seed)))

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatronish.config.model import ModelConfig
-from megatronish.model.linear import Linear
+from megatronish.model.layout import build_column, build_row
 from megatronish.ops.dispatch import OpsBackend
 from megatronish.ops.swiglu import geglu, swiglu
+from megatronish.parallel.layers import TensorParallel
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -34,13 +35,15 @@ def activation_function(name: str, backend: OpsBackend) -> Callable[[Tensor], Te
 class MLP(nn.Module):
     """down(activation(up(x))). For a gated activation `up` is packed: the gate in the first half of its rows."""
 
-    def __init__(self, config: ModelConfig, backend: OpsBackend) -> None:
+    def __init__(self, config: ModelConfig, backend: OpsBackend, tp: TensorParallel) -> None:
         super().__init__()
         width = config.ffn_hidden_size
         self.activation = activation_function(config.activation, backend)
-        self.up = Linear(config.hidden_size, 2 * width if config.is_gated else width, bias=config.mlp_bias)
-        self.down = Linear(width, config.hidden_size, bias=config.mlp_bias)
+        parts = (width, width) if config.is_gated else (width,)
+        self.up = build_column(config.hidden_size, parts, config.mlp_bias, tp)
+        self.down = build_row(width, config.hidden_size, config.mlp_bias, tp)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, hidden] -> [b, s, hidden]."""
-        return self.down(self.activation(self.up(x)))
+        y: Tensor = self.down(self.activation(self.up(x)))
+        return y

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from megatronish.config.model import ModelConfig
 from megatronish.ops.dispatch import OpsBackend
 from megatronish.ops.rms_norm import add_rms_norm, rms_norm
+from megatronish.parallel.layers import TensorParallel, sum_gradient
 
 
 class Norm(nn.Module):
@@ -51,8 +52,20 @@ class LayerNorm(Norm):
         return F.layer_norm(total, self.weight.shape, self.weight, self.bias, self.eps), total
 
 
-def build_norm(config: ModelConfig, size: int, backend: OpsBackend) -> Norm:
-    """The norm that `config` names, over `size` channels."""
+def build_norm(
+    config: ModelConfig, size: int, backend: OpsBackend, tp: TensorParallel, *, of_heads: bool = False
+) -> Norm:
+    """The norm that `config` names, over `size` channels.
+
+    of_heads: it normalises attention heads, which tensor-parallel ranks divide; the residual stream they divide under
+    sequence parallelism only. Where they do, each sees a part of the weight's gradient.
+    """
+    norm: Norm
     if config.norm == "rmsnorm":
-        return RMSNorm(size, config.norm_eps, backend)
-    return LayerNorm(size, config.norm_eps, config.norm_bias)
+        norm = RMSNorm(size, config.norm_eps, backend)
+    else:
+        norm = LayerNorm(size, config.norm_eps, config.norm_bias)
+    if tp.sequence or (of_heads and tp.size > 1):
+        for parameter in norm.parameters():
+            sum_gradient(parameter, tp)
+    return norm

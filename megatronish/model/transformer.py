@@ -18,12 +18,14 @@ from megatronish.model.attention import AttentionInputs
 from megatronish.model.block import Block, build_block, check_recompute
 from megatronish.model.init import init_weights
 from megatronish.model.kv_cache import KVCache
+from megatronish.model.layout import SINGLE, DividedEmbedding, DividedHead
 from megatronish.model.norm import build_norm
 from megatronish.model.rotary import RotaryTables
 from megatronish.ops.attention import needs_mask, uses_flash
 from megatronish.ops.attention_mask import attention_mask
 from megatronish.ops.cross_entropy import cross_entropy
 from megatronish.ops.dispatch import Backends, resolve_attention, resolve_ops
+from megatronish.parallel.layers import TensorParallel
 
 IGNORED_LABEL = -100
 
@@ -61,28 +63,38 @@ class LayerSpec:
     build: Callable[[], nn.Module]
 
 
-def layer_specs(config: ModelConfig, backends: Backends) -> list[LayerSpec]:
+def layer_specs(config: ModelConfig, backends: Backends, tp: TensorParallel = SINGLE) -> list[LayerSpec]:
     """The layers in order: embedding, blocks.0 ..., final_norm (unless post-norm), head."""
-    specs = [LayerSpec("embedding", partial(TokenEmbedding, config))]
+    alone = tp.size == 1
+    embedding = partial(TokenEmbedding, config) if alone else partial(DividedEmbedding, config, tp)
+    specs = [LayerSpec("embedding", embedding)]
     for layer in range(config.num_layers):
-        specs.append(LayerSpec(f"blocks.{layer}", partial(build_block, config, layer, backends)))
+        specs.append(LayerSpec(f"blocks.{layer}", partial(build_block, config, layer, backends, tp)))
     if config.has_final_norm:
-        specs.append(LayerSpec("final_norm", partial(build_norm, config, config.hidden_size, backends.ops)))
-    specs.append(LayerSpec("head", partial(Head, config)))
+        specs.append(LayerSpec("final_norm", partial(build_norm, config, config.hidden_size, backends.ops, tp)))
+    specs.append(LayerSpec("head", partial(Head, config) if alone else partial(DividedHead, config, tp)))
     return specs
 
 
 class Transformer(nn.Module):
     """Token ids to logits. Weights are initialised from `seed`; with seed None they stay unset (to be loaded, or set
-    by `init_weights` later, as on the meta device)."""
+    by `init_weights` later, as on the meta device). tp: the ranks that share every matrix."""
 
-    def __init__(self, config: ModelConfig, kernels: KernelConfig | None = None, *, seed: int | None = 0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        kernels: KernelConfig | None = None,
+        *,
+        seed: int | None = 0,
+        tp: TensorParallel = SINGLE,
+    ) -> None:
         super().__init__()
         self.config = config
+        self.tp = tp
         self.kernels = kernels or KernelConfig()
         self.backends = Backends(resolve_attention(self.kernels.attention), resolve_ops(self.kernels.ops))
         self.rotary = RotaryTables(config)
-        layers = {spec.name: spec.build() for spec in layer_specs(config, self.backends)}
+        layers = {spec.name: spec.build() for spec in layer_specs(config, self.backends, tp)}
         self.embedding = layers["embedding"]
         self.blocks = nn.ModuleList(layers[f"blocks.{layer}"] for layer in range(config.num_layers))
         self.final_norm = layers.get("final_norm")
@@ -105,7 +117,7 @@ class Transformer(nn.Module):
         max_seqlen: int | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """tokens [b, s] int -> logits [b, s, V] in the dtype of the weights.
+        """tokens [b, s] int -> logits [b, s, V] in the dtype of the weights; of V a tensor-parallel rank gives its part.
 
         positions: [b, s] int, from 0 up and counted on behind a cache by default. cu_seqlens: int32 [documents + 1],
         cumulative document lengths over the flattened b * s tokens with the end of every row among them; attention
@@ -119,7 +131,7 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.check(tokens)
         x = self.embedding(tokens)
-        inputs = self._attention_inputs(x, positions, cu_seqlens, max_seqlen, cache)
+        inputs = self._attention_inputs(x, tokens, positions, cu_seqlens, max_seqlen, cache)
         residual = None
         for block in self.blocks:
             x, residual = block(x, residual, inputs)
@@ -142,18 +154,22 @@ class Transformer(nn.Module):
         labels [b, s]: the token that should follow each of `tokens` (already shifted); -100 is left out.
         """
         logits = self(tokens, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        return cross_entropy(logits, labels, IGNORED_LABEL), (labels != IGNORED_LABEL).sum()
+        count = (labels != IGNORED_LABEL).sum()
+        if isinstance(self.head, DividedHead):
+            return self.head.loss(logits, labels, IGNORED_LABEL), count
+        return cross_entropy(logits, labels, IGNORED_LABEL), count
 
     def _attention_inputs(
         self,
         x: Tensor,
+        tokens: Tensor,
         positions: Tensor | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
         cache: KVCache | None,
     ) -> AttentionInputs:
         """What all blocks share, made once: rotary tables, and the masks of the backends that need them."""
-        batch, new, _ = x.shape
+        batch, new = tokens.shape
         offset = 0 if cache is None else cache.length
         cos, sin = self.rotary.get(x.device, offset + new)
         if positions is not None:

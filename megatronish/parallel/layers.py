@@ -9,7 +9,7 @@ and a column-parallel layer every rank holds the same [b, s, hidden], or under s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class TensorParallel:
     sequence: Megatron sequence parallelism, activations between the matrices divided along the sequence.
     """
 
-    axis: Axis = Axis()
+    axis: Axis = field(default_factory=Axis)
     sequence: bool = False
 
     @property

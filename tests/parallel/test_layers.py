@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -236,7 +237,7 @@ def test_parts_cover_everything_once() -> None:
         for size in range(1, 8):
             parts = [part_of(total, size, rank) for rank in range(size)]
             assert parts[0][0] == 0 and parts[-1][1] == total
-            assert all(left[1] == right[0] for left, right in zip(parts, parts[1:]))
+            assert all(left[1] == right[0] for left, right in itertools.pairwise(parts))
             sizes = [stop - start for start, stop in parts]
             assert max(sizes) - min(sizes) <= 1
 

@@ -1,0 +1,122 @@
+"""The form of each layer on a rank: plain in a single process, divided over tensor-parallel ranks otherwise.
+
+Parameters keep the names of the single process wherever they can; each divided one says which part of the full tensor it
+holds (`parallel.layers.Shard`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatronish.config.model import ModelConfig
+from megatronish.model.linear import Linear
+from megatronish.parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    Shard,
+    SharedKVLinear,
+    TensorParallel,
+    VocabParallelEmbedding,
+    column_linear,
+    part_of,
+    shard_of,
+    sharded_parameter,
+)
+from megatronish.parallel.loss import vocab_parallel_cross_entropy
+
+SINGLE = TensorParallel()
+
+
+def local_heads(config: ModelConfig, tp: TensorParallel) -> tuple[int, int]:
+    """Query heads and key/value heads that a rank computes."""
+    return config.num_attention_heads // tp.size, max(1, config.resolved_kv_heads // tp.size)
+
+
+def build_qkv(config: ModelConfig, tp: TensorParallel) -> nn.Module:
+    """The packed projection [q heads; k; v] of the rank's heads."""
+    heads, kv_heads, width = config.num_attention_heads, config.resolved_kv_heads, config.resolved_head_dim
+    bias = config.attention_qkv_bias
+    if kv_heads < tp.size:
+        return SharedKVLinear(config.hidden_size, heads, kv_heads, width, bias, tp)
+    return build_column(config.hidden_size, (heads * width, kv_heads * width, kv_heads * width), bias, tp)
+
+
+def build_column(in_features: int, parts: Sequence[int], bias: bool, tp: TensorParallel) -> nn.Module:
+    """A linear layer with packed outputs `parts`, each divided over the ranks."""
+    if tp.size == 1:
+        return Linear(in_features, sum(parts), bias=bias)
+    return ColumnParallelLinear(in_features, parts, bias, tp)
+
+
+def build_row(in_features: int, out_features: int, bias: bool, tp: TensorParallel) -> nn.Module:
+    """A linear layer whose input features are divided over the ranks, and whose output is whole again."""
+    if tp.size == 1:
+        return Linear(in_features, out_features, bias=bias)
+    return RowParallelLinear(in_features, out_features, bias, tp)
+
+
+class DividedEmbedding(VocabParallelEmbedding):
+    """The token embedding, divided by vocabulary, with dropout."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
+        super().__init__(config.vocab_size, config.hidden_size, tp)
+        self.dropout = config.embedding_dropout
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [b, s] -> [b, s, hidden], or the rank's part of the sequence."""
+        return F.dropout(super().forward(tokens), self.dropout, self.training)
+
+
+class DividedHead(nn.Module):
+    """Logits of the rank's part of the vocabulary."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        rows = part_of(config.vocab_size, tp.size, tp.rank)
+        self.start = rows[0]
+        self.weight = sharded_parameter(Shard((config.vocab_size, config.hidden_size), 0, (rows,)))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [b, s, hidden], or the rank's part of the sequence -> logits [b, s, V of the rank]."""
+        return column_linear(hidden, self.weight, None, self.tp)
+
+    def loss(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        """Sum over tokens of the cross-entropy, the same on every rank."""
+        return vocab_parallel_cross_entropy(logits, labels, self.start, self.tp.group, ignore_index)
+
+
+def full_shapes(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
+    """Every parameter with the name and shape of the full tensor that it is (a part of)."""
+    for name, parameter in module.named_parameters():
+        shard = shard_of(parameter)
+        if shard is None:
+            yield name, parameter, tuple(parameter.shape)
+        else:
+            yield shard.full_name(name), parameter, shard.full
+
+
+def check_divides(config: ModelConfig, tensor: int, *, sequence: bool) -> None:
+    """Raise ValueError, with the sizes that would do, unless `tensor` ranks can share a model of `config`.
+
+    sequence: whether the ranks also divide the sequence.
+    """
+    heads, kv_heads = config.num_attention_heads, config.resolved_kv_heads
+    if heads % tensor:
+        raise ValueError(f"num_attention_heads {heads} do not divide over {tensor} tensor-parallel ranks")
+    if kv_heads % tensor and tensor % kv_heads:
+        raise ValueError(
+            f"num_kv_heads {kv_heads} and {tensor} tensor-parallel ranks: neither divides the other, so ranks cannot hold "
+            "equally many key/value heads"
+        )
+    if config.ffn_hidden_size % tensor:
+        raise ValueError(
+            f"ffn_hidden_size {config.ffn_hidden_size} does not divide over {tensor} tensor-parallel ranks"
+        )
+    if config.vocab_size < tensor:
+        raise ValueError(f"vocab_size {config.vocab_size} is smaller than the {tensor} tensor-parallel ranks")
+    if sequence and config.seq_length % tensor:
+        raise ValueError(f"seq_length {config.seq_length} does not divide over {tensor} tensor-parallel ranks")
