@@ -18,6 +18,7 @@ from megatronish.data.packing import PackedDataset, split_documents
 from megatronish.data.preprocess import PreprocessOptions, preprocess
 from megatronish.data.sampler import MicroBatchSampler
 from megatronish.model.transformer import Transformer
+from megatronish.parallel.mesh import build_mesh
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
 from megatronish.training.schedules import rate_share
 
@@ -136,20 +137,19 @@ def plain_loop(
 
 
 def engine_loop(rank: int, config: RunConfig, data_size: int) -> Trace:
-    """The same steps through the engine, on one of `data_size` ranks (the process group exists)."""
-    import torch.distributed as dist
-
+    """The same steps through the engine, on rank `rank` of a layout with `data_size` data-parallel ranks (the process group exists)."""
     from megatronish.training.engine import Engine
     from megatronish.training.loop import build_model, to_device
 
     ours, plan = config.megatronish, config.batch_plan(data_size)
-    engine = Engine(build_model(config, plan), config, plan)
-    loader = rank_loader(config, rank, data_size)
+    mesh = build_mesh(ours.parallel, "cpu")
+    engine = Engine(build_model(config, plan, mesh), config, plan, mesh)
+    loader = rank_loader(config, mesh.dp.rank, data_size)
     losses, norms = [], []
     for step in range(ours.train.steps):
         batches = [to_device(next(loader), engine.device) for _ in range(plan.accumulation)]
         result = engine.train_step(batches, rate_share(step, ours.train.steps, ours.schedule))
-        dist.all_reduce(result.loss_sum)
+        mesh.data.sum_(result.loss_sum)
         losses.append((result.loss_sum / result.tokens).item())
         norms.append(float(result.grad_norm))
     return Trace(losses, norms, {name: value.cpu().clone() for name, value in engine.weights().items()})

@@ -67,9 +67,21 @@ def parse(argv: Sequence[str], program: str, default_config: str | None = None) 
 
     Prints help and exits on --help. Raises ConfigError on an unknown name, a missing value or a bad run.
     """
+    path, overrides = parse_options(argv, program)
+    path = path or default_config
+    if path is None:
+        raise ConfigError(f"{program}: which run? Add --deepspeed_config ds_configs/FILE.json.")
+    return RunConfig.load(path, overrides)
+
+
+def parse_options(argv: Sequence[str], program: str) -> tuple[str | None, dict[str, Any]]:
+    """The file that --deepspeed_config names, if any, and the overrides as a nested dict shaped like the file.
+
+    Prints help and exits on --help. Raises ConfigError on an unknown name or a missing value.
+    """
     names, texts, words = known_names(), text_names(), list(argv)
     overrides: dict[str, Any] = {}
-    path = default_config
+    path = None
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):
@@ -97,9 +109,7 @@ def parse(argv: Sequence[str], program: str, default_config: str | None = None) 
         for part in reversed(names[dotted]):
             nested = {part: nested}
         overrides = merge(overrides, nested)
-    if path is None:
-        raise ConfigError(f"{program}: which run? Add --deepspeed_config ds_configs/FILE.json.")
-    return RunConfig.load(path, overrides)
+    return path, overrides
 
 
 def help_text(program: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from megatronish.config.base import ConfigError, Frozen
+from megatronish.config.model import ModelConfig
 
 
 class ParallelConfig(Frozen):
@@ -13,6 +14,9 @@ class ParallelConfig(Frozen):
     tensor: int = Field(1, ge=1, description="tensor-parallel size: ranks that share every matrix")
     pipeline: int = Field(1, ge=1, description="pipeline-parallel size: ranks that share the layer list (ZeRO <= 1)")
     sequence: int = Field(1, ge=1, description="Ulysses sequence-parallel size: ranks that share every sample")
+    tensor_sequence: bool = Field(
+        False, description="tensor-parallel ranks divide norms and dropout by sequence (Megatron sequence parallelism)"
+    )
 
     def data_size(self, world_size: int) -> int:
         """The data-parallel size for `world_size` ranks.
@@ -27,3 +31,24 @@ class ParallelConfig(Frozen):
                 f"or lower one of --parallel.tensor, --parallel.pipeline, --parallel.sequence."
             )
         return world_size // model_ranks
+
+    def check_divides(self, model: ModelConfig) -> None:
+        """Raise ConfigError, naming the sizes, unless the ranks can share a model and its sequences."""
+        tensor, heads, kv_heads = self.tensor, model.num_attention_heads, model.resolved_kv_heads
+        for name, value, ranks in (
+            ("num_attention_heads", heads, tensor),
+            ("ffn_hidden_size", model.ffn_hidden_size, tensor),
+            ("seq_length", model.seq_length, tensor if self.tensor_sequence else 1),
+        ):
+            if value % ranks:
+                raise ConfigError(
+                    f"model.{name} {value} does not divide over {ranks} tensor-parallel ranks. "
+                    f"Change --parallel.tensor, or the model."
+                )
+        if kv_heads % tensor and tensor % kv_heads:
+            raise ConfigError(
+                f"model.num_kv_heads {kv_heads} and {tensor} tensor-parallel ranks: neither divides the other, so ranks "
+                "cannot hold equally many key/value heads. Change --parallel.tensor, or the model."
+            )
+        if model.vocab_size < tensor:
+            raise ConfigError(f"model.vocab_size {model.vocab_size} is smaller than --parallel.tensor {tensor}.")

@@ -62,11 +62,40 @@ class RunConfig:
                 f"{self.source}: parallel.pipeline is {parallel.pipeline} with zero_optimization.stage {stage}: "
                 "the pipeline engine allows ZeRO <= 1. Add --zero_optimization.stage 1, or --parallel.pipeline 1."
             )
-        if max(parallel.tensor, parallel.pipeline, parallel.sequence) > 1:
+        if max(parallel.pipeline, parallel.sequence) > 1:
             raise ConfigError(
-                f"{self.source}: tensor, pipeline and sequence parallelism are not part of this version "
-                f"(tensor {parallel.tensor}, pipeline {parallel.pipeline}, sequence {parallel.sequence}); set all to 1."
+                f"{self.source}: pipeline and sequence parallelism are not part of this version "
+                f"(pipeline {parallel.pipeline}, sequence {parallel.sequence}); set both to 1."
             )
+        if parallel.tensor > 1:
+            self._check_tensor_parallel()
+        elif parallel.tensor_sequence:
+            raise ConfigError(
+                f"{self.source}: parallel.tensor_sequence divides the sequence over tensor-parallel ranks, and "
+                "parallel.tensor is 1. Raise --parallel.tensor, or leave tensor_sequence out."
+            )
+
+    def _check_tensor_parallel(self) -> None:
+        """Refuse what cannot be done with divided matrices, or would be done wrongly without a word."""
+        ds, ours, tensor = self.deepspeed, self.megatronish, self.megatronish.parallel.tensor
+        stage, where = ds.zero_optimization.stage, f"{self.source}: parallel.tensor {tensor} with"
+        if stage == 3:
+            raise ConfigError(f"{where} zero_optimization.stage 3: use --zero_optimization.stage 2, or tensor 1.")
+        if stage == 0 and ds.dtype != "fp32":
+            raise ConfigError(
+                f"{where} {ds.dtype} and zero_optimization.stage 0: DeepSpeed would clip by a wrong gradient norm. "
+                "Use --zero_optimization.stage 1."
+            )
+        if ds.zero_optimization.offloads_optimizer:
+            raise ConfigError(f"{where} offload_optimizer is not part of this version: remove the section.")
+        if ds.optimizer.type == "Muon":
+            raise ConfigError(f"{where} Muon, which needs whole matrices: use AdamW or Lion, or tensor 1.")
+        if ours.train.compile:
+            raise ConfigError(f"{where} train.compile is not part of this version: leave one of them out.")
+        try:
+            ours.parallel.check_divides(ours.model)
+        except ConfigError as error:
+            raise ConfigError(f"{self.source}: {error}") from None
 
     def batch_plan(self, data_size: int) -> BatchPlan:
         """Fill in the batch arithmetic for `data_size` data-parallel ranks.

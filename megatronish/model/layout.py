@@ -97,26 +97,3 @@ def full_shapes(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[in
             yield name, parameter, tuple(parameter.shape)
         else:
             yield shard.full_name(name), parameter, shard.full
-
-
-def check_divides(config: ModelConfig, tensor: int, *, sequence: bool) -> None:
-    """Raise ValueError, with the sizes that would do, unless `tensor` ranks can share a model of `config`.
-
-    sequence: whether the ranks also divide the sequence.
-    """
-    heads, kv_heads = config.num_attention_heads, config.resolved_kv_heads
-    if heads % tensor:
-        raise ValueError(f"num_attention_heads {heads} do not divide over {tensor} tensor-parallel ranks")
-    if kv_heads % tensor and tensor % kv_heads:
-        raise ValueError(
-            f"num_kv_heads {kv_heads} and {tensor} tensor-parallel ranks: neither divides the other, so ranks cannot hold "
-            "equally many key/value heads"
-        )
-    if config.ffn_hidden_size % tensor:
-        raise ValueError(
-            f"ffn_hidden_size {config.ffn_hidden_size} does not divide over {tensor} tensor-parallel ranks"
-        )
-    if config.vocab_size < tensor:
-        raise ValueError(f"vocab_size {config.vocab_size} is smaller than the {tensor} tensor-parallel ranks")
-    if sequence and config.seq_length % tensor:
-        raise ValueError(f"seq_length {config.seq_length} does not divide over {tensor} tensor-parallel ranks")

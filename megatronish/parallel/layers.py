@@ -113,6 +113,12 @@ def shard_of(parameter: Tensor) -> Shard | None:
     return found
 
 
+def is_copy(parameter: Tensor) -> bool:
+    """Whether every tensor-parallel rank holds the same `parameter`."""
+    shard = shard_of(parameter)
+    return shard is None or shard.replicated
+
+
 def part_of(total: int, size: int, rank: int) -> tuple[int, int]:
     """[start, stop) of rank's part of `total` items over `size` ranks: parts differ by one at most, larger ones first."""
     base, rest = divmod(total, size)

@@ -10,6 +10,8 @@ What it settles, so that the rest of the code need not know (each met on deepspe
 - offloaded AdamW is torch's fused one: as fast as DeepSpeed's CPU Adam (tools/bench_cpu_adam.py), nothing to compile, and
   it resumes bit for bit;
 - Muon's Newton-Schulz under torch.compile is slow on CPUs: it runs eagerly there;
+- DeepSpeed learns of tensor-parallel groups from an object of getters (`mpu`), and counts a parameter that is not marked as
+  divided on the first of their ranks only: the layers mark theirs;
 - shutdown is explicit and bounded in time.
 """
 
@@ -36,6 +38,9 @@ from torch import nn
 from megatronish.config.base import UserError
 from megatronish.config.run import BLOCK, BatchPlan, RunConfig
 from megatronish.model.transformer import Transformer
+from megatronish.parallel.layers import is_copy
+from megatronish.parallel.mesh import ParallelMesh
+from megatronish.parallel.whole import collect_whole, parts_of
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
 
 NEVER = 1 << 60
@@ -112,20 +117,22 @@ def end_within(seconds: float, status: int) -> threading.Timer:
 
 
 class Engine:
-    """One data-parallel rank of a training run: forward, backward, step, save and load through DeepSpeed.
+    """One rank of a training run: forward, backward, step, save and load through DeepSpeed.
 
-    model: with its initial weights; config, plan: the run and its batch arithmetic.
+    model: this rank's part with its initial weights; config, plan: the run and its batch arithmetic; mesh: the ranks.
     """
 
-    def __init__(self, model: Transformer, config: RunConfig, plan: BatchPlan) -> None:
+    def __init__(self, model: Transformer, config: RunConfig, plan: BatchPlan, mesh: ParallelMesh) -> None:
         self.device = device()
-        self.data_size = dist.get_world_size()
+        self.mesh = mesh
         keys = engine_keys(config, plan)
         groups = parameter_groups(model, config.deepspeed.optimizer)
         optimizer = build_optimizer(groups, config, self.device)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        self._engine, *_ = deepspeed.initialize(model=_LossModule(model), optimizer=optimizer, config=keys)
+        self._engine, *_ = deepspeed.initialize(
+            model=_LossModule(model), optimizer=optimizer, config=keys, mpu=_ModelParallelUnit.of(mesh)
+        )
         stage, low_precision = config.deepspeed.zero_optimization.stage, config.deepspeed.dtype != "fp32"
         self._own_norm = stage == 0 and not low_precision
         self._stage3 = stage == 3
@@ -135,8 +142,8 @@ class Engine:
     def train_step(self, batches: list[Batch], rate_share: float) -> StepResult:
         """One optimizer step over the micro batches of this rank, at `rate_share` of the peak learning rate."""
         tokens = torch.stack([(batch["labels"] != -100).sum() for batch in batches]).sum().float()
-        dist.all_reduce(tokens)
-        scale = self.data_size / tokens  # DeepSpeed averages over ranks
+        self.mesh.data.sum_(tokens)
+        scale = self.mesh.data.size / tokens  # DeepSpeed averages over ranks
         for group in self._engine.optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate_share
         loss_sum = torch.zeros((), device=self.device)
@@ -151,8 +158,13 @@ class Engine:
         return StepResult(loss_sum, tokens, norm if self._own_norm else self._engine.get_global_grad_norm(), skipped)
 
     def _plain_norm(self) -> torch.Tensor:
-        grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads)
+        divided: list[torch.Tensor] = []
+        whole: list[torch.Tensor] = []
+        for p in self._engine.module.parameters():
+            if p.grad is not None:
+                (whole if is_copy(p) else divided).append(p.grad)
+        squares = torch.nn.utils.get_total_norm(divided).square().to(self.device)
+        return (self.mesh.tp.sum_(squares) + torch.nn.utils.get_total_norm(whole).square()).sqrt()
 
     @torch.no_grad()
     def evaluate(self, batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,9 +174,14 @@ class Engine:
         for batch in batches:
             total[0] += self._engine(batch)
             total[1] += (batch["labels"] != -100).sum()
-        dist.all_reduce(total)
+        self.mesh.data.sum_(total)
         self._engine.train()
         return total[0], total[1]
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that this rank holds between steps, in the training dtype."""
+        held = self._engine.module.parameters()
+        return sum(getattr(p, "ds_tensor", p).numel() * p.element_size() for p in held)  # ds_tensor: ZeRO-3's partition
 
     def learning_rate(self) -> float:
         """The rate of the first parameter group."""
@@ -182,11 +199,48 @@ class Engine:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Whole weights in the training dtype, on the first rank (elsewhere empty). Every rank calls it."""
+        if self.mesh.tp.size > 1:
+            return collect_whole(parts_of(self._engine.module.model), self.mesh)
         if self._stage3:
             state = self._engine._zero3_consolidated_16bit_state_dict() or {}
         else:
             state = self._engine.module.state_dict() if dist.get_rank() == 0 else {}
         return {name.removeprefix("model."): value for name, value in state.items()}
+
+
+class _ModelParallelUnit:
+    """The groups of the mesh under the names that DeepSpeed asks for (`mpu`, after Megatron-LM)."""
+
+    def __init__(self, mesh: ParallelMesh) -> None:
+        assert mesh.device_mesh is not None
+        self._mesh, self._data, self._model = mesh, mesh.device_mesh.get_group("dp"), mesh.device_mesh.get_group("tp")
+
+    @classmethod
+    def of(cls, mesh: ParallelMesh) -> _ModelParallelUnit | None:
+        """None where no matrix is divided: then DeepSpeed takes all ranks for data-parallel ones."""
+        return cls(mesh) if mesh.tp.size > 1 else None
+
+    def get_model_parallel_rank(self) -> int:
+        return self._mesh.tp.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._mesh.tp.size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._model
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._mesh.dp.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._mesh.dp.size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._data
 
 
 def partitioned_construction(config: RunConfig, plan: BatchPlan) -> AbstractContextManager[Any]:

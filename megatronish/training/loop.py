@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatronish.config.base import ConfigError, UserError
+from megatronish.config.parallel import ParallelConfig
 from megatronish.config.run import BatchPlan, RunConfig
 from megatronish.data.dataset import Dataset, check_dataset_fits, open_dataset
 from megatronish.data.loader import MicroBatchLoader, ValidationLoader
@@ -23,6 +24,8 @@ from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
 from megatronish.model.init import init_weights
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import load_config, save_model
+from megatronish.parallel.layers import TensorParallel
+from megatronish.parallel.mesh import ParallelMesh, build_mesh
 from megatronish.parallel.startup import Rank, has_gpu
 from megatronish.training.checkpoint import ENGINE_TAG, RUN_FILE, CheckpointStore, check_writable
 from megatronish.training.engine import (
@@ -161,10 +164,13 @@ class _Trainer:
         peak = find_peak(self.device, self.dtype)
         if rank.is_first:
             self._announce(peak)
-        self.engine = Engine(build_model(run.config, run.plan), run.config, run.plan)
+        self.mesh = build_mesh(ours.parallel, self.device.type)
+        self.engine = Engine(build_model(run.config, run.plan, self.mesh), run.config, run.plan, self.mesh)
         if run.resume_from:
             self.engine.load(str(run.resume_from), ENGINE_TAG)
-        sampler = MicroBatchSampler(self.state.samples, run.plan.samples, run.plan.micro, rank.rank, run.plan.data_size)
+        sampler = MicroBatchSampler(
+            self.state.samples, run.plan.samples, run.plan.micro, self.mesh.dp.rank, run.plan.data_size
+        )
         self.loader = MicroBatchLoader(
             run.train,
             sampler,
@@ -191,7 +197,7 @@ class _Trainer:
         losses: list[torch.Tensor] = []
         tokens: list[torch.Tensor] = []
         for step in range(self.state.step, config.steps):
-            torch.manual_seed(step_seed(config.seed, step, self.rank.rank))
+            torch.manual_seed(step_seed(config.seed, step, random_stream(self.mesh, self.run.config)))
             batches = [to_device(next(self.loader), self.device) for _ in range(plan.accumulation)]
             share = rate_share(step, config.steps, self.schedule)
             result = self.engine.train_step(batches, share)
@@ -213,7 +219,7 @@ class _Trainer:
     ) -> None:
         """Mean loss of the steps since the last report, over all ranks; stops when it is no number."""
         total = torch.stack(losses).sum()
-        dist.all_reduce(total)
+        self.mesh.data.sum_(total)
         count = torch.stack(tokens).sum().item()
         loss = total.item() / count
         if self.monitor:
@@ -240,7 +246,7 @@ class _Trainer:
             self.run.held_out.numpy(),
             ours.model.seq_length,
             plan.micro,
-            self.rank.rank,
+            self.mesh.dp.rank,
             plan.data_size,
             eod_id=self.run.dataset.manifest.tokenizer.eod_id,
             document_mask=ours.data.document_mask,
@@ -299,6 +305,7 @@ class _Trainer:
             f"model {ours.model.preset or 'custom'}: {counts.total:,} parameters, {self.flops / 1e9:.3g} GFLOP a token; "
             f"{kind}, ZeRO-{stage}, {config.deepspeed.optimizer.type}; {tokens:,} tokens a step "
             f"({plan.micro} micro x {plan.accumulation} accumulation x {plan.data_size} ranks x {run.train.seq_length})"
+            + describe(ours.parallel)
         )
         epochs = ours.train.steps * plan.samples / run.train.samples_per_epoch
         print(
@@ -315,15 +322,16 @@ class _Trainer:
             print(f"continuing {run.resume_from} at step {run.state.step}")
 
 
-def build_model(config: RunConfig, plan: BatchPlan) -> Transformer:
-    """The run's model with its initial weights, partitioned from the start under ZeRO-3. The process group exists.
+def build_model(config: RunConfig, plan: BatchPlan, mesh: ParallelMesh) -> Transformer:
+    """This rank's part of the run's model with its initial weights, partitioned from the start under ZeRO-3.
 
     Raises ConfigError for a kernel that is asked for by name and not installed.
     """
     ours, zero3 = config.megatronish, config.deepspeed.zero_optimization.stage == 3
     try:
         with partitioned_construction(config, plan):
-            model = Transformer(ours.model, ours.kernels, seed=None if zero3 else ours.train.seed)
+            tp = TensorParallel(mesh.tp, ours.parallel.tensor_sequence)
+            model = Transformer(ours.model, ours.kernels, seed=None if zero3 else ours.train.seed, tp=tp)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if zero3:
@@ -332,6 +340,12 @@ def build_model(config: RunConfig, plan: BatchPlan) -> Transformer:
     if ours.train.compile:
         model.compile_blocks(ours.train.compile_mode)
     return model
+
+
+def describe(parallel: ParallelConfig) -> str:
+    """How a sample is divided over ranks, for the announcement; '' when it is not."""
+    divided = "; sequence divided too" if parallel.tensor_sequence else ""
+    return f"; every matrix over {parallel.tensor} tensor-parallel ranks{divided}" if parallel.tensor > 1 else ""
 
 
 def to_device(batch: Batch, target: torch.device) -> Batch:
@@ -354,7 +368,16 @@ def copy_tokenizer(dataset: Dataset, folder: Path) -> None:
     )
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of the random numbers (dropout) of one step on one rank: distinct for any step and rank, 63 bits."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) & (2**64 - 1)
+def random_stream(mesh: ParallelMesh, config: RunConfig) -> int:
+    """Which stream of random numbers a rank draws from: one a data-parallel rank, which is its number.
+
+    Tensor-parallel ranks share it, for they hold the same activations, unless they divide the sequence.
+    """
+    parallel = config.megatronish.parallel
+    return mesh.random_stream * parallel.tensor + mesh.tp.rank if parallel.tensor_sequence else mesh.random_stream
+
+
+def step_seed(seed: int, step: int, stream: int) -> int:
+    """Seed of the random numbers (dropout) of one step in one stream: distinct for any step and stream, 63 bits."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) & (2**64 - 1)
     return (mixed ^ (mixed >> 31)) >> 1

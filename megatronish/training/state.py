@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
 from megatronish.config.base import ConfigError
@@ -28,6 +28,7 @@ class TrainState:
     dtype: str
     seed: int
     data_identity: str  # of the dataset the samples are counted in
+    tensor: int = 1  # ranks that share every matrix
 
     @classmethod
     def start(cls, config: RunConfig, plan: BatchPlan, data_identity: str) -> TrainState:
@@ -44,6 +45,7 @@ class TrainState:
             dtype=ds.dtype,
             seed=config.megatronish.train.seed,
             data_identity=data_identity,
+            tensor=config.megatronish.parallel.tensor,
         )
 
     def advance(self, samples: int, tokens: int) -> TrainState:
@@ -60,7 +62,8 @@ class TrainState:
         path = folder / STATE_FILE
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{field.name: raw[field.name] for field in fields(cls)})
+            known = [field.name for field in fields(cls) if field.default is MISSING or field.name in raw]
+            return cls(**{name: raw[name] for name in known})
         except FileNotFoundError:
             raise ConfigError(f"{folder}: no {STATE_FILE}; this is no checkpoint of megatronish.") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -74,6 +77,7 @@ class TrainState:
         for name, words in (
             ("data_size", "data-parallel ranks"),
             ("zero_stage", "ZeRO stage"),
+            ("tensor", "tensor-parallel ranks"),
             ("optimizer", "optimizer"),
             ("dtype", "training dtype"),
             ("seed", "train.seed"),

@@ -171,8 +171,8 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         ],
     ),
     "tensor parallelism": (
-        {"megatronish": {"parallel": {"tensor": 2}}},
-        ["not part of this version (tensor 2, pipeline 1, sequence 1); set all to 1."],
+        {"megatronish": {"parallel": {"sequence": 2}}},
+        ["not part of this version (pipeline 1, sequence 2); set both to 1."],
     ),
     "unknown preset": (
         {"megatronish": {"model": {"preset": "tinny"}}},

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatronish.config.model import KernelConfig, ModelConfig
 from megatronish.config.parallel import ParallelConfig
-from megatronish.model.layout import check_divides, full_shapes
+from megatronish.model.layout import full_shapes
 from megatronish.model.transformer import Transformer
 from megatronish.parallel.layers import TensorParallel, shard_of
 from megatronish.parallel.mesh import build_mesh
@@ -186,19 +186,3 @@ def test_recomputed_blocks_drop_what_they_dropped() -> None:
             assert plain.keys() == other.keys()
             for name, grad in plain.items():
                 assert torch.equal(grad, other[name]), name
-
-
-@pytest.mark.parametrize(
-    ("change", "tensor", "message"),
-    [
-        ({}, 3, "num_attention_heads 4 do not divide over 3"),
-        ({"num_attention_heads": 12, "num_kv_heads": 3, "head_dim": 8}, 2, "num_kv_heads 3 and 2 .* neither divides"),
-        ({"ffn_hidden_size": 49}, 2, "ffn_hidden_size 49 does not divide over 2"),
-        ({"vocab_size": 3}, 4, "vocab_size 3 is smaller than the 4"),
-        ({"seq_length": 15}, 2, "seq_length 15 does not divide over 2"),
-    ],
-)
-def test_models_that_ranks_cannot_share_are_refused(change: dict[str, Any], tensor: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_divides(ModelConfig(**{**SMALL, **change}), tensor, sequence=True)
-    check_divides(ModelConfig(**SMALL), 4, sequence=True)

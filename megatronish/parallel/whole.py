@@ -1,0 +1,80 @@
+"""Whole tensors, collected from the ranks that hold their parts, and taken apart again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatronish.parallel.layers import Shard, shard_of
+from megatronish.parallel.mesh import ParallelMesh
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rank's part of the whole tensor `name`; shard None: the whole of it."""
+
+    name: str
+    tensor: Tensor
+    shard: Shard | None
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether every tensor-parallel rank holds the same."""
+        return self.shard is None or self.shard.replicated
+
+
+def parts_of(module: nn.Module) -> list[Part]:
+    """The parameters of `module` as parts of whole tensors; names are those that one process would give."""
+    parts = []
+    for name, parameter in module.named_parameters():
+        shard = shard_of(parameter)
+        parts.append(Part(name if shard is None else shard.full_name(name), parameter, shard))
+    return parts
+
+
+def collect_whole(parts: Iterable[Part], mesh: ParallelMesh) -> dict[str, Tensor]:
+    """The whole tensors by name, on the CPU of the first rank, elsewhere nothing. Every rank calls it.
+
+    Parts travel one at a time, so no rank but the first needs memory for more than one.
+    """
+    mine = [part for part in parts if mesh.data.rank == 0 and (mesh.tp.rank == 0 or not part.is_copy)]
+    listed = [(part.name, tuple(part.tensor.shape), part.tensor.dtype, part.shard) for part in mine]
+    if mesh.device_mesh is None:
+        return _assemble([(name, shard, part.tensor) for (name, _, _, shard), part in zip(listed, mine, strict=True)])
+    rank, device = dist.get_rank(), mine[0].tensor.device if mine else None
+    everything: list[list[tuple[str, tuple[int, ...], torch.dtype, Shard | None]]] | None = None
+    if rank == 0:
+        everything = [[] for _ in range(dist.get_world_size())]
+    dist.gather_object(listed, everything, dst=0)
+    if everything is None:
+        for part in mine:
+            dist.send(part.tensor.detach().contiguous(), 0)
+        return {}
+    whole = _assemble([(part.name, part.shard, part.tensor) for part in mine])
+    for source, items in enumerate(everything):
+        for name, shape, dtype, shard in items if source else ():
+            received = torch.empty(shape, dtype=dtype, device=device)
+            dist.recv(received, source)
+            _put(whole, name, shard, received)
+    return whole
+
+
+def _assemble(parts: list[tuple[str, Shard | None, Tensor]]) -> dict[str, Tensor]:
+    whole: dict[str, Tensor] = {}
+    for name, shard, tensor in parts:
+        _put(whole, name, shard, tensor)
+    return whole
+
+
+def _put(whole: dict[str, Tensor], name: str, shard: Shard | None, tensor: Tensor) -> None:
+    tensor = tensor.detach().cpu()
+    if shard is None:
+        whole[name] = tensor.clone()
+        return
+    if name not in whole:
+        whole[name] = torch.empty(shard.full, dtype=tensor.dtype)
+    shard.put(whole[name], tensor)

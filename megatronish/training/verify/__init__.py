@@ -1,0 +1,1 @@
+"""Proof that a parallel layout trains as one process does."""

@@ -1,0 +1,202 @@
+"""The same steps twice: by a plain loop in one process, and by the engine on the ranks of a layout."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatronish.config.base import UserError
+from megatronish.config.run import RunConfig
+from megatronish.model.linear import Linear
+from megatronish.model.transformer import IGNORED_LABEL, Transformer
+from megatronish.parallel.startup import free_port, has_gpu
+from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
+from megatronish.training.verify.layouts import ACCUMULATION, SAMPLES, Layout
+
+TIMEOUT_SECONDS = 300.0
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run did: loss and gradient norm of each step, the weights after the last, bytes of weights on a rank."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]
+    weight_bytes: int
+
+
+def make_batch(config: RunConfig, step: int, samples: range) -> Batch:
+    """The numbered samples of a step: random tokens in documents of uneven length, a third of the labels left out."""
+    model = config.megatronish.model
+    length = model.seq_length
+    tokens, labels, positions, bounds = [], [], [], [0]
+    for sample in samples:
+        draw = torch.Generator().manual_seed(step * SAMPLES + sample)
+        row = torch.randint(0, model.vocab_size, (length + 1,), generator=draw)
+        cut = int(torch.randint(1, length, (), generator=draw)) if length > 1 else length
+        kept = torch.rand(length, generator=draw) < 2 / 3
+        tokens.append(row[:-1])
+        labels.append(row[1:].where(kept, IGNORED_LABEL))
+        positions.append(torch.cat([torch.arange(cut), torch.arange(length - cut)]))
+        start = bounds[-1]
+        bounds += [start + cut, start + length] if cut < length else [start + length]
+    return {
+        "tokens": torch.stack(tokens),
+        "labels": torch.stack(labels),
+        "positions": torch.stack(positions).to(torch.int32),
+        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
+        "max_seqlen": length,
+    }
+
+
+class _SplitLinear(Linear):
+    """The same product as several part sums, each rounded: what tensor-parallel ranks compute."""
+
+    parts = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = -(-self.in_features // self.parts)
+        pieces = zip(x.split(width, -1), self.weight.split(width, 1), strict=True)
+        y = sum((F.linear(part, weight) for part, weight in pieces), torch.zeros((), dtype=x.dtype, device=x.device))
+        return y if self.bias is None else y + self.bias
+
+
+def plain_run(config: RunConfig, *, parts: int = 1) -> Trace:
+    """One process without DeepSpeed: mean loss over the tokens of a step, global clipping, the run's optimizer.
+
+    In bf16 the optimizer keeps an fp32 master copy that starts from the bf16 weights. parts, 2 or 4: products are summed in
+    as many parts and gradients over as many times more micro batches: the same arithmetic with other roundings.
+    """
+    ours, clip = config.megatronish, config.deepspeed.gradient_clipping
+    dtype = torch.bfloat16 if config.deepspeed.dtype == "bf16" else torch.float32
+    model = Transformer(ours.model, ours.kernels, seed=ours.train.seed).to(dtype)
+    master = Transformer(ours.model, ours.kernels, seed=None)
+    master.load_state_dict(model.state_dict())
+    for module in model.modules() if parts > 1 else ():
+        if isinstance(module, Linear):
+            module.__class__ = _SplitLinear
+            cast(_SplitLinear, module).parts = parts
+    optimizer = build_torch_optimizer(parameter_groups(master, config.deepspeed.optimizer), config.deepspeed.optimizer)
+    micro = SAMPLES // ACCUMULATION // parts
+    pairs = list(zip(model.parameters(), master.parameters(), strict=True))
+    losses, norms = [], []
+    for step in range(ours.train.steps):
+        for low, high in pairs:
+            low.data.copy_(high.data)
+            high.grad = torch.zeros_like(high)
+        total, tokens = 0.0, 0
+        for first in range(0, SAMPLES, micro):
+            loss, count = model.loss(**make_batch(config, step, range(first, first + micro)))
+            model.zero_grad()
+            loss.backward()
+            for low, high in pairs:
+                assert low.grad is not None and high.grad is not None
+                high.grad += low.grad.float()
+            total, tokens = total + loss.item(), tokens + int(count)
+        for _, high in pairs:
+            assert high.grad is not None
+            high.grad /= tokens
+        losses.append(total / tokens)
+        norm = torch.nn.utils.get_total_norm([high.grad for _, high in pairs if high.grad is not None])
+        norms.append(norm.item())
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(master.parameters(), clip, norm)
+        optimizer.step()
+    weights = {name: p.detach().to(dtype).float() for name, p in master.named_parameters()}
+    return Trace(losses, norms, weights, _bytes(model))
+
+
+def layout_trace(config: RunConfig, layout: Layout) -> Trace:
+    """The same steps through the engine, on this rank of the layout; weights on the first rank. The group exists."""
+    from megatronish.parallel.mesh import build_mesh
+    from megatronish.training.engine import Engine, device
+    from megatronish.training.loop import build_model, to_device
+
+    steps, plan = config.megatronish.train.steps, config.batch_plan(layout.data)
+    mesh = build_mesh(config.megatronish.parallel, device().type)
+    engine = Engine(build_model(config, plan, mesh), config, plan, mesh)
+    held = engine.weight_bytes()
+    losses, norms = [], []
+    for step in range(steps):
+        batches = []
+        for index in range(plan.accumulation):
+            first = (index * plan.data_size + mesh.dp.rank) * plan.micro
+            batches.append(to_device(make_batch(config, step, range(first, first + plan.micro)), engine.device))
+        result = engine.train_step(batches, 1.0)
+        mesh.data.sum_(result.loss_sum)
+        losses.append((result.loss_sum / result.tokens).item())
+        assert result.grad_norm is not None
+        norms.append(float(result.grad_norm))
+    return Trace(losses, norms, {name: value.float().cpu() for name, value in engine.weights().items()}, held)
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(*arguments)` on each of `world` processes of this machine that share a process group; results by rank.
+
+    Forked where there is no GPU, which saves importing torch again. Raises UserError with the first rank's traceback when
+    one fails, or when they take longer than TIMEOUT_SECONDS.
+    """
+    context: Any = multiprocessing.get_context("spawn" if has_gpu() else "fork")
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=_rank_main, args=(rank, world, port, folder, function, arguments), daemon=True)
+            for rank in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while any(process.is_alive() for process in ranks):
+            if any(process.exitcode for process in ranks) or time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+        for process in ranks:
+            process.kill()
+            process.join()
+        errors = sorted(Path(folder).glob("*.error"))
+        if errors:
+            raise UserError(f"rank {errors[0].stem} failed:\n{errors[0].read_text()}")
+        if hung:
+            raise UserError(
+                f"ranks {hung} still ran after {TIMEOUT_SECONDS:.0f} s; the others had ended or waited too."
+            )
+        return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world)]
+
+
+def _rank_main(
+    rank: int, world: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    """One rank: its result, or its traceback, goes into a file."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    try:
+        from megatronish.training.engine import start_process_group, stop_process_group
+
+        torch.set_num_threads(1)
+        start_process_group(timeout_minutes=TIMEOUT_SECONDS / 60)
+        result = function(*arguments)
+        (Path(folder) / f"{rank}.result").write_bytes(pickle.dumps(result))
+        stop_process_group()
+    except BaseException:
+        (Path(folder) / f"{rank}.error").write_text(traceback.format_exc())
+        os._exit(1)
