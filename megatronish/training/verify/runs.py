@@ -98,18 +98,18 @@ def plain_run(config: RunConfig, *, parts: int = 1) -> Trace:
         for low, high in pairs:
             low.data.copy_(high.data)
             high.grad = torch.zeros_like(high)
-        total, tokens = 0.0, 0
+        total = 0.0
+        tokens = int((make_batch(config, step, range(SAMPLES))["labels"] != IGNORED_LABEL).sum())
         for first in range(0, SAMPLES, micro):
-            loss, count = model.loss(**make_batch(config, step, range(first, first + micro)))
+            loss, _ = model.loss(**make_batch(config, step, range(first, first + micro)))
             model.zero_grad()
-            loss.backward()
+            # Scaled before, as by the engine: at the start all labels' logits have nearly the same gradient, which bf16
+            # rounds to one side, so a scale that comes after moves the norm by up to 2e-3.
+            (loss / tokens).backward()
             for low, high in pairs:
                 assert low.grad is not None and high.grad is not None
                 high.grad += low.grad.float()
-            total, tokens = total + loss.item(), tokens + int(count)
-        for _, high in pairs:
-            assert high.grad is not None
-            high.grad /= tokens
+            total += loss.item()
         losses.append(total / tokens)
         norm = torch.nn.utils.get_total_norm([high.grad for _, high in pairs if high.grad is not None])
         norms.append(norm.item())
@@ -189,6 +189,9 @@ def _rank_main(
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+    log = os.open(Path(folder) / f"{rank}.log", os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, 1)  # DeepSpeed's remarks on memory and missing libraries are no part of the table
+    os.dup2(log, 2)
     try:
         from megatronish.training.engine import start_process_group, stop_process_group
 
