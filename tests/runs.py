@@ -138,12 +138,12 @@ def plain_loop(
 
 def engine_loop(rank: int, config: RunConfig, data_size: int) -> Trace:
     """The same steps through the engine, on rank `rank` of a layout with `data_size` data-parallel ranks (the process group exists)."""
-    from megatronish.training.engine import Engine
+    from megatronish.training.engine import start_engine
     from megatronish.training.loop import build_model, to_device
 
     ours, plan = config.megatronish, config.batch_plan(data_size)
     mesh = build_mesh(ours.parallel, "cpu")
-    engine = Engine(build_model(config, plan, mesh), config, plan, mesh)
+    engine = start_engine(build_model(config, plan, mesh), config, plan, mesh)
     loader = rank_loader(config, mesh.dp.rank, data_size)
     losses, norms = [], []
     for step in range(ours.train.steps):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from megatronish.config.base import ConfigError, Frozen
@@ -16,6 +18,10 @@ class ParallelConfig(Frozen):
     sequence: int = Field(1, ge=1, description="Ulysses sequence-parallel size: ranks that share every sample")
     tensor_sequence: bool = Field(
         False, description="tensor-parallel ranks divide norms and dropout by sequence (Megatron sequence parallelism)"
+    )
+
+    pipeline_balance: Literal["time", "parameters"] = Field(
+        "time", description="pipeline stages get equal shares of: operations of a step, or parameters held"
     )
 
     def data_size(self, world_size: int) -> int:
@@ -49,6 +55,11 @@ class ParallelConfig(Frozen):
             raise ConfigError(
                 f"model.num_kv_heads {kv_heads} and {tensor} tensor-parallel ranks: neither divides the other, so ranks "
                 "cannot hold equally many key/value heads. Change --parallel.tensor, or the model."
+            )
+        if model.num_layers < self.pipeline:
+            raise ConfigError(
+                f"model.num_layers {model.num_layers} is smaller than --parallel.pipeline {self.pipeline}: a stage needs "
+                "a block."
             )
         if model.vocab_size < tensor:
             raise ConfigError(f"model.vocab_size {model.vocab_size} is smaller than --parallel.tensor {tensor}.")

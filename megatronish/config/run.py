@@ -62,11 +62,16 @@ class RunConfig:
                 f"{self.source}: parallel.pipeline is {parallel.pipeline} with zero_optimization.stage {stage}: "
                 "the pipeline engine allows ZeRO <= 1. Add --zero_optimization.stage 1, or --parallel.pipeline 1."
             )
-        if max(parallel.pipeline, parallel.sequence) > 1:
+        if parallel.sequence > 1:
             raise ConfigError(
-                f"{self.source}: pipeline and sequence parallelism are not part of this version "
-                f"(pipeline {parallel.pipeline}, sequence {parallel.sequence}); set both to 1."
+                f"{self.source}: Ulysses sequence parallelism is not part of this version: --parallel.sequence 1."
             )
+        if parallel.pipeline > 1:
+            self._check_pipeline()
+        try:
+            parallel.check_divides(ours.model)
+        except ConfigError as error:
+            raise ConfigError(f"{self.source}: {error}") from None
         if parallel.tensor > 1:
             self._check_tensor_parallel()
         elif parallel.tensor_sequence:
@@ -86,16 +91,30 @@ class RunConfig:
                 f"{where} {ds.dtype} and zero_optimization.stage 0: DeepSpeed would clip by a wrong gradient norm. "
                 "Use --zero_optimization.stage 1."
             )
+        if ds.dtype == "fp16":
+            raise ConfigError(f"{where} fp16 is not part of this version: use bf16, or tensor 1.")
         if ds.zero_optimization.offloads_optimizer:
             raise ConfigError(f"{where} offload_optimizer is not part of this version: remove the section.")
         if ds.optimizer.type == "Muon":
             raise ConfigError(f"{where} Muon, which needs whole matrices: use AdamW or Lion, or tensor 1.")
         if ours.train.compile:
             raise ConfigError(f"{where} train.compile is not part of this version: leave one of them out.")
-        try:
-            ours.parallel.check_divides(ours.model)
-        except ConfigError as error:
-            raise ConfigError(f"{self.source}: {error}") from None
+
+    def _check_pipeline(self) -> None:
+        """Refuse what DeepSpeed's pipeline engine cannot do, or would do wrongly without a word."""
+        ds, stages = self.deepspeed, self.megatronish.parallel.pipeline
+        where = f"{self.source}: parallel.pipeline {stages} with"
+        if ds.zero_optimization.stage == 0:
+            raise ConfigError(
+                f"{where} zero_optimization.stage 0: DeepSpeed would clip by the gradient norm of one stage. "
+                "Use --zero_optimization.stage 1."
+            )
+        if ds.zero_optimization.offloads_optimizer:
+            raise ConfigError(f"{where} offload_optimizer is not part of this version: remove the section.")
+        if ds.dtype == "fp16":
+            raise ConfigError(f"{where} fp16 is not part of this version: use bf16, or pipeline 1.")
+        if ds.optimizer.type == "Muon":
+            raise ConfigError(f"{where} Muon is not part of this version: use AdamW or Lion, or pipeline 1.")
 
     def batch_plan(self, data_size: int) -> BatchPlan:
         """Fill in the batch arithmetic for `data_size` data-parallel ranks.

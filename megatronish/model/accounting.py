@@ -83,6 +83,24 @@ def flops_per_token(config: ModelConfig, seq_length: int | None = None) -> Flops
     return Flops(linear=2.0 * weights, attention=2 * 2.0 * width * keys)
 
 
+def layer_costs(config: ModelConfig, by: str) -> list[float]:
+    """What each layer of the model's list costs (see transformer.layer_specs): embedding, blocks, final norm, head.
+
+    by: "time", operations of a forward pass a token; "parameters", each held (a tied head holds the table once more).
+    """
+    head = config.vocab_size * config.hidden_size
+    if by == "time":
+        width = config.num_attention_heads * config.resolved_head_dim
+        windows = [config.layer_window(layer) for layer in range(config.num_layers)]
+        keys = [mean_attended_keys(config.seq_length, window) for window in windows]
+        blocks = [2.0 * _block_matrices(config) + 2 * 2.0 * width * read for read in keys]
+        return [0.0, *blocks, *([0.0] if config.has_final_norm else []), 2.0 * head]
+    assert by == "parameters", by
+    norm = _norm_parameters(config, config.hidden_size) if config.has_final_norm else 0
+    inside = (parameter_counts(config).non_embedding - norm) / config.num_layers
+    return [float(head), *[inside] * config.num_layers, *([float(norm)] if norm else []), float(head)]
+
+
 def kv_cache_bytes(config: ModelConfig, batch_size: int, length: int, bytes_per_element: int = 2) -> int:
     """Memory of a KVCache."""
     heads = config.resolved_kv_heads * config.resolved_head_dim

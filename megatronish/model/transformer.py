@@ -78,7 +78,8 @@ def layer_specs(config: ModelConfig, backends: Backends, tp: TensorParallel = SI
 
 class Transformer(nn.Module):
     """Token ids to logits. Weights are initialised from `seed`; with seed None they stay unset (to be loaded, or set
-    by `init_weights` later, as on the meta device). tp: the ranks that share every matrix."""
+    by `init_weights` later, as on the meta device). tp: the ranks that share every matrix. stage: the layers of
+    `layer_specs` that a pipeline rank holds (all by default); names stay those of the whole model."""
 
     def __init__(
         self,
@@ -87,6 +88,7 @@ class Transformer(nn.Module):
         *,
         seed: int | None = 0,
         tp: TensorParallel = SINGLE,
+        stage: range | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -94,18 +96,20 @@ class Transformer(nn.Module):
         self.kernels = kernels or KernelConfig()
         self.backends = Backends(resolve_attention(self.kernels.attention), resolve_ops(self.kernels.ops))
         self.rotary = RotaryTables(config)
-        layers = {spec.name: spec.build() for spec in layer_specs(config, self.backends, tp)}
-        self.embedding = layers["embedding"]
-        self.blocks = nn.ModuleList(layers[f"blocks.{layer}"] for layer in range(config.num_layers))
+        specs = layer_specs(config, self.backends, tp)
+        layers = {specs[layer].name: specs[layer].build() for layer in (stage or range(len(specs)))}
+        self.embedding = layers.get("embedding")
+        # A block of another stage leaves its number to an empty place.
+        self.blocks = nn.ModuleList(layers.get(f"blocks.{layer}", nn.Identity()) for layer in range(config.num_layers))
         self.final_norm = layers.get("final_norm")
-        self.head = layers["head"]
+        self.head = layers.get("head")
         self.tie_weights()
         if seed is not None and not next(self.parameters()).is_meta:
             init_weights(self, config, seed)
 
     def tie_weights(self) -> None:
         """Make the head share the embedding's weight, if the configuration says so (again after `to_empty`)."""
-        if self.config.tie_embeddings:
+        if self.config.tie_embeddings and self.embedding is not None and self.head is not None:
             self.head.weight = self.embedding.weight
 
     def forward(
@@ -130,16 +134,41 @@ class Transformer(nn.Module):
             _check_documents(cu_seqlens, tokens)
         if cache is not None:
             cache.check(tokens)
-        x = self.embedding(tokens)
-        inputs = self._attention_inputs(x, tokens, positions, cu_seqlens, max_seqlen, cache)
-        residual = None
-        for block in self.blocks:
-            x, residual = block(x, residual, inputs)
+        logits = self.run_stage(None, tokens, positions, cu_seqlens, max_seqlen, cache)
         if cache is not None:
             cache.length += tokens.shape[1]
+        return logits
+
+    def run_stage(
+        self,
+        x: Tensor | None,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The layers held here, on the hidden states x of the stage before (None: this is the first).
+
+        Returns hidden states [b, s, hidden] (of the rank's part of the sequence), or logits where the head is here.
+        """
+        if self.embedding is not None:
+            x = self.embedding(tokens)
+        assert x is not None, "a later stage needs hidden states"
+        inputs = self._attention_inputs(x, tokens, positions, cu_seqlens, max_seqlen, cache)
+        residual = None
+        for block in self.local_blocks:
+            x, residual = block(x, residual, inputs)
         if self.final_norm is not None:
-            x, _ = self.final_norm(x, residual)
-        return self.head(x)
+            x, residual = self.final_norm(x, residual)[0], None
+        if self.head is not None:
+            return self.head(x)
+        return x if residual is None else x + residual
+
+    @property
+    def local_blocks(self) -> list[Block]:
+        """The blocks held here, in order."""
+        return [block for block in self.blocks if isinstance(block, Block)]
 
     def loss(
         self,
@@ -154,10 +183,13 @@ class Transformer(nn.Module):
         labels [b, s]: the token that should follow each of `tokens` (already shifted); -100 is left out.
         """
         logits = self(tokens, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        count = (labels != IGNORED_LABEL).sum()
+        return self.logits_loss(logits, labels), (labels != IGNORED_LABEL).sum()
+
+    def logits_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the cross-entropy of what the head gave; on tensor-parallel ranks all have the same."""
         if isinstance(self.head, DividedHead):
-            return self.head.loss(logits, labels, IGNORED_LABEL), count
-        return cross_entropy(logits, labels, IGNORED_LABEL), count
+            return self.head.loss(logits, labels, IGNORED_LABEL)
+        return cross_entropy(logits, labels, IGNORED_LABEL)
 
     def _attention_inputs(
         self,
@@ -187,13 +219,12 @@ class Transformer(nn.Module):
     def set_activation_checkpointing(self, mode: str) -> None:
         """What each block keeps for the backward pass: "none" (all), "full" (its input) or "selective" (see Block)."""
         recompute = check_recompute(mode)
-        for block in self.blocks:
-            assert isinstance(block, Block)
+        for block in self.local_blocks:
             block.recompute = recompute
 
     def compile_blocks(self, mode: str | None = None) -> None:
         """torch.compile every block in place (parameter names stay); mode as in torch.compile."""
-        for block in self.blocks:
+        for block in self.local_blocks:
             block.compile(mode=mode)
 
 

@@ -12,17 +12,21 @@ What it settles, so that the rest of the code need not know (each met on deepspe
 - Muon's Newton-Schulz under torch.compile is slow on CPUs: it runs eagerly there;
 - DeepSpeed learns of tensor-parallel groups from an object of getters (`mpu`), and counts a parameter that is not marked as
   divided on the first of their ranks only: the layers mark theirs;
+- its pipelines take a flat list of layers and name their parameters by index: here a stage is a part of the Transformer with
+  its own names, and every stage reads the micro batches itself, so that hidden states are all that travels;
 - shutdown is explicit and bounded in time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +36,8 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
@@ -45,6 +51,7 @@ from megatronish.training.optimizers import build_torch_optimizer, parameter_gro
 
 NEVER = 1 << 60
 SHUTDOWN_SECONDS = 20.0
+EVALUATED_AT_ONCE = 64  # micro batches that a pipeline runs between two fillings of itself
 Batch = dict[str, Any]  # what data/loader.py yields, on the engine's device
 
 
@@ -126,26 +133,34 @@ class Engine:
         self.device = device()
         self.mesh = mesh
         keys = engine_keys(config, plan)
+        module, mpu = self._wrap(model)
         groups = parameter_groups(model, config.deepspeed.optimizer)
         optimizer = build_optimizer(groups, config, self.device)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        self._engine, *_ = deepspeed.initialize(
-            model=_LossModule(model), optimizer=optimizer, config=keys, mpu=_ModelParallelUnit.of(mesh)
-        )
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=keys, mpu=mpu)
         stage, low_precision = config.deepspeed.zero_optimization.stage, config.deepspeed.dtype != "fp32"
         self._own_norm = stage == 0 and not low_precision
         self._stage3 = stage == 3
         if stage == 0 and low_precision:
             self._engine.optimizer.optimizer.state.clear()
 
-    def train_step(self, batches: list[Batch], rate_share: float) -> StepResult:
-        """One optimizer step over the micro batches of this rank, at `rate_share` of the peak learning rate."""
+    def _wrap(self, model: Transformer) -> tuple[nn.Module, Any]:
+        """What DeepSpeed gets: a module, and the groups of tensor parallelism."""
+        return _LossModule(model), _ModelParallelUnit.of(self.mesh)
+
+    def _begin_step(self, batches: list[Batch], rate_share: float) -> torch.Tensor:
+        """Set the learning rate; returns the number of tokens of the step."""
         tokens = torch.stack([(batch["labels"] != -100).sum() for batch in batches]).sum().float()
         self.mesh.data.sum_(tokens)
-        scale = self.mesh.data.size / tokens  # DeepSpeed averages over ranks
         for group in self._engine.optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate_share
+        return tokens
+
+    def train_step(self, batches: list[Batch], rate_share: float) -> StepResult:
+        """One optimizer step over the micro batches of this rank, at `rate_share` of the peak learning rate."""
+        tokens = self._begin_step(batches, rate_share)
+        scale = self.mesh.data.size / tokens  # DeepSpeed averages over ranks
         loss_sum = torch.zeros((), device=self.device)
         self._engine.train()
         for batch in batches:
@@ -199,13 +214,129 @@ class Engine:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Whole weights in the training dtype, on the first rank (elsewhere empty). Every rank calls it."""
-        if self.mesh.tp.size > 1:
-            return collect_whole(parts_of(self._engine.module.model), self.mesh)
+        if self.mesh.tp.size > 1 or self.mesh.pp.size > 1:
+            held = [part for part in parts_of(self._engine.module.model) if not is_tied_copy(part.tensor)]
+            return collect_whole(held, self.mesh)
         if self._stage3:
             state = self._engine._zero3_consolidated_16bit_state_dict() or {}
         else:
             state = self._engine.module.state_dict() if dist.get_rank() == 0 else {}
         return {name.removeprefix("model."): value for name, value in state.items()}
+
+
+class StageEngine(Engine):
+    """An Engine whose model is one stage of a pipeline; micro batches follow one another through the stages (1F1B:
+    Narayanan et al. 2019, PipeDream-Flush)."""
+
+    def _wrap(self, model: Transformer) -> tuple[nn.Module, Any]:
+        with contextlib.redirect_stdout(None):  # it prints its layers
+            return _Stage(model, self.mesh), None
+
+    def train_step(self, batches: list[Batch], rate_share: float) -> StepResult:
+        """See Engine. Every stage gets the same micro batches."""
+        tokens, stage = self._begin_step(batches, rate_share), self._engine.module
+        # DeepSpeed averages over data-parallel ranks and over micro batches.
+        stage.begin(batches, self.mesh.data.size / tokens * len(batches))
+        self._engine.train_batch(_first_and_last(batches))
+        skipped = bool(getattr(self._engine.optimizer, "overflow", False))
+        loss_sum = self.mesh.pp.sum_(stage.loss_sum)
+        return StepResult(loss_sum, tokens, self._engine.get_global_grad_norm(), skipped)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Engine."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        stage, waiting = self._engine.module, list(batches)
+        for first in range(0, len(waiting), EVALUATED_AT_ONCE):
+            some = waiting[first : first + EVALUATED_AT_ONCE]
+            stage.begin(some, torch.ones((), device=self.device))
+            self._engine.eval_batch(
+                _first_and_last(some), reduce_output=None, bcast_loss=False, num_micro_batches=len(some)
+            )
+            total[0] += stage.loss_sum
+            total[1] += sum((batch["labels"] != -100).sum() for batch in some)
+        self.mesh.pp.sum_(total[0])
+        self.mesh.data.sum_(total)
+        self._engine.train()
+        return total[0], total[1]
+
+
+def start_engine(model: Transformer, config: RunConfig, plan: BatchPlan, mesh: ParallelMesh) -> Engine:
+    """The engine of this rank; see Engine."""
+    return (StageEngine if mesh.pp.size > 1 else Engine)(model, config, plan, mesh)
+
+
+def _first_and_last(batches: list[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What DeepSpeed loads on the first and on the last stage; the stage itself looks up the rest."""
+    return iter([(batch["tokens"], batch["labels"]) for batch in batches])
+
+
+class _Stage(PipelineModule):
+    """A stage of the pipeline as DeepSpeed wants it: hidden states in, hidden states or the scaled loss out."""
+
+    def __init__(self, model: Transformer, mesh: ParallelMesh) -> None:
+        self._given = (model, mesh)  # what the base's constructor asks for below
+        topology = PipeModelDataParallelTopology(mesh.pp.size, mesh.tp.size, mesh.dp.size)
+        super().__init__(layers=[None] * mesh.pp.size, topology=topology)
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = list(range(self.num_stages + 1))
+        self._set_bounds(self.stage_id, self.stage_id + 1)
+
+    def _build(self) -> None:
+        self.model, self.mesh = self._given
+        for p in self.parameters():
+            p.ds_pipe_replicated = False
+
+    def _index_tied_modules(self) -> dict[str, Any]:
+        """The embedding of the first stage and the head of the last, where they are one weight; gradients are summed."""
+        tied: dict[str, Any] = {}
+        if not self.model.config.tie_embeddings:
+            return tied
+        for data in range(self.mesh.dp.size):
+            for tensor in range(self.mesh.tp.size):
+                ends = [self._topo.get_rank(pipe=stage, data=data, model=tensor) for stage in (0, self.num_stages - 1)]
+                group = dist.new_group(ends)
+                if self.global_rank in ends:
+                    module: Any = self.model.head if self.model.embedding is None else self.model.embedding
+                    tied["embedding"] = {"ranks": ends, "group": group, "weight_attr": ["weight"], "module": module}
+                    module.weight.ds_pipe_replicated = self.global_rank != ends[0]  # norms count it once
+        return tied
+
+    def get_tied_weights_and_groups(self) -> list[tuple[torch.Tensor, dist.ProcessGroup]]:
+        return [(tied["module"].weight, tied["group"]) for tied in self.tied_comms.values()]
+
+    def begin(self, batches: list[Batch], scale: torch.Tensor) -> None:
+        """Get ready for these micro batches; their losses are multiplied by `scale` for the backward pass."""
+        self._waiting, self._scale = iter(batches), scale
+        self.loss_sum = torch.zeros((), device=scale.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The next micro batch: stages meet them in the same order."""
+        batch = next(self._waiting)
+        labels, rest = batch["labels"], {key: value for key, value in batch.items() if key != "labels"}
+        y = self.model.run_stage(x, **rest)
+        if self.model.head is None:
+            return y
+        loss = self.model.logits_loss(y, labels)
+        self.loss_sum += loss.detach()
+        return loss * self._scale
+
+    def _file(self, folder: str) -> str:
+        return os.path.join(folder, f"stage_{self.stage_id:02d}-tensor_{self.mesh.tp.rank:02d}.pt")
+
+    def save_state_dict(self, save_dir: str, checkpoint_engine: Any, exclude_frozen_params: bool = False) -> None:
+        if self.mesh.dp.rank == 0:
+            checkpoint_engine.makedirs(save_dir, exist_ok=True)
+            checkpoint_engine.save(self.model.state_dict(), self._file(save_dir))
+
+    def load_state_dir(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
+        self.model.load_state_dict(checkpoint_engine.load(self._file(load_dir), map_location="cpu"), strict=strict)
+
+
+def is_tied_copy(parameter: torch.Tensor) -> bool:
+    """Whether another pipeline stage has the same parameter and counts it."""
+    return bool(getattr(parameter, "ds_pipe_replicated", False))
 
 
 class _ModelParallelUnit:
@@ -277,6 +408,8 @@ def engine_keys(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
         "steps_per_print": config.deepspeed.steps_per_print or NEVER,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        # Sending hidden states in parts over tensor-parallel ranks would mix up parts of the sequence.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, **(config.deepspeed.pipeline or {})},
     }
 
 

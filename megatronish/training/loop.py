@@ -19,23 +19,24 @@ from megatronish.data.dataset import Dataset, check_dataset_fits, open_dataset
 from megatronish.data.loader import MicroBatchLoader, ValidationLoader
 from megatronish.data.packing import PackedDataset, split_documents
 from megatronish.data.sampler import MicroBatchSampler
-from megatronish.model.accounting import flops_per_token, parameter_counts
+from megatronish.model.accounting import flops_per_token, layer_costs, parameter_counts
 from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
 from megatronish.model.init import init_weights
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import load_config, save_model
 from megatronish.parallel.layers import TensorParallel
 from megatronish.parallel.mesh import ParallelMesh, build_mesh
+from megatronish.parallel.pipeline import balanced_stages
 from megatronish.parallel.startup import Rank, has_gpu
 from megatronish.training.checkpoint import ENGINE_TAG, RUN_FILE, CheckpointStore, check_writable
 from megatronish.training.engine import (
     SHUTDOWN_SECONDS,
     Batch,
-    Engine,
     device,
     end_within,
     gathered,
     partitioned_construction,
+    start_engine,
     start_process_group,
     stop_process_group,
 )
@@ -165,7 +166,8 @@ class _Trainer:
         if rank.is_first:
             self._announce(peak)
         self.mesh = build_mesh(ours.parallel, self.device.type)
-        self.engine = Engine(build_model(run.config, run.plan, self.mesh), run.config, run.plan, self.mesh)
+        model = build_model(run.config, run.plan, self.mesh)
+        self.engine = start_engine(model, run.config, run.plan, self.mesh)
         if run.resume_from:
             self.engine.load(str(run.resume_from), ENGINE_TAG)
         sampler = MicroBatchSampler(
@@ -331,7 +333,10 @@ def build_model(config: RunConfig, plan: BatchPlan, mesh: ParallelMesh) -> Trans
     try:
         with partitioned_construction(config, plan):
             tp = TensorParallel(mesh.tp, ours.parallel.tensor_sequence)
-            model = Transformer(ours.model, ours.kernels, seed=None if zero3 else ours.train.seed, tp=tp)
+            costs = layer_costs(ours.model, ours.parallel.pipeline_balance)
+            stage = balanced_stages(costs, mesh.pp.size)[mesh.pp.rank]
+            seed = None if zero3 else ours.train.seed
+            model = Transformer(ours.model, ours.kernels, seed=seed, tp=tp, stage=stage)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if zero3:
@@ -344,8 +349,9 @@ def build_model(config: RunConfig, plan: BatchPlan, mesh: ParallelMesh) -> Trans
 
 def describe(parallel: ParallelConfig) -> str:
     """How a sample is divided over ranks, for the announcement; '' when it is not."""
-    divided = "; sequence divided too" if parallel.tensor_sequence else ""
-    return f"; every matrix over {parallel.tensor} tensor-parallel ranks{divided}" if parallel.tensor > 1 else ""
+    told = f"; every matrix over {parallel.tensor} tensor-parallel ranks" if parallel.tensor > 1 else ""
+    told += ", the sequence too" if parallel.tensor_sequence else ""
+    return told + (f"; layers over {parallel.pipeline} pipeline stages" if parallel.pipeline > 1 else "")
 
 
 def to_device(batch: Batch, target: torch.device) -> Batch:

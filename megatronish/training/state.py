@@ -29,6 +29,7 @@ class TrainState:
     seed: int
     data_identity: str  # of the dataset the samples are counted in
     tensor: int = 1  # ranks that share every matrix
+    pipeline: int = 1  # ranks that share the layer list
 
     @classmethod
     def start(cls, config: RunConfig, plan: BatchPlan, data_identity: str) -> TrainState:
@@ -46,6 +47,7 @@ class TrainState:
             seed=config.megatronish.train.seed,
             data_identity=data_identity,
             tensor=config.megatronish.parallel.tensor,
+            pipeline=config.megatronish.parallel.pipeline,
         )
 
     def advance(self, samples: int, tokens: int) -> TrainState:
@@ -78,6 +80,7 @@ class TrainState:
             ("data_size", "data-parallel ranks"),
             ("zero_stage", "ZeRO stage"),
             ("tensor", "tensor-parallel ranks"),
+            ("pipeline", "pipeline stages"),
             ("optimizer", "optimizer"),
             ("dtype", "training dtype"),
             ("seed", "train.seed"),

@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "tensor parallelism": (
         {"megatronish": {"parallel": {"sequence": 2}}},
-        ["not part of this version (pipeline 1, sequence 2); set both to 1."],
+        ["Ulysses sequence parallelism is not part of this version: --parallel.sequence 1."],
     ),
     "unknown preset": (
         {"megatronish": {"model": {"preset": "tinny"}}},

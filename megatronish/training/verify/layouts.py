@@ -11,7 +11,21 @@ from megatronish.config.parallel import ParallelConfig
 from megatronish.config.run import BLOCK, RunConfig
 
 SAMPLES, ACCUMULATION = 12, 3  # of an optimizer step, the same in every layout: 4 samples a micro batch over all ranks
-DEFAULT_LAYOUTS = ("tp2", "tp2s", "tp4", "tp2dp2z0", "tp2dp2z1", "tp2dp2z2", "tp2sdp2z2", "dp2z3")
+DEFAULT_LAYOUTS = (
+    "tp2",
+    "tp2s",
+    "tp4",
+    "tp2dp2z0",
+    "tp2dp2z1",
+    "tp2dp2z2",
+    "tp2sdp2z2",
+    "dp2z3",
+    "pp2",
+    "pp4",
+    "tp2pp2",
+    "tp2spp2",
+    "pp2dp2",
+)
 MODEL: dict[str, Any] = {
     "vocab_size": 131,
     "num_layers": 4,
@@ -43,7 +57,7 @@ def parse_layout(name: str) -> Layout:
 
     Raises ConfigError for anything else.
     """
-    found = re.findall(r"(tp|pp|dp|sp|z)(\d+)(s(?!p))?", name)
+    found = re.findall(r"(tp|pp|dp|sp|z)(\d+)(s(?!p\d))?", name)
     sizes = {axis: int(number) for axis, number, _ in found}
     divided = [axis for axis, _, mark in found if mark]
     spelled = "".join(axis + number + mark for axis, number, mark in found)
@@ -54,8 +68,13 @@ def parse_layout(name: str) -> Layout:
         )
     if 0 in [size for axis, size in sizes.items() if axis != "z"]:
         raise ConfigError(f'layout "{name}": sizes count from 1.')
-    axes = {"tensor": sizes.get("tp", 1), "pipeline": sizes.get("pp", 1), "sequence": sizes.get("sp", 1)}
-    return Layout(name, ParallelConfig(**axes, tensor_sequence=bool(divided)), sizes.get("dp", 1), sizes.get("z", 1))
+    parallel = ParallelConfig(
+        tensor=sizes.get("tp", 1),
+        pipeline=sizes.get("pp", 1),
+        sequence=sizes.get("sp", 1),
+        tensor_sequence=bool(divided),
+    )
+    return Layout(name, parallel, sizes.get("dp", 1), sizes.get("z", 1))
 
 
 def layout_run(layout: Layout, dtype: str, steps: int, tied: bool, overrides: dict[str, Any]) -> RunConfig:

@@ -123,12 +123,12 @@ def plain_run(config: RunConfig, *, parts: int = 1) -> Trace:
 def layout_trace(config: RunConfig, layout: Layout) -> Trace:
     """The same steps through the engine, on this rank of the layout; weights on the first rank. The group exists."""
     from megatronish.parallel.mesh import build_mesh
-    from megatronish.training.engine import Engine, device
+    from megatronish.training.engine import device, start_engine
     from megatronish.training.loop import build_model, to_device
 
     steps, plan = config.megatronish.train.steps, config.batch_plan(layout.data)
     mesh = build_mesh(config.megatronish.parallel, device().type)
-    engine = Engine(build_model(config, plan, mesh), config, plan, mesh)
+    engine = start_engine(build_model(config, plan, mesh), config, plan, mesh)
     held = engine.weight_bytes()
     losses, norms = [], []
     for step in range(steps):
