@@ -174,6 +174,38 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"megatronish": {"parallel": {"sequence": 2}}},
         ["Ulysses sequence parallelism is not part of this version: --parallel.sequence 1."],
     ),
+    "matrices divided under ZeRO-3": (
+        {"megatronish": {"parallel": {"tensor": 2}}, "zero_optimization": {"stage": 3}},
+        ["parallel.tensor 2 with zero_optimization.stage 3: use --zero_optimization.stage 2, or tensor 1."],
+    ),
+    "divided matrices with bf16 and ZeRO-0": (
+        {"megatronish": {"parallel": {"tensor": 2}}, "zero_optimization": {"stage": 0}, "bf16": {"enabled": True}},
+        ["parallel.tensor 2 with bf16 and zero_optimization.stage 0: DeepSpeed would clip by a wrong gradient norm."],
+    ),
+    "divided matrices with Muon": (
+        {
+            "megatronish": {"parallel": {"tensor": 2}},
+            "optimizer": {"type": "Muon", "params": {"lr": 0.02}},
+            "zero_optimization": {"stage": 1},
+        },
+        ["parallel.tensor 2 with Muon, which needs whole matrices"],
+    ),
+    "a pipeline with ZeRO-0": (
+        {"megatronish": {"parallel": {"pipeline": 2}}, "zero_optimization": {"stage": 0}},
+        ["parallel.pipeline 2 with zero_optimization.stage 0: DeepSpeed would clip by the gradient norm of one stage."],
+    ),
+    "more stages than blocks": (
+        {"megatronish": {"parallel": {"pipeline": 64}}, "zero_optimization": {"stage": 1}},
+        ["is smaller than --parallel.pipeline 64: a stage needs a block."],
+    ),
+    "heads that do not divide": (
+        {"megatronish": {"parallel": {"tensor": 3}}, "zero_optimization": {"stage": 1}},
+        ["model.num_attention_heads", "does not divide over 3 tensor-parallel ranks"],
+    ),
+    "a sequence divided by nobody": (
+        {"megatronish": {"parallel": {"tensor_sequence": True}}},
+        ["parallel.tensor_sequence divides the sequence over tensor-parallel ranks, and parallel.tensor is 1"],
+    ),
     "unknown preset": (
         {"megatronish": {"model": {"preset": "tinny"}}},
         ['megatronish.model: unknown model preset "tinny". Did you mean "tiny"?', "s0_300m"],

@@ -32,6 +32,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2dp2 zero1": (4, {"tensor": 2, "tensor_sequence": True}),
     "tp2dp2 zero2": (4, {"tensor": 2}),
     "tp4 zero1": (4, {"tensor": 4}),
+    "pp2 zero1": (2, {"pipeline": 2}),
+    "pp2dp2 zero1": (4, {"pipeline": 2}),
+    "tp2pp2 zero1": (4, {"tensor": 2, "pipeline": 2, "tensor_sequence": True}),
 }
 
 
@@ -44,6 +47,11 @@ def layout_run(data: str, folder: Path, layout: str, changes: dict[str, Any]) ->
     stage = int(layout.split("zero")[1][0])
     ours = {**changes.get("megatronish", {}), "parallel": LAYOUTS[layout][1]}
     return small_run(data, folder, {**changes, "zero_optimization": {"stage": stage}, "megatronish": ours})
+
+
+def data_size(layout: str) -> int:
+    ranks, parallel = LAYOUTS[layout]
+    return ranks // (parallel.get("tensor", 1) * parallel.get("pipeline", 1))
 
 
 def check(found: Trace, expected: Trace, losses: float, weights: float) -> None:
@@ -59,10 +67,10 @@ def check(found: Trace, expected: Trace, losses: float, weights: float) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fp32_equals_the_plain_loop(layout: str, model: str, data: str, tmp_path: Path) -> None:
     """10 steps within 1e-5; clipping is active, micro batches hold uneven token counts, 257 rows of vocabulary."""
-    ranks, parallel = LAYOUTS[layout]
+    ranks, _ = LAYOUTS[layout]
     changes: dict[str, Any] = {"megatronish": {"model": ONE_KV_HEAD}} if model == "one KV head" else {}
     config = layout_run(data, tmp_path, layout, changes)
-    size = ranks // parallel["tensor"]
+    size = data_size(layout)
     plain = plain_loop(config, size)
     assert max(plain.norms) > config.deepspeed.gradient_clipping, "clipping must act for this test to mean something"
     traces = run_ranks(ranks, engine_loop, config, size)
@@ -72,13 +80,20 @@ def test_fp32_equals_the_plain_loop(layout: str, model: str, data: str, tmp_path
         assert trace.losses == traces[0].losses and not trace.weights
 
 
-@pytest.mark.parametrize("layout", ["tp2dp2 zero1", "tp2dp2 zero2"])
-def test_bf16_is_within_rounding_of_the_plain_loop(layout: str, data: str, tmp_path: Path) -> None:
-    """No further from the plain bf16 loop than that loop is from itself when its initial weights are rounded otherwise."""
-    changes = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+@pytest.mark.parametrize("fp32_sums", [False, True], ids=["bf16 sums", "fp32 sums"])
+@pytest.mark.parametrize("layout", ["tp2dp2 zero1", "tp2dp2 zero2", "pp2dp2 zero1", "tp2pp2 zero1"])
+def test_bf16_is_within_rounding_of_the_plain_loop(layout: str, fp32_sums: bool, data: str, tmp_path: Path) -> None:
+    """No further from the plain bf16 loop than that loop is from itself when its initial weights are rounded otherwise.
+
+    fp32_sums: micro batches are added up in fp32, by another optimizer class of DeepSpeed than otherwise.
+    """
+    changes: dict[str, Any] = {"bf16": {"enabled": True}}
+    if fp32_sums:
+        changes["data_types"] = {"grad_accum_dtype": "fp32"}
     config = layout_run(data, tmp_path, layout, changes)
-    plain, *others = [plain_loop(config, 2, torch.bfloat16, perturb=seed) for seed in (None, 1, 2)]
-    trace = run_ranks(4, engine_loop, config, 2)[0]
+    size = data_size(layout)
+    plain, *others = [plain_loop(config, size, torch.bfloat16, perturb=seed) for seed in (None, 1, 2)]
+    trace = run_ranks(4, engine_loop, config, size)[0]
     for kind in ("losses", "norms"):
         spread = max(distance(getattr(other, kind), getattr(plain, kind)) for other in others)
         found = distance(getattr(trace, kind), getattr(plain, kind))
@@ -89,7 +104,7 @@ def test_bf16_is_within_rounding_of_the_plain_loop(layout: str, data: str, tmp_p
 DROPOUT = {"residual_dropout": 0.1, "attention_dropout": 0.1, "embedding_dropout": 0.1}
 
 
-@pytest.mark.parametrize("layout", ["tp2dp2 zero2", "tp2 zero1 sequence"])
+@pytest.mark.parametrize("layout", ["tp2dp2 zero2", "tp2 zero1 sequence", "tp2pp2 zero1", "pp2dp2 zero1"])
 def test_a_run_resumes_bit_for_bit_and_its_checkpoint_is_that_of_one_process(
     layout: str, data: str, tmp_path: Path
 ) -> None:
