@@ -41,21 +41,24 @@ class ParallelConfig(Frozen):
     def check_divides(self, model: ModelConfig) -> None:
         """Raise ConfigError, naming the sizes, unless the ranks can share a model and its sequences."""
         tensor, heads, kv_heads = self.tensor, model.num_attention_heads, model.resolved_kv_heads
-        for name, value, ranks in (
-            ("num_attention_heads", heads, tensor),
-            ("ffn_hidden_size", model.ffn_hidden_size, tensor),
-            ("seq_length", model.seq_length, tensor if self.tensor_sequence else 1),
+        for name, value, ranks, axis in (
+            ("num_attention_heads", heads, tensor, "tensor"),
+            ("ffn_hidden_size", model.ffn_hidden_size, tensor, "tensor"),
+            ("seq_length", model.seq_length, tensor if self.tensor_sequence else 1, "tensor"),
+            ("num_attention_heads", heads, self.sequence, "sequence"),
+            ("seq_length", model.seq_length, self.sequence, "sequence"),
         ):
             if value % ranks:
                 raise ConfigError(
-                    f"model.{name} {value} does not divide over {ranks} tensor-parallel ranks. "
-                    f"Change --parallel.tensor, or the model."
+                    f"model.{name} {value} does not divide over {ranks} {axis}-parallel ranks. "
+                    f"Change --parallel.{axis}, or the model."
                 )
-        if kv_heads % tensor and tensor % kv_heads:
-            raise ConfigError(
-                f"model.num_kv_heads {kv_heads} and {tensor} tensor-parallel ranks: neither divides the other, so ranks "
-                "cannot hold equally many key/value heads. Change --parallel.tensor, or the model."
-            )
+        for name, ranks in (("tensor", tensor), ("sequence", self.sequence)):
+            if kv_heads % ranks and ranks % kv_heads:
+                raise ConfigError(
+                    f"model.num_kv_heads {kv_heads} and {ranks} {name}-parallel ranks: neither divides the other, so ranks "
+                    f"cannot hold equally many key/value heads. Change --parallel.{name}, or the model."
+                )
         if model.num_layers < self.pipeline:
             raise ConfigError(
                 f"model.num_layers {model.num_layers} is smaller than --parallel.pipeline {self.pipeline}: a stage needs "

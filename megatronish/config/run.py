@@ -63,9 +63,7 @@ class RunConfig:
                 "the pipeline engine allows ZeRO <= 1. Add --zero_optimization.stage 1, or --parallel.pipeline 1."
             )
         if parallel.sequence > 1:
-            raise ConfigError(
-                f"{self.source}: Ulysses sequence parallelism is not part of this version: --parallel.sequence 1."
-            )
+            self._check_sequence_parallel()
         if parallel.pipeline > 1:
             self._check_pipeline()
         try:
@@ -99,6 +97,20 @@ class RunConfig:
             raise ConfigError(f"{where} Muon, which needs whole matrices: use AdamW or Lion, or tensor 1.")
         if ours.train.compile:
             raise ConfigError(f"{where} train.compile is not part of this version: leave one of them out.")
+
+    def _check_sequence_parallel(self) -> None:
+        """Refuse combinations that are not built."""
+        ours, ranks = self.megatronish, self.megatronish.parallel.sequence
+        where = f"{self.source}: parallel.sequence {ranks} with"
+        if ours.parallel.tensor > 1 or ours.parallel.pipeline > 1:
+            raise ConfigError(
+                f"{where} tensor {ours.parallel.tensor} and pipeline {ours.parallel.pipeline} is not part of this "
+                "version: set sequence, or both others, to 1."
+            )
+        if ours.train.compile:
+            raise ConfigError(f"{where} train.compile is not part of this version: leave one of them out.")
+        if self.deepspeed.optimizer.type == "Muon":
+            raise ConfigError(f"{where} Muon is not part of this version: use AdamW or Lion, or sequence 1.")
 
     def _check_pipeline(self) -> None:
         """Refuse what DeepSpeed's pipeline engine cannot do, or would do wrongly without a word."""

@@ -6,7 +6,7 @@ Shapes: b batch, s sequence, h query heads, g key/value heads, d head_dim.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -18,7 +18,9 @@ from megatronish.ops.attention import attention
 from megatronish.ops.dispatch import Backends
 from megatronish.ops.rope import rope, rope_qkv_
 from megatronish.parallel.layers import TensorParallel
+from megatronish.parallel.mesh import Axis
 from megatronish.parallel.random import own_random_numbers
+from megatronish.parallel.sequence import heads_to_ranks, sequence_to_ranks
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class AttentionInputs:
     masks: dict[int | None, Tensor] | None = None  # by window; only those that the backend needs
     cache: KVCache | None = None
     in_place: bool = True  # whether the packed projection may be rotated where it lies
+    sp: Axis = field(default_factory=Axis)  # ranks that divide the sequence; documents and masks are of the whole one
 
 
 class SelfAttention(nn.Module):
@@ -64,6 +67,8 @@ class SelfAttention(nn.Module):
         q_bshd, k_bsgd, v_bsgd = self._position(qkv, inputs)
         if inputs.cache is not None:
             k_bsgd, v_bsgd = inputs.cache.update(self.layer, k_bsgd, v_bsgd, self.window)
+        if inputs.sp.group is not None:
+            q_bshd, k_bsgd, v_bsgd = heads_to_ranks((q_bshd, k_bsgd, v_bsgd), inputs.sp.group)
         dropout = self.dropout if self.training else 0.0
         with own_random_numbers(self.tp.rank, x.device) if dropout and self.tp.size > 1 else nullcontext():
             out_bshd = attention(
@@ -77,6 +82,8 @@ class SelfAttention(nn.Module):
                 dropout_p=dropout,
                 mask=None if inputs.masks is None else inputs.masks.get(self.window),
             )
+        if inputs.sp.group is not None:
+            out_bshd = sequence_to_ranks(out_bshd, inputs.sp.group)
         y: Tensor = self.out(out_bshd.flatten(2))
         return y
 

@@ -26,6 +26,7 @@ from megatronish.ops.attention_mask import attention_mask
 from megatronish.ops.cross_entropy import cross_entropy
 from megatronish.ops.dispatch import Backends, resolve_attention, resolve_ops
 from megatronish.parallel.layers import TensorParallel
+from megatronish.parallel.mesh import Axis
 
 IGNORED_LABEL = -100
 
@@ -79,7 +80,8 @@ def layer_specs(config: ModelConfig, backends: Backends, tp: TensorParallel = SI
 class Transformer(nn.Module):
     """Token ids to logits. Weights are initialised from `seed`; with seed None they stay unset (to be loaded, or set
     by `init_weights` later, as on the meta device). tp: the ranks that share every matrix. stage: the layers of
-    `layer_specs` that a pipeline rank holds (all by default); names stay those of the whole model."""
+    `layer_specs` that a pipeline rank holds (all by default); names stay those of the whole model. sp: the ranks that
+    divide every sequence: each is given its part of tokens, labels and positions, and cu_seqlens of the whole."""
 
     def __init__(
         self,
@@ -89,10 +91,12 @@ class Transformer(nn.Module):
         seed: int | None = 0,
         tp: TensorParallel = SINGLE,
         stage: range | None = None,
+        sp: Axis | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.tp = tp
+        self.sp = sp or Axis()
         self.kernels = kernels or KernelConfig()
         self.backends = Backends(resolve_attention(self.kernels.attention), resolve_ops(self.kernels.ops))
         self.rotary = RotaryTables(config)
@@ -131,7 +135,7 @@ class Transformer(nn.Module):
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be [batch, sequence], got shape {tuple(tokens.shape)}")
         if cu_seqlens is not None:
-            _check_documents(cu_seqlens, tokens)
+            _check_documents(cu_seqlens, tokens.shape[0], tokens.shape[1] * self.sp.size)
         if cache is not None:
             cache.check(tokens)
         logits = self.run_stage(None, tokens, positions, cu_seqlens, max_seqlen, cache)
@@ -202,8 +206,9 @@ class Transformer(nn.Module):
     ) -> AttentionInputs:
         """What all blocks share, made once: rotary tables, and the masks of the backends that need them."""
         batch, new = tokens.shape
-        offset = 0 if cache is None else cache.length
+        offset = self.sp.rank * new if cache is None else cache.length
         cos, sin = self.rotary.get(x.device, offset + new)
+        new *= self.sp.size
         if positions is not None:
             positions = positions.to(torch.int32)
         masks = {}
@@ -214,7 +219,7 @@ class Transformer(nn.Module):
                     masks[window] = attention_mask(
                         batch, new, keys, window=window, cu_seqlens=cu_seqlens, device=x.device
                     )
-        return AttentionInputs(cos, sin, positions, offset, cu_seqlens, max_seqlen, masks, cache)
+        return AttentionInputs(cos, sin, positions, offset, cu_seqlens, max_seqlen, masks, cache, sp=self.sp)
 
     def set_activation_checkpointing(self, mode: str) -> None:
         """What each block keeps for the backward pass: "none" (all), "full" (its input) or "selective" (see Block)."""
@@ -228,7 +233,7 @@ class Transformer(nn.Module):
             block.compile(mode=mode)
 
 
-def _check_documents(cu_seqlens: Tensor, tokens: Tensor) -> None:
+def _check_documents(cu_seqlens: Tensor, rows: int, length: int) -> None:
     """Raise ValueError unless the documents cover the tokens. Only on the CPU: on a GPU a look would stall the stream."""
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
         raise ValueError(
@@ -236,7 +241,6 @@ def _check_documents(cu_seqlens: Tensor, tokens: Tensor) -> None:
         )
     if cu_seqlens.device.type != "cpu":
         return
-    rows, length = tokens.shape
     bounds = cu_seqlens.tolist()
     missing = set(range(0, rows * length + 1, length)) - set(bounds)
     if missing or bounds != sorted(bounds) or bounds[-1] != rows * length:

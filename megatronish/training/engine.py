@@ -45,7 +45,7 @@ from megatronish.config.base import UserError
 from megatronish.config.run import BLOCK, BatchPlan, RunConfig
 from megatronish.model.transformer import Transformer
 from megatronish.parallel.layers import is_copy
-from megatronish.parallel.mesh import ParallelMesh
+from megatronish.parallel.mesh import Axis, ParallelMesh
 from megatronish.parallel.whole import collect_whole, parts_of
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
 
@@ -159,6 +159,7 @@ class Engine:
 
     def train_step(self, batches: list[Batch], rate_share: float) -> StepResult:
         """One optimizer step over the micro batches of this rank, at `rate_share` of the peak learning rate."""
+        batches = [own_part(batch, self.mesh.sp) for batch in batches]
         tokens = self._begin_step(batches, rate_share)
         scale = self.mesh.data.size / tokens  # DeepSpeed averages over ranks
         loss_sum = torch.zeros((), device=self.device)
@@ -186,7 +187,8 @@ class Engine:
         """Sum of token losses and token count of the batches of all ranks. Every rank needs equally many batches."""
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._engine.eval()
-        for batch in batches:
+        for whole in batches:
+            batch = own_part(whole, self.mesh.sp)
             total[0] += self._engine(batch)
             total[1] += (batch["labels"] != -100).sum()
         self.mesh.data.sum_(total)
@@ -264,6 +266,16 @@ class StageEngine(Engine):
 def start_engine(model: Transformer, config: RunConfig, plan: BatchPlan, mesh: ParallelMesh) -> Engine:
     """The engine of this rank; see Engine."""
     return (StageEngine if mesh.pp.size > 1 else Engine)(model, config, plan, mesh)
+
+
+def own_part(batch: Batch, sp: Axis) -> Batch:
+    """The rank's part of the sequences of a micro batch; documents stay those of the whole."""
+    if sp.size == 1:
+        return batch
+    parts = {
+        key: batch[key].chunk(sp.size, dim=1)[sp.rank] for key in ("tokens", "labels", "positions") if key in batch
+    }
+    return {**batch, **parts}
 
 
 def _first_and_last(batches: list[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -402,7 +414,8 @@ def engine_keys(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
     keys = {key: value for key, value in config.to_json().items() if key not in (BLOCK, "optimizer")}
     return {
         **keys,
-        "train_batch_size": plan.samples,
+        # To DeepSpeed a sequence-parallel rank is one more data-parallel rank.
+        "train_batch_size": plan.samples * config.megatronish.parallel.sequence,
         "train_micro_batch_size_per_gpu": plan.micro,
         "gradient_accumulation_steps": plan.accumulation,
         "steps_per_print": config.deepspeed.steps_per_print or NEVER,

@@ -336,7 +336,7 @@ def build_model(config: RunConfig, plan: BatchPlan, mesh: ParallelMesh) -> Trans
             costs = layer_costs(ours.model, ours.parallel.pipeline_balance)
             stage = balanced_stages(costs, mesh.pp.size)[mesh.pp.rank]
             seed = None if zero3 else ours.train.seed
-            model = Transformer(ours.model, ours.kernels, seed=seed, tp=tp, stage=stage)
+            model = Transformer(ours.model, ours.kernels, seed=seed, tp=tp, stage=stage, sp=mesh.sp)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if zero3:
@@ -351,6 +351,7 @@ def describe(parallel: ParallelConfig) -> str:
     """How a sample is divided over ranks, for the announcement; '' when it is not."""
     told = f"; every matrix over {parallel.tensor} tensor-parallel ranks" if parallel.tensor > 1 else ""
     told += ", the sequence too" if parallel.tensor_sequence else ""
+    told += f"; every sequence over {parallel.sequence} ranks" if parallel.sequence > 1 else ""
     return told + (f"; layers over {parallel.pipeline} pipeline stages" if parallel.pipeline > 1 else "")
 
 

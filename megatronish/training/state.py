@@ -30,6 +30,7 @@ class TrainState:
     data_identity: str  # of the dataset the samples are counted in
     tensor: int = 1  # ranks that share every matrix
     pipeline: int = 1  # ranks that share the layer list
+    sequence: int = 1  # ranks that share every sample
 
     @classmethod
     def start(cls, config: RunConfig, plan: BatchPlan, data_identity: str) -> TrainState:
@@ -48,6 +49,7 @@ class TrainState:
             data_identity=data_identity,
             tensor=config.megatronish.parallel.tensor,
             pipeline=config.megatronish.parallel.pipeline,
+            sequence=config.megatronish.parallel.sequence,
         )
 
     def advance(self, samples: int, tokens: int) -> TrainState:
@@ -81,6 +83,7 @@ class TrainState:
             ("zero_stage", "ZeRO stage"),
             ("tensor", "tensor-parallel ranks"),
             ("pipeline", "pipeline stages"),
+            ("sequence", "sequence-parallel ranks"),
             ("optimizer", "optimizer"),
             ("dtype", "training dtype"),
             ("seed", "train.seed"),

@@ -170,9 +170,13 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
             "Add --zero_optimization.stage 1, or --parallel.pipeline 1.",
         ],
     ),
-    "tensor parallelism": (
-        {"megatronish": {"parallel": {"sequence": 2}}},
-        ["Ulysses sequence parallelism is not part of this version: --parallel.sequence 1."],
+    "a sequence over tensor-parallel ranks": (
+        {"megatronish": {"parallel": {"sequence": 2, "tensor": 2}}, "zero_optimization": {"stage": 1}},
+        ["parallel.sequence 2 with tensor 2 and pipeline 1 is not part of this version"],
+    ),
+    "a sequence that does not divide": (
+        {"megatronish": {"parallel": {"sequence": 4}, "model": {"seq_length": 30}}},
+        ["model.seq_length 30 does not divide over 4 sequence-parallel ranks"],
     ),
     "matrices divided under ZeRO-3": (
         {"megatronish": {"parallel": {"tensor": 2}}, "zero_optimization": {"stage": 3}},
@@ -186,6 +190,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         {
             "megatronish": {"parallel": {"tensor": 2}},
             "optimizer": {"type": "Muon", "params": {"lr": 0.02}},
+            "gradient_clipping": 0.0,
             "zero_optimization": {"stage": 1},
         },
         ["parallel.tensor 2 with Muon, which needs whole matrices"],

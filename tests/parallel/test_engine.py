@@ -32,6 +32,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2dp2 zero1": (4, {"tensor": 2, "tensor_sequence": True}),
     "tp2dp2 zero2": (4, {"tensor": 2}),
     "tp4 zero1": (4, {"tensor": 4}),
+    "sp2 zero0": (2, {"sequence": 2}),
+    "sp4 zero1": (4, {"sequence": 4}),
+    "sp2dp2 zero2": (4, {"sequence": 2}),
+    "sp2dp2 zero3": (4, {"sequence": 2}),
     "pp2 zero1": (2, {"pipeline": 2}),
     "pp2dp2 zero1": (4, {"pipeline": 2}),
     "tp2pp2 zero1": (4, {"tensor": 2, "pipeline": 2, "tensor_sequence": True}),
@@ -51,7 +55,7 @@ def layout_run(data: str, folder: Path, layout: str, changes: dict[str, Any]) ->
 
 def data_size(layout: str) -> int:
     ranks, parallel = LAYOUTS[layout]
-    return ranks // (parallel.get("tensor", 1) * parallel.get("pipeline", 1))
+    return ranks // (parallel.get("tensor", 1) * parallel.get("pipeline", 1) * parallel.get("sequence", 1))
 
 
 def check(found: Trace, expected: Trace, losses: float, weights: float) -> None:
@@ -104,7 +108,9 @@ def test_bf16_is_within_rounding_of_the_plain_loop(layout: str, fp32_sums: bool,
 DROPOUT = {"residual_dropout": 0.1, "attention_dropout": 0.1, "embedding_dropout": 0.1}
 
 
-@pytest.mark.parametrize("layout", ["tp2dp2 zero2", "tp2 zero1 sequence", "tp2pp2 zero1", "pp2dp2 zero1"])
+@pytest.mark.parametrize(
+    "layout", ["tp2dp2 zero2", "tp2 zero1 sequence", "tp2pp2 zero1", "pp2dp2 zero1", "sp2dp2 zero3"]
+)
 def test_a_run_resumes_bit_for_bit_and_its_checkpoint_is_that_of_one_process(
     layout: str, data: str, tmp_path: Path
 ) -> None:

@@ -55,6 +55,7 @@ def test_unreadable_states(tmp_path: Path) -> None:
 OTHERS: list[tuple[str, Any, str]] = [
     ("data_size", 4, "data-parallel ranks 2, this run has 4"),
     ("tensor", 2, "tensor-parallel ranks 1, this run has 2"),
+    ("sequence", 2, "sequence-parallel ranks 1, this run has 2"),
     ("pipeline", 2, "pipeline stages 1, this run has 2"),
     ("zero_stage", 2, "ZeRO stage 1, this run has 2"),
     ("optimizer", "Lion", "optimizer AdamW, this run has Lion"),
