@@ -37,19 +37,29 @@ inline Vec exp_fine(Vec x) {
   return {_mm512_scalef_ps(p.v, n.v)};
 }
 
-// e^x for results stored as T. 16 bits do not show the relative error of some 1e-5 (for probabilities above e^-100) that
-// this has: 3e-6 of the polynomial for 2^f on [0, 1), and the rounding of the exponent.
+// 2^t for t <= 0: 2^floor(t) p(t - floor(t)), with a polynomial for 2^f on [0, 1) that is 1 at 0. -infinity gives 0, NaN NaN.
+template <class... Coefficients>
+inline Vec power_of_2(Vec t, float last, Coefficients... before) {
+  const Vec f{_mm512_reduce_ps(t.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+  Vec p = fill(last, Vec{});
+  ((p = fma(p, f, fill(before, Vec{}))), ...);
+  return {_mm512_scalef_ps(fma(p, f, fill(1.0f, Vec{})).v, t.v)};
+}
+
+// e^x for x <= 0, to be added to many: relative error 1.4e-7 with a mean of -4e-9 over f, and below 1e-6 where the rounding of
+// the exponent counts, for e^-16.
+inline Vec exp_of_many(Vec x) {
+  const Vec t = x * fill(1.44269504088896341f, Vec{});
+  return power_of_2(t, 0.001867129816673696f, 0.0090170307084918022f, 0.055799912661314011f, 0.24016444385051727f,
+                    0.69315129518508911f);
+}
+
+// e^x for results stored as T: 16 bits do not show a relative error of 3e-6.
 template <class T>
 inline Vec exp_for(Vec x) {
   if constexpr (sizeof(T) != 2) return exp_fine(x);
-  const auto c = [](float value) { return fill(value, Vec{}); };
-  const Vec t = x * c(1.44269504088896341f);
-  const Vec f{_mm512_reduce_ps(t.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
-  Vec p = fma(c(0.013534167781472206f), f, c(0.052011460065841675f));
-  p = fma(p, f, c(0.2414427548646927f));
-  p = fma(p, f, c(0.6930038332939148f));
-  p = fma(p, f, c(1.0000026226043701f));
-  return {_mm512_scalef_ps(p.v, t.v)};
+  const Vec t = x * fill(1.44269504088896341f, Vec{});
+  return power_of_2(t, 0.013426647521555424f, 0.05224253237247467f, 0.24128018319606781f, 0.69304484128952026f);
 }
 
 #else
@@ -60,6 +70,8 @@ inline Vec larger(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 
 template <class V>
 inline V exp_fine(V x) { return exp(x); }
+template <class V>
+inline V exp_of_many(V x) { return exp(x); }
 template <class T, class V>
 inline V exp_for(V x) { return exp(x); }
 
@@ -120,7 +132,8 @@ void forward(const CrossEntropyFwd& a, int64_t begin, int64_t end) {
       const S base = top == lowest ? S(0) : top;  // nothing but -infinity so far: exponentials of 0, not NaN
       const V shift = fill(base, V{});
       const S sum = sum_vectors<V>(count, [=](int64_t i, auto n, V sums) {
-        return sums + exp_fine(logits_at(x + start + i, n, V{}) - shift);
+        __builtin_prefetch(x + start + i + kBlock);
+        return sums + exp_of_many(logits_at(x + start + i, n, V{}) - shift);
       });
       total = total * first_of(exp_fine(fill(before - base, V{}))) + sum;
     }
