@@ -147,7 +147,8 @@ __global__ void __launch_bounds__(kThreads) forward(QkNormRopeFwd a) {
   const int units = static_cast<int>(a.half) / N + (width - 2 * static_cast<int>(a.half)) / N;
   Values<T, N> value;
   S squares = S(0);
-  for (int number = lane; number < units; number += LANES) {  // once where vectors are read: a unit stays in registers
+#pragma unroll 1  // once where vectors are read: a unit stays in registers
+  for (int number = lane; number < units; number += LANES) {
     const Unit<N, INTERLEAVED> unit(a, number);
     value.read(in, unit.first, unit.second, unit.rotated);
 #pragma unroll
@@ -157,6 +158,7 @@ __global__ void __launch_bounds__(kThreads) forward(QkNormRopeFwd a) {
   const S rstd = S(1) / sqrt(squares / S(width) + S(a.eps));
   if (!mine) return;
   if (lane == 0) static_cast<S*>(a.rstd)[at] = rstd;
+#pragma unroll 1
   for (int number = lane; number < units; number += LANES) {
     const Unit<N, INTERLEAVED> unit(a, number);
     if (N == 1) value.read(in, unit.first, unit.second, unit.rotated);
@@ -247,6 +249,7 @@ __global__ void __launch_bounds__(kThreads) backward(QkNormRopeBwd a) {
       grad.template rotate<INTERLEAVED>(cos, sin, S(-1));
     };
     S dot = S(0);
+#pragma unroll 1
     for (int number = lane; number < units; number += LANES) {
       const Unit<N, INTERLEAVED> unit(a, number);
       fetch(unit);
@@ -264,6 +267,7 @@ __global__ void __launch_bounds__(kThreads) backward(QkNormRopeBwd a) {
     }
     const S mean = head_sum<LANES>(dot) / S(width);
     if (!mine) continue;
+#pragma unroll 1
     for (int number = lane; number < units; number += LANES) {
       const Unit<N, INTERLEAVED> unit(a, number);
       if (N == 1) {
