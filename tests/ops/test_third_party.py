@@ -239,7 +239,7 @@ def test_apex_is_called_as_it_wants(install) -> None:  # type: ignore[no-untyped
     assert dispatch.resolve_ops("apex") == "apex"
     x, weight, (cos, sin) = torch.randn(2, 3, 8), torch.randn(8), _tables()
     torch.testing.assert_close(rms_norm(x, weight, 1e-5, backend="apex"), reference.rms_norm(x, weight, 1e-5))
-    y, total = add_rms_norm(x, x, weight, 1e-5, backend="apex_rms_norm")
+    y, _ = add_rms_norm(x, x, weight, 1e-5, backend="apex_rms_norm")
     torch.testing.assert_close(y, reference.rms_norm(x + x, weight, 1e-5))
     heads = torch.randn(2, 3, 6, 12)
     torch.testing.assert_close(
