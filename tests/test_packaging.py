@@ -117,6 +117,20 @@ def test_torch_version_order(installer: ModuleType, version: str, accepted: bool
     assert installer.new_enough(version, (2, 10)) is accepted
 
 
+def test_the_installer_repeats_what_the_build_said(installer: ModuleType) -> None:
+    log = """
+  building 'megatronish._C' extension
+  megatronish: no CPU kernels: CXX=c++ is not there -- WARNING: slower; no CUDA kernels: MEGATRONISH_CUDA=off (0 s)
+  Created wheel for megatronish: filename=megatronish-0.1.0-0.editable-cp311-cp311-linux_x86_64.whl size=12832
+  Building again: megatronish: CUDA kernels
+  megatronish: CPU kernels for scalar, avx2; no CUDA kernels: nvcc was not found (looked in PATH) (41 s)
+Successfully installed megatronish-0.1.0
+"""
+    expected = "CPU kernels for scalar, avx2; no CUDA kernels: nvcc was not found (looked in PATH) (41 s)"
+    assert installer.build_outcome(log) == expected
+    assert installer.build_outcome("Successfully installed megatronish-0.1.0") == ""
+
+
 @pytest.fixture
 def installed_copy(tmp_path: Path, installer: ModuleType) -> Path:
     """The files that the stamp covers, and a `.venv` that claims to be installed from them."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatronish.ops.bench.operators import HOST
+
 HALF = frozenset({"bf16", "fp16"})
 FULL = frozenset({"fp32"})
 ANY = HALF | FULL
-HOST = "fwd+bwd"  # the direction that counts the host's time, too
 NOISE = 0.005  # a ratio that rounds to the bar has met it
 # The largest relative L2 error against float64: (a result or an input's gradient, with a weight's gradient among them). In 16
 # bits that is one rounding; a weight's gradient has few elements, so the mean over them scatters, by a fifth at most in tests.

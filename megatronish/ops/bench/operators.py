@@ -22,6 +22,8 @@ from megatronish.ops.swiglu import swiglu
 HEAD_DIM = 128
 QUERIES_PER_KV_HEAD = 4
 EPS = 1e-5
+# Directions: "fwd", "bwd", both behind each other, and both with the host's time included.
+STEP, HOST = "step", "fwd+bwd"
 
 Function = Callable[..., Any]  # (differentiable inputs, constants) -> a tensor or several
 
@@ -44,6 +46,16 @@ class Operator:
     exact: Callable[..., Any] | None = None
     in_place: bool = False  # the fused kernel overwrites its input
     weight_gradient: bool = False  # the backward pass adds up rows, hence has larger errors
+    one_backward: bool = False  # the backward pass uses its input up, so it is timed with a forward pass in front
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """What is timed with the host's time left out."""
+        return ("fwd", STEP) if self.one_backward else ("fwd", "bwd")
+
+    def moved_in(self, direction: str) -> float:
+        """`moved` for one direction, HOST included."""
+        return {"fwd": self.moved[0], "bwd": self.moved[1]}.get(direction, sum(self.moved))
 
     def exact_result(self, dtype: torch.dtype, *arguments: Any) -> Any:
         """The result for float64 `arguments` that hold values of `dtype`."""

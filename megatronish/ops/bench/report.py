@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatronish.ops.bench.bars import HOST, Verdict
+from megatronish.ops.bench.bars import Verdict
+from megatronish.ops.bench.operators import HOST, STEP
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,12 @@ def plot(report: Report, path: Path) -> None:
         max(len(ops), 1), 2, figsize=(12, 1.2 + 2.4 * max(len(ops), 1)), squeeze=False, sharey=True
     )
     for row, op in zip(grid, ops, strict=False):
-        for axes, direction in zip(row, ("fwd", "bwd"), strict=True):
+        later = STEP if any((r.op, r.direction) == (op, STEP) for r in results) else "bwd"
+        for axes, direction in zip(row, ("fwd", later), strict=True):
             mine = [r for r in results if (r.op, r.direction) == (op, direction)]
             _panel(axes, mine, names, colours)
-            axes.set_title(f"{op}, {'forward' if direction == 'fwd' else 'backward'}", fontsize=10, loc="left")
+            title = {"fwd": "forward", "bwd": "backward", STEP: "forward and backward"}[direction]
+            axes.set_title(f"{op}, {title}", fontsize=10, loc="left")
         row[0].set_ylabel("share of copy bandwidth", fontsize=8)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
     figure.legend(handles, names, loc="upper right", ncols=len(names), fontsize=9, frameon=False)

@@ -18,8 +18,8 @@ import torch._dynamo.utils as dynamo_utils
 import torch._functorch.config as functorch_config
 from torch import Tensor
 
-from megatronish.ops.bench.bars import HOST, Verdict, judge
-from megatronish.ops.bench.operators import Function, Operator, operators
+from megatronish.ops.bench.bars import Verdict, judge
+from megatronish.ops.bench.operators import HOST, STEP, Function, Operator, operators
 from megatronish.ops.bench.peers import describe_missing, find_peers
 from megatronish.ops.bench.report import Report, Result, line, plot
 from megatronish.ops.bench.timing import Timing, take_turns
@@ -59,12 +59,12 @@ class Bench:
         torch.compiler.reset()  # else dynamo's limit of recompilations turns later cases into eager ones
         problem = Problem(case, self.table[case.op], self.device, self.options)
         implementations = self.implementations(case.op)
-        for direction in (HOST,) if case.host else ("fwd", "bwd"):
+        for direction in (HOST,) if case.host else self.table[case.op].directions:
             calls: dict[str, list[Callable[[], object]]] = {}
             errors: dict[str, float] = {}
             for name, function in implementations.items():
                 try:
-                    errors[name] = problem.error(function, "bwd" if direction == HOST else direction)
+                    errors[name] = problem.error(function, direction)
                     if not errors[name] <= WRONG[case.dtype]:  # also where it is NaN
                         raise ArithmeticError(f"relative error {errors[name]:.1e} against float64: not timed")
                     calls[name] = problem.calls(function, direction)
@@ -99,7 +99,7 @@ class Bench:
         timings = take_turns(calls, self.options.repeats, self.device, host=host)
         copy_rate = None if host else 2 * source.numel() / timings.pop(COPY).seconds
         operator = self.table[case.op]
-        moved = operator.moved[direction != "fwd"] * case.rows * case.width * DTYPES[case.dtype].itemsize
+        moved = operator.moved_in(direction) * case.rows * case.width * DTYPES[case.dtype].itemsize
         results = [
             Result(
                 op=case.op,
@@ -193,9 +193,9 @@ class Problem:
         del del_me
         outputs = outputs_of(function(*inputs, *self.constants))
         found = outputs
-        if direction == "bwd":
+        if direction != "fwd":
             found = torch.autograd.grad(outputs, inputs, [g.clone() for g in self.grads])
-        exact = self.exact[direction]
+        exact = self.exact["fwd" if direction == "fwd" else "bwd"]
         errors = [((a.double() - e).norm() / e.norm()).item() for a, e in zip(found, exact, strict=True)]
         return math.nan if any(map(math.isnan, errors)) else max(errors)
 
@@ -207,7 +207,7 @@ class Problem:
         if direction == "fwd":
             detached = [x.detach() for x in inputs]
             return torch.no_grad()(lambda: function(*detached, *self.constants))
-        if direction == HOST:
+        if direction in (HOST, STEP):
             return lambda: torch.autograd.grad(outputs_of(function(*inputs, *self.constants)), inputs, self.grads)
         outputs = outputs_of(function(*inputs, *self.constants))
         return lambda: torch.autograd.grad(outputs, inputs, self.grads, retain_graph=True)
@@ -249,7 +249,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
             for width in options.widths:
                 rows = max(1, options.mib * 2**20 // (width * DTYPES[dtype].itemsize))
                 found.append(Case(op, dtype, rows, width))
-        if options.host_row and not operators()[op].in_place:
+        if options.host_row and not (operators()[op].in_place or operators()[op].one_backward):
             found.append(Case(op, "bf16" if "bf16" in options.dtypes else options.dtypes[0], *HOST_SHAPE, host=True))
     return found
 
