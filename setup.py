@@ -27,7 +27,7 @@ from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-OPERATORS = ("rms_norm", "swiglu", "rope")  # csrc/cpu/X.cpp and csrc/cuda/X.cu
+OPERATORS = ("rms_norm", "swiglu", "rope", "qk_norm_rope", "cross_entropy")  # csrc/cpu/X.cpp and csrc/cuda/X.cu
 CUDA_ARCHS = "75;80;86;89;90"
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG"]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10

@@ -7,8 +7,10 @@
 namespace megatronish {
 namespace {
 
-#define MEGATRONISH_TABLE(level) \
-  {#level, level::rms_norm_fwd, level::rms_norm_bwd, level::rms_norm_bwd_dw, level::swiglu_fwd, level::swiglu_bwd, level::rope}
+#define MEGATRONISH_TABLE(level)                                                                                           \
+  {#level,           level::rms_norm_fwd,      level::rms_norm_bwd,      level::rms_norm_bwd_dw,                            \
+   level::swiglu_fwd, level::swiglu_bwd,       level::rope,              level::qk_norm_rope_fwd, level::qk_norm_rope_bwd, \
+   level::cross_entropy_fwd, level::cross_entropy_bwd}
 
 // From the plainest to the fastest.
 constexpr CpuKernels kLevels[] = {

@@ -210,6 +210,12 @@ class KernelConfig(Frozen):
         "operations; liger, apex: the kernels of liger-kernel or NVIDIA Apex where they have one; auto: fused on CPUs "
         "where built, else reference",
     )
+    cross_entropy: Literal["auto", "fused", "compiled", "reference", "linear"] = Field(
+        default="auto",
+        description="auto: as ops; fused: our kernels, the gradient written over the logits; compiled: torch.compile; "
+        "reference: plain torch operations; linear: DeepSpeed's loss by chunks of the head, which never holds the logits "
+        "and takes longer",
+    )
 
 
 def _nearby_divisors(number: int, wanted: int) -> str:

@@ -22,7 +22,7 @@ from megatronish.model.norm import build_norm
 from megatronish.model.rotary import RotaryTables
 from megatronish.ops.attention import needs_mask, uses_flash
 from megatronish.ops.attention_mask import attention_mask
-from megatronish.ops.cross_entropy import cross_entropy
+from megatronish.ops.cross_entropy import cross_entropy, resolve_cross_entropy
 from megatronish.ops.dispatch import Backends, resolve_attention, resolve_ops
 
 IGNORED_LABEL = -100
@@ -41,15 +41,22 @@ class TokenEmbedding(nn.Module):
         return F.dropout(F.embedding(tokens, self.weight), self.dropout, self.training)
 
 
+# (hidden [b, s, hidden], weight [V, hidden], labels [b, s]) -> the sum of the cross-entropy over tokens, in fp32, without
+# logits; tokens labelled IGNORED_LABEL add nothing.
+LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 class Head(nn.Module):
-    """Logits of the next token. With tied embeddings `weight` becomes the embedding's."""
+    """Logits of the next token, or their loss. With tied embeddings `weight` becomes the embedding's."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [b, s, hidden] -> logits [b, s, V]."""
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, loss: LinearCrossEntropy | None = None) -> Tensor:
+        """hidden [b, s, hidden] -> logits [b, s, V]; with labels and a loss, that loss."""
+        if loss is not None and labels is not None:
+            return loss(hidden, self.weight, labels)
         return F.linear(hidden, self.weight)
 
 
@@ -81,6 +88,8 @@ class Transformer(nn.Module):
         self.config = config
         self.kernels = kernels or KernelConfig()
         self.backends = Backends(resolve_attention(self.kernels.attention), resolve_ops(self.kernels.ops))
+        self.cross_entropy = resolve_cross_entropy(self.kernels.cross_entropy, self.backends.ops)
+        self.linear_cross_entropy: LinearCrossEntropy | None = None  # for kernels.cross_entropy "linear": see `loss`
         self.rotary = RotaryTables(config)
         layers = {spec.name: spec.build() for spec in layer_specs(config, self.backends)}
         self.embedding = layers["embedding"]
@@ -112,6 +121,17 @@ class Transformer(nn.Module):
         stays inside a document. max_seqlen: the longest document. cache: keys and values of earlier tokens, extended
         by these. Raises ValueError for shapes that do not fit and for documents behind a cache.
         """
+        return self.head(self._hidden(tokens, positions, cu_seqlens, max_seqlen, cache))
+
+    def _hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """What the head reads: [b, s, hidden]."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be [batch, sequence], got shape {tuple(tokens.shape)}")
         if cu_seqlens is not None:
@@ -127,7 +147,7 @@ class Transformer(nn.Module):
             cache.length += tokens.shape[1]
         if self.final_norm is not None:
             x, _ = self.final_norm(x, residual)
-        return self.head(x)
+        return x
 
     def loss(
         self,
@@ -139,10 +159,21 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Sum of the cross-entropy over labelled tokens (fp32 scalar, nats) and their number (int64 scalar).
 
-        labels [b, s]: the token that should follow each of `tokens` (already shifted); -100 is left out.
+        labels [b, s]: the token that should follow each of `tokens` (already shifted); -100 is left out. With
+        kernels.cross_entropy "linear" the head and the loss are one, `linear_cross_entropy`, which the training engine sets;
+        raises ValueError where nobody has.
         """
+        count = (labels != IGNORED_LABEL).sum()
+        if self.kernels.cross_entropy == "linear":
+            if self.linear_cross_entropy is None:
+                raise ValueError(
+                    "kernels.cross_entropy is 'linear', but nobody has set Transformer.linear_cross_entropy: "
+                    "training.engine.Engine does, elsewhere choose 'auto'"
+                )
+            hidden = self._hidden(tokens, positions, cu_seqlens, max_seqlen, None)
+            return self.head(hidden, labels, self.linear_cross_entropy), count
         logits = self(tokens, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        return cross_entropy(logits, labels, IGNORED_LABEL), (labels != IGNORED_LABEL).sum()
+        return cross_entropy(logits, labels, IGNORED_LABEL, backend=self.cross_entropy), count
 
     def _attention_inputs(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatronish.ops import reference, third_party
 from megatronish.ops.dispatch import OpsBackend, check_floating, compiled
-from megatronish.ops.extension import FusedAddRMSNorm, FusedRMSNorm
+from megatronish.ops.extension import FusedAddRMSNorm, FusedRMSNorm, FusedRMSNormThrough
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -58,13 +58,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: OpsBackend = "re
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, backend: OpsBackend = "reference"
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, backend: OpsBackend = "reference"
 ) -> tuple[Tensor, Tensor]:
     """rms_norm(x + residual) and x + residual, the sum rounded to x's dtype before the norm; see `rms_norm`.
 
-    Raises ValueError also if x and residual differ in shape or dtype.
+    Without a residual rms_norm(x) and x: the fused kernel then rounds the gradient of x as it would that of the sum, so that
+    summing beforehand changes nothing. Raises ValueError also if x and residual differ in shape or dtype.
     """
     _check("add_rms_norm", x, weight)
+    if residual is None:
+        if backend != "fused":
+            return rms_norm(x, weight, eps, backend=backend), x
+        y, total = FusedRMSNormThrough.apply(x, weight, eps, 0.0)
+        return y, total
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ValueError(
             f"add_rms_norm: residual is {residual.dtype} of shape {tuple(residual.shape)}, expected {x.dtype} of shape "

@@ -63,7 +63,7 @@ def rope(
     neighbouring channels (2i, 2i + 1) instead of (i, i + rotary / 2).
     Raises ValueError for tables that are too narrow, too wide or too short.
     """
-    _check("rope", x, cos, sin, positions, offset)
+    check_rotation("rope", x, cos, sin, positions, offset)
     result: Tensor
     if backend == "fused":
         result = FusedRope.apply(x, cos, sin, _int32(positions), offset, interleaved)
@@ -106,7 +106,7 @@ def rope_qkv_(
     rest is as in `rope`. Raises ValueError for what `rope` refuses, for a leaf that requires a gradient, and for heads
     that do not add up.
     """
-    _check("rope_qkv_", qkv, cos, sin, positions, offset)
+    check_rotation("rope_qkv_", qkv, cos, sin, positions, offset)
     q_heads = qkv.shape[2] - 2 * kv_heads
     if q_heads < 0 or kv_heads < 0:
         raise ValueError(f"rope_qkv_: qkv has {qkv.shape[2]} heads, expected at least twice the {kv_heads} kv_heads")
@@ -130,7 +130,10 @@ def _int32(positions: Tensor | None) -> Tensor | None:
     return None if positions is None else positions.to(torch.int32)
 
 
-def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int) -> None:
+def check_rotation(
+    name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int
+) -> None:
+    """Raise ValueError, for operator `name`, unless these tables and positions rotate x [b, s, h, d]."""
     check_floating(name, "x", x)
     if x.ndim != 4:
         raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected [batch, seq, heads, head_dim]")

@@ -35,7 +35,7 @@ from torch import nn
 
 from megatronish.config.base import UserError
 from megatronish.config.run import BLOCK, BatchPlan, RunConfig
-from megatronish.model.transformer import Transformer
+from megatronish.model.transformer import IGNORED_LABEL, Transformer
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
 
 NEVER = 1 << 60
@@ -121,6 +121,8 @@ class Engine:
         self.device = device()
         self.data_size = dist.get_world_size()
         keys = engine_keys(config, plan)
+        if model.kernels.cross_entropy == "linear":
+            model.linear_cross_entropy = linear_cross_entropy
         groups = parameter_groups(model, config.deepspeed.optimizer)
         optimizer = build_optimizer(groups, config, self.device)
         for group in optimizer.param_groups:
@@ -187,6 +189,16 @@ class Engine:
         else:
             state = self._engine.module.state_dict() if dist.get_rank() == 0 else {}
         return {name.removeprefix("model."): value for name, value in state.items()}
+
+
+def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """DeepSpeed's sum of the cross-entropy of hidden weight^T, a part of the logits at a time, in fp32.
+
+    hidden [b, s, hidden], weight [V, hidden], labels int64 [b, s]. Saves the memory of the logits and computes them twice.
+    """
+    from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy  # not in every run
+
+    return vocab_parallel_linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORED_LABEL, reduction="sum")
 
 
 def partitioned_construction(config: RunConfig, plan: BatchPlan) -> AbstractContextManager[Any]:
