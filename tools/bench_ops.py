@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatronish.parallel.startup import settle_process, tune_allocator
 
-OPS = ["rms_norm", "add_rms_norm", "swiglu", "rope", "rope_qkv_"]
+OPS = ["rms_norm", "add_rms_norm", "swiglu", "rope", "rope_qkv_", "qk_norm_rope", "cross_entropy"]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatronish.ops import reference
+from megatronish.ops.cross_entropy import cross_entropy
+from megatronish.ops.qk_norm_rope import qk_norm_rope
 from megatronish.ops.rms_norm import add_rms_norm, rms_norm
 from megatronish.ops.rope import rope, rope_qkv_
 from megatronish.ops.swiglu import swiglu
@@ -107,6 +109,32 @@ def operators() -> dict[str, Operator]:
             constants=lambda rows, width, device: (*rotary_tables(rows, width, device), kv_heads_of(width)),
             in_place=True,
         ),
+        "qk_norm_rope": Operator(
+            shapes=lambda rows, width: [
+                (1, rows, width // HEAD_DIM + 2 * kv_heads_of(width), HEAD_DIM),
+                (HEAD_DIM,),
+                (HEAD_DIM,),
+            ],
+            # Backward: the gradients of q and k, the projection, and its whole gradient, into which that of v is copied.
+            moved=(2 + 2 / QUERIES_PER_KV_HEAD, 3 + 5 / QUERIES_PER_KV_HEAD),
+            fused=fused_qk_norm_rope,
+            reference=partial(separate_qk_norm_rope, partial(reference.rms_norm, eps=EPS), reference.rope),
+            others={"eager": partial(separate_qk_norm_rope, eager_rms_norm, eager_rope)},
+            constants=lambda rows, width, device: (*rotary_tables(rows, width, device), kv_heads_of(width)),
+            weight_gradient=True,
+        ),
+        "cross_entropy": Operator(
+            shapes=lambda rows, width: [(rows, width)],  # the width is the vocabulary
+            moved=(1, 2),
+            fused=fused_cross_entropy,
+            reference=lambda logits, labels: reference.cross_entropy(logits, labels),
+            others={"eager": eager_cross_entropy},
+            constants=lambda rows, width, device: (
+                torch.randint(width, (rows,), generator=torch.Generator().manual_seed(7)).to(device),
+            ),
+            in_place=True,
+            one_backward=True,
+        ),
     }
 
 
@@ -170,3 +198,29 @@ def fused_rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tupl
     """In place. A leaf that asks for a gradient cannot be changed in place, so it is copied where autograd records."""
     packed = qkv.clone() if qkv.requires_grad and torch.is_grad_enabled() else qkv
     return rope_qkv_(packed, kv_heads, cos, sin, backend="fused")
+
+
+def separate_qk_norm_rope(
+    norm: Function, rotate: Function, qkv: Tensor, w_q: Tensor, w_k: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
+) -> tuple[Tensor, ...]:
+    """q and k cut out, normalised by `norm` and rotated by `rotate`, each step into a new tensor; v is a view."""
+    q, k, v = qkv.split((qkv.shape[2] - 2 * kv_heads, kv_heads, kv_heads), dim=2)
+    return rotate(norm(q, w_q), cos, sin), rotate(norm(k, w_k), cos, sin), v
+
+
+def fused_qk_norm_rope(
+    qkv: Tensor, w_q: Tensor, w_k: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
+) -> tuple[Tensor, ...]:
+    """In one pass."""
+    heads = (1, qkv.shape[2] - 2 * kv_heads, kv_heads, kv_heads)
+    return qk_norm_rope(qkv, w_q, w_k, cos, sin, heads=heads, eps=EPS, backend="fused")
+
+
+def eager_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """F.cross_entropy of logits in fp32, as most models have it."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+def fused_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The gradient is written over the logits, which in a model are an intermediate result: a view stands for one here."""
+    return cross_entropy(logits.view_as(logits), labels, backend="fused")

@@ -47,6 +47,7 @@ def import_problem(module: str, package: str) -> str:
 
 def liger() -> dict[str, Function]:
     """LinkedIn's Triton kernels; the norms in their default mode "llama", which rounds twice."""
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
     from liger_kernel.ops.rope import LigerRopeFunction
@@ -60,6 +61,11 @@ def liger() -> dict[str, Function]:
         q, k, v = qkv.split((qkv.shape[2] - 2 * kv_heads, kv_heads, kv_heads), dim=2)
         return *rotate(q, k, cos, sin), v
 
+    def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+        # It writes the gradient over the logits, already in the forward pass.
+        loss: Tensor = LigerCrossEntropyFunction.apply(logits.view_as(logits), labels, None, -100, 0.0, 0.0, "sum")[0]
+        return loss
+
     return {
         "rms_norm": lambda x, w: LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False),
         "add_rms_norm": lambda x, residual, w: LigerFusedAddRMSNormFunction.apply(
@@ -67,6 +73,7 @@ def liger() -> dict[str, Function]:
         ),
         "swiglu": LigerFusedGateUpSiLUMulFunction.apply,
         "rope_qkv_": rope_qkv,  # it has no kernel for one tensor
+        "cross_entropy": cross_entropy,
     }
 
 

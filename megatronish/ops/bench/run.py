@@ -194,7 +194,7 @@ class Problem:
         outputs = outputs_of(function(*inputs, *self.constants))
         found = outputs
         if direction != "fwd":
-            found = torch.autograd.grad(outputs, inputs, [g.clone() for g in self.grads])
+            found = torch.autograd.grad(outputs, inputs, [g.clone() for g in self.grads_for(outputs)])
         exact = self.exact["fwd" if direction == "fwd" else "bwd"]
         errors = [((a.double() - e).norm() / e.norm()).item() for a, e in zip(found, exact, strict=True)]
         return math.nan if any(map(math.isnan, errors)) else max(errors)
@@ -208,9 +208,19 @@ class Problem:
             detached = [x.detach() for x in inputs]
             return torch.no_grad()(lambda: function(*detached, *self.constants))
         if direction in (HOST, STEP):
-            return lambda: torch.autograd.grad(outputs_of(function(*inputs, *self.constants)), inputs, self.grads)
+
+            def both() -> object:
+                outputs = outputs_of(function(*inputs, *self.constants))
+                return torch.autograd.grad(outputs, inputs, self.grads_for(outputs))
+
+            return both
         outputs = outputs_of(function(*inputs, *self.constants))
-        return lambda: torch.autograd.grad(outputs, inputs, self.grads, retain_graph=True)
+        grads = self.grads_for(outputs)
+        return lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
+
+    def grads_for(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """The gradients of the outputs, in the dtypes of theirs (a loss is fp32)."""
+        return [g.to(y.dtype) for g, y in zip(self.grads, outputs, strict=True)]
 
 
 def outputs_of(result: Any) -> tuple[Tensor, ...]:
