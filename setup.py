@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -154,21 +155,27 @@ class BuildOperators(build_ext):
         """No Python version in the name: there is no Python in the library."""
         return str(Path(*fullname.split("."))) + ".so"
 
+    def run(self) -> None:
+        """Build both libraries, and say in one line what came of it (tools/install.py looks for that line)."""
+        self.outcomes: list[str] = []
+        start = time.monotonic()
+        super().run()
+        print(f"megatronish: {'; '.join(self.outcomes)} ({time.monotonic() - start:.0f} s)", flush=True)
+
     def build_extension(self, ext: Extension) -> None:
-        """One of the two libraries; the line that tells of it is printed in any case."""
+        """One of the two libraries."""
         cuda = ext.name.endswith("_cuda")
         name = "CUDA kernels" if cuda else "CPU kernels"
         try:
             build = self.build_cuda if cuda else self.build_cpu
-            built = build(Path(self.get_ext_fullpath(ext.name)))
-            print(f"megatronish: {name}: built for {built}", flush=True)
+            self.outcomes.append(f"{name} for {build(Path(self.get_ext_fullpath(ext.name)))}")
         except NotBuilt as reason:
             if cuda and os.environ.get("MEGATRONISH_CUDA") == "on":
                 raise SystemExit(f"megatronish: {name}: MEGATRONISH_CUDA=on, but {reason}") from reason
-            without = (
-                "" if cuda else "; WARNING: the operators will run as plain torch operations, several times slower"
-            )
-            print(f"megatronish: {name}: not built: {reason}{without}", file=sys.stderr, flush=True)
+            first, *details = str(reason).splitlines()
+            print(*details, sep="\n", end="\n" if details else "", file=sys.stderr, flush=True)
+            without = "" if cuda else " -- WARNING: RMSNorm, SwiGLU and RoPE run as plain torch, several times slower"
+            self.outcomes.append(f"no {name}: {first}{without}")
 
     def build_cpu(self, target: Path) -> str:
         """Build `_C.so`; the levels in words."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.ops import reference
+from megatronish.ops import reference, third_party
 from megatronish.ops.dispatch import OpsBackend, check_floating, compiled
 from megatronish.ops.extension import FusedAddRMSNorm, FusedRMSNorm, FusedRMSNormThrough
 
@@ -48,6 +48,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: OpsBackend = "re
         result = FusedRMSNorm.apply(x, weight, eps, 0.0)
     elif backend == "compiled":
         result = compiled(reference.rms_norm)(x, weight, eps)
+    elif backend == "liger" and third_party.liger_takes(x):
+        result = third_party.liger_rms_norm(x, weight, eps)
+    elif backend in ("apex", "apex_rms_norm") and third_party.apex_takes(x, weight):
+        result = third_party.apex_rms_norm(x, weight, eps)
     else:
         result = _RMSNorm.apply(x, weight, eps)
     return result
@@ -75,6 +79,8 @@ def add_rms_norm(
     if backend == "fused":
         y, total = FusedAddRMSNorm.apply(x, residual, weight, eps, 0.0)
         return y, total
+    if backend == "liger" and third_party.liger_takes(x):
+        return third_party.liger_add_rms_norm(x, residual, weight, eps)
     total = x + residual
     return rms_norm(total, weight, eps, backend=backend), total
 

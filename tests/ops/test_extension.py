@@ -306,7 +306,7 @@ def test_what_a_request_becomes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch.resolve_ops("auto") == dispatch.resolve_ops("fused") == "fused"
     assert dispatch.resolve_ops("compiled") == "compiled"
     assert dispatch.resolve_ops("reference") == "reference"
-    with pytest.raises(ValueError, match="unknown ops backend 'fast': choose auto, fused, compiled or reference"):
+    with pytest.raises(ValueError, match="unknown ops backend 'fast': choose auto, fused, compiled, reference,"):
         dispatch.resolve_ops("fast")
     monkeypatch.setattr(extension, "EXTENSION", Extension(False, False, "no compiler", "no compiler"))
     with pytest.warns(RuntimeWarning, match="run as plain torch operations, several times slower: no compiler"):
@@ -358,8 +358,11 @@ def _build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[st
 def test_a_build_without_a_compiler_is_no_failure(tmp_path: Path) -> None:
     result = _build(tmp_path, CXX="/nowhere/c++", MEGATRONISH_CUDA="off")
     assert result.returncode == 0, result.stderr
-    assert "megatronish: CPU kernels: not built: CXX=/nowhere/c++ is not there; WARNING: the operators" in result.stderr
-    assert "megatronish: CUDA kernels: not built: MEGATRONISH_CUDA=off" in result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("megatronish: ")]
+    assert line.startswith(
+        "megatronish: no CPU kernels: CXX=/nowhere/c++ is not there -- WARNING: RMSNorm, SwiGLU and RoPE run as plain torch, "
+        "several times slower; no CUDA kernels: MEGATRONISH_CUDA=off ("
+    )
     assert not list((tmp_path / "megatronish").glob("*.so"))
 
 
