@@ -17,7 +17,7 @@ constexpr int64_t kShortRow = 2048;
 // weight and the sums for dw come from the second level once for four rows.
 constexpr int64_t kFirstLevelCache = 32768;
 
-// Widest row of x + residual that is kept beside the streamed one.
+// Widest row that is kept on the stack: x + residual beside what is streamed, or the weight in fp32.
 constexpr int64_t kKept = 8192;
 
 // The factor of a channel: weight + offset, or 1 without a weight.
@@ -137,9 +137,8 @@ inline void backward_rows(const RmsNormBwd& a, Factor<W, V> scale, int64_t row, 
     const V factor = fill(rstd[r], V{}), projection = fill(mean[r], V{});
     const auto body = [&](int64_t i, auto n) {
       const V normed = load(x + start + i, n, V{}) * factor;
-      V grad = fnma(normed, projection, load(dy + start + i, n, V{}) * scale.at(i, n)) * factor;
-      if (dres != nullptr) grad = grad + load(dres + start + i, n, V{});
-      store(dx + start + i, n, grad);
+      const V grad = fnma(normed, projection, load(dy + start + i, n, V{}) * scale.at(i, n));
+      store(dx + start + i, n, dres == nullptr ? grad * factor : fma(grad, factor, load(dres + start + i, n, V{})));
     };
     const T* third = dres == nullptr ? x : dres;
     each_vector<V, How>(width, body, x + start + later, dy + start + later, third + start + later);
@@ -177,6 +176,22 @@ void sum_partitions(const RmsNormBwd& a, int64_t begin, int64_t end) {
   });
 }
 
+// Calls run(a, W{}), or where 16-bit weights serve for several rows, run(a with the weight in fp32, float{}).
+template <class W, class Args, class Run>
+inline void with_wide_weight(const Args& a, int64_t rows, Run run) {
+  if constexpr (sizeof(W) == 2) {
+    if (a.w != nullptr && rows >= kRows && a.width <= kKept) {
+      const W* w = static_cast<const W*>(a.w);
+      alignas(64) float wide[kKept];
+      each_vector<Vec>(a.width, [&](int64_t i, auto n) { store(wide + i, n, load(w + i, n, Vec{})); });
+      Args with = a;
+      with.w = wide;
+      return run(with, float{});
+    }
+  }
+  run(a, W{});
+}
+
 // Calls run(T{}, W{}): the weight has the elements' type, or fp32.
 template <class Run>
 inline void with_types(DType dtype, DType w_dtype, Run run) {
@@ -199,7 +214,11 @@ void rms_norm_fwd(const RmsNormFwd& a, int64_t begin, int64_t end) {
     const bool added = a.residual != nullptr;
     const bool streamed = beyond_caches((added ? 4 : 2) * a.rows * bytes) && aligned(a.y, bytes) &&
                           (!added || (aligned(a.res_out, bytes) && a.width <= kKept));
-    with_stores(streamed, [&](auto how) { forward<T, decltype(w), decltype(how)>(a, begin, end); });
+    with_stores(streamed, [&](auto how) {
+      with_wide_weight<decltype(w)>(a, end - begin, [&](const RmsNormFwd& args, auto wide) {
+        forward<T, decltype(wide), decltype(how)>(args, begin, end);
+      });
+    });
   });
 }
 
@@ -208,7 +227,11 @@ void rms_norm_bwd(const RmsNormBwd& a, int64_t begin, int64_t end) {
     using T = decltype(t);
     const int64_t bytes = a.width * static_cast<int64_t>(sizeof(T));
     const bool streamed = beyond_caches((a.dres == nullptr ? 3 : 4) * a.rows * bytes) && aligned(a.dx, bytes);
-    with_stores(streamed, [&](auto how) { backward<T, decltype(w), decltype(how)>(a, begin, end); });
+    with_stores(streamed, [&](auto how) {
+      with_wide_weight<decltype(w)>(a, a.rows * (end - begin) / a.partitions, [&](const RmsNormBwd& args, auto wide) {
+        backward<T, decltype(wide), decltype(how)>(args, begin, end);
+      });
+    });
   });
 }
 
