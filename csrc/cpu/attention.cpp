@@ -221,22 +221,22 @@ void soften(float* scores, Cell* p, Running& running, float factor, bool diagona
     }
     Vec high = fill(kMasked, Vec{});
     for (int64_t i = 0; i < n; ++i) high = larger(high, load(s + i * Vec::size, Vec{}));
-    most[row] = largest(high) * factor;
+    most[row] = largest(high);
   }
+  const Vec by = fill(factor, Vec{});
   for (int64_t row = 0; row < kBlock; row += Vec::size) {
     const Vec before = load(running.most + row, Vec{}), now = larger(before, load(most + row, Vec{}));
-    const Vec shrink = exp2_of(before - now);
+    const Vec shrink = exp2_of(by * (before - now));
     store(running.most + row, now);
     store(running.shrink + row, shrink);
     store(running.total + row, shrink * load(running.total + row, Vec{}));
   }
-  const Vec by = fill(factor, Vec{});
   for (int64_t row = 0; row < kBlock; ++row) {
     const float* s = scores + row * kBlock;
-    const Vec offset = fill(-running.most[row], Vec{});
+    const Vec high = fill(running.most[row], Vec{});
     Vec total = fill(0.0f, Vec{});
     for (int64_t i = 0; i < kBlock; i += Vec::size) {
-      const Vec e = exp2_of(fma(load(s + i, Vec{}), by, offset));
+      const Vec e = exp2_of(by * (load(s + i, Vec{}) - high));  // the difference first: exact for large scores
       total = total + e;
       if constexpr (pair_of<T>() == 2) {
         store(reinterpret_cast<BFloat16*>(p) + row * kBlock + i, e);
@@ -303,7 +303,7 @@ void forward_block(const AttentionFwd& a, FwdScratch<T>& m, int64_t b, int64_t h
     const Vec by = fill(1.0f / running.total[row], Vec{});
     T* out = at<T>(a.out, b, first + row, head);
     for (int64_t i = 0; i < m.d; i += Vec::size) store(out + i, by * load(m.sums + row * m.d + i, Vec{}));
-    log2_sum[row] = running.most[row] + log2f(running.total[row]);
+    log2_sum[row] = running.most[row] * a.scale * kLog2E + log2f(running.total[row]);
   }
 }
 
