@@ -183,6 +183,7 @@ class BuildOperators(build_ext):
         torch, cxx, objects = torch_folder(), find_cxx(), Path(self.build_temp) / "cpu"
         x86 = platform.machine() in ("x86_64", "AMD64")
         levels = {level: flags for level, flags in LEVELS.items() if not flags or (x86 and accepts(cxx, flags))}
+        has = [f"-DMEGATRONISH_HAS_{level}" for level in levels]
         steps = []
 
         def compile_one(source: Path, stem: str, *flags: str) -> None:
@@ -190,9 +191,10 @@ class BuildOperators(build_ext):
             steps.append(Step([*cxx, *CXX_FLAGS, *flags, "-c", str(source), "-o", str(output)], output, sources()))
 
         compile_one(CSRC / "bindings.cpp", "bindings", STABLE_ABI, f"-I{torch / 'include'}")
-        compile_one(CSRC / "cpu/levels.cpp", "levels", *[f"-DMEGATRONISH_HAS_{level}" for level in levels])
+        compile_one(CSRC / "cpu/attention_bindings.cpp", "attention_bindings", STABLE_ABI, f"-I{torch / 'include'}", *has)
+        compile_one(CSRC / "cpu/levels.cpp", "levels", *has)
         for level, flags in levels.items():
-            for operator in OPERATORS:
+            for operator in (*OPERATORS, "attention"):
                 named = f"-DMEGATRONISH_LEVEL={level}"
                 compile_one(CSRC / f"cpu/{operator}.cpp", f"{operator}.{level}", named, *flags)
         run_steps(steps)
