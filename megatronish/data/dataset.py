@@ -131,7 +131,9 @@ def _open_foreign(name: str, unit: Literal["document", "sequence"], tokenizer: s
 def _tokenizer_file(path: Path) -> Path:
     if not path.is_dir():
         return path
-    return next(path / name for name in ("tokenizer.json", "tokenizer.model", "spiece.model") if (path / name).is_file())
+    return next(
+        path / name for name in ("tokenizer.json", "tokenizer.model", "spiece.model") if (path / name).is_file()
+    )
 
 
 def _ends_with(reader: IndexedReader, eod_id: int | None) -> bool:

@@ -68,7 +68,7 @@ def join_pieces(tokens: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> 
         places = np.repeat(begins - (np.cumsum(lengths) - lengths), lengths)
         places += np.arange(total)
         return tokens.take(places)
-    view = memoryview(tokens)
+    view = tokens.data
     ends = (begins + lengths).tolist()
     joined = bytearray().join([view[begin:end] for begin, end in zip(begins.tolist(), ends, strict=True)])
     return np.frombuffer(joined, dtype=tokens.dtype)
