@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,8 +27,7 @@ class Dataset:
     @property
     def fingerprint(self) -> str:
         """Hash of the tokens, index and tokenizer by content: a run that resumes on other data can tell by it."""
-        hashes = sorted(record["sha256"] for record in self.manifest.files.values())
-        return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+        return self.manifest.fingerprint
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made this data set, from its own copy. Raises DataError if that was replaced."""
