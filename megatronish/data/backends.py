@@ -104,7 +104,7 @@ class GigatokenEncoder(Encoder):
                 spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["special"]]
                 plain = json.dumps(spec)
                 self._load = lambda: gigatoken.Tokenizer.from_json(plain).backend
-            self._raw = self._load()
+            self._raw: Any = self._load()
         except (
             Exception
         ) as error:  # the Rust library raises RuntimeError, ValueError and others for what it cannot read

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from megatronish.data.errors import DataError
 
@@ -111,11 +112,10 @@ class HuggingFaceTokenizer(Tokenizer):
         if not vocabulary:
             raise DataError(f"{place}: the vocabulary is empty")
         self._source = source
-        self._added_ids: set[int] = set()
         self.vocab_size = max(vocabulary.values()) + 1
         self.fingerprint = hashlib.sha256(source.encode("utf-8")).hexdigest()
         self.eod_id = eod_id if eod_id is not None else _find_eod(vocabulary, eod_token, place)
-        spec = json.loads(source)
+        spec = orjson.loads(source)
         self.unknown_id = _find_unknown(spec["model"], vocabulary)
         for token in spec.get("added_tokens") or []:
             if token["id"] == self.eod_id and not token["special"]:
@@ -126,13 +126,13 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         added = self._tokenizer.get_added_tokens_decoder()
-        self._added_ids = set(added)
         self.spec = spec
         self._special_ids: set[int] = {i for i, token in added.items() if token.special}
         if self.eod_id is not None:
             self._special_ids.add(self.eod_id)
         self.lossless = _is_byte_level(spec, vocabulary)
-        self._token_bytes = _byte_table(vocabulary, added, self._special_ids) if self.lossless else None
+        self._added = added
+        self._token_bytes: dict[int, bytes] | None = None
 
     def plain_spec(self) -> dict[str, Any]:
         """The JSON with nothing that could turn text into a special token, for libraries that cannot be told not to."""
@@ -142,7 +142,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def byte_ranks(self) -> dict[bytes, int] | None:
         """Bytes of each token of a byte-level BPE to its id, None where ids do not follow the order of the merges."""
         model = self.spec["model"]
-        if not self.lossless or model.get("type") != "BPE" or any(i not in self._special_ids for i in self._added_ids):
+        if not self.lossless or model.get("type") != "BPE" or any(i not in self._special_ids for i in self._added):
             return None
         vocabulary = model["vocab"]
         pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -159,9 +159,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         array = self._checked(ids)
-        if self._token_bytes is None:
+        if not self.lossless:
             kept = [i for i in array.tolist() if i not in self._special_ids]
             return self._tokenizer.decode(kept, skip_special_tokens=True).encode("utf-8")
+        if (
+            self._token_bytes is None
+        ):  # made when first needed: encoding, which starts many processes, has no use for it
+            vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+            self._token_bytes = _byte_table(vocabulary, self._added, self._special_ids)
         table = self._token_bytes
         return b"".join([table.get(i, b"") for i in array.tolist()])
 
