@@ -18,10 +18,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatronish.config.files import sync
+from megatronish.data.builder import IndexedWriter
 from megatronish.data.corpus import default_corpus, default_corpus_description
 from megatronish.data.documents import Document, DocumentReader, ReadReport, find_inputs
 from megatronish.data.errors import DataError
-from megatronish.data.indexed import IndexedWriter, best_dtype, bin_path, idx_path
+from megatronish.data.indexed import best_dtype, bin_path, idx_path
 from megatronish.data.manifest import Manifest, TokenizerRecord, manifest_path, read_manifest
 from megatronish.data.progress import Progress
 from megatronish.data.tokenizer import Tokenizer, load_tokenizer, train_bpe

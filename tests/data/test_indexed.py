@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatronish.data.builder import IndexedWriter
 from megatronish.data.errors import DataError
-from megatronish.data.indexed import IndexedReader, IndexedWriter, best_dtype
+from megatronish.data.indexed import IndexedReader, best_dtype
 
 LIMITS = {"<u2": (0, 65535), "<i4": (-(2**31), 2**31 - 1), "u1": (0, 255), "<i8": (-(2**63), 2**63 - 1)}
 

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatronish.data.builder import IndexedWriter
 from megatronish.data.errors import DataError
-from megatronish.data.indexed import IndexedReader, IndexedWriter
+from megatronish.data.indexed import IndexedReader
 from megatronish.data.loader import MicroBatchLoader, ValidationLoader, collate
 from megatronish.data.packing import PackedDataset
 from megatronish.data.sampler import MicroBatchSampler

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatronish.data.builder import IndexedWriter
 from megatronish.data.errors import DataError
-from megatronish.data.indexed import IndexedReader, IndexedWriter
+from megatronish.data.indexed import IndexedReader
 from megatronish.data.packing import (
     PackedDataset,
     TokenStream,
