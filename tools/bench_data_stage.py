@@ -226,7 +226,7 @@ class Contestant:
     """A running bench_data_rounds.py; `go` runs one round."""
 
     def __init__(self, bench: Bench, role: str, arguments: dict[str, Any]) -> None:
-        self._said = tempfile.TemporaryFile()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close
         environment = bench.environment | ({} if role.endswith("_megatron") else {"PYTHONPATH": str(ROOT)})
         self._process = subprocess.Popen(
             bench.rounds(role, arguments),
