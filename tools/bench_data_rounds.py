@@ -77,28 +77,39 @@ def reads_ours(arguments: dict[str, Any]) -> Round:
     reader = IndexedReader(arguments["prefix"])
     dataset = PackedDataset(reader, range(reader.num_documents), arguments["seq_length"], seed=1)
     mask = arguments["mask"]
-    return _reader(lambda number: collate([dataset.sample(number)], mask), dataset.samples_per_epoch, arguments)
+
+    def read(numbers: list[int]) -> object:
+        return collate([dataset.sample(number) for number in numbers], mask)
+
+    return _reader(read, dataset.samples_per_epoch, arguments)
 
 
 def reads_megatron(arguments: dict[str, Any]) -> Round:
-    """`GPTDataset.__getitem__`; `mask` is "" for plain samples, "positions" for reset positions, "full" for masks too."""
+    """`GPTDataset.__getitem__`; with `mask` positions and loss mask are reset at document ends."""
+    from torch.utils.data import default_collate
+
     dataset = _gpt_dataset(arguments)
-    return _reader(dataset.__getitem__, len(dataset), arguments)
+
+    def read(numbers: list[int]) -> object:
+        samples = [dataset[number] for number in numbers]
+        return default_collate(samples) if len(samples) > 1 else samples[0]
+
+    return _reader(read, len(dataset), arguments)
 
 
-def _reader(read: Callable[[int], object], samples: int, arguments: dict[str, Any]) -> Round:
-    read(0)
+def _reader(read: Callable[[list[int]], object], samples: int, arguments: dict[str, Any]) -> Round:
     state = {"next": 0}
+    read([0])
 
-    def go() -> dict[str, Any]:
+    def rate(batch: int) -> float:
         first, count = state["next"], arguments["samples"]
         state["next"] += count
         start = time.perf_counter()
-        for number in range(first, first + count):
-            read(number % samples)
-        return {"seconds": time.perf_counter() - start, "samples": count}
+        for number in range(first, first + count, batch):
+            read([n % samples for n in range(number, number + batch)])
+        return count / (time.perf_counter() - start)
 
-    return go
+    return lambda: {"alone": rate(1), "batch": rate(arguments["batch"])}
 
 
 def index_ours(arguments: dict[str, Any]) -> Round:
@@ -155,7 +166,7 @@ def _gpt_dataset(arguments: dict[str, Any]) -> Any:
 
     gpt = importlib.import_module("megatron.core.datasets.gpt_dataset")
     utils = importlib.import_module("megatron.core.datasets.utils")
-    mask = arguments.get("mask", "")
+    mask = arguments.get("mask", False)
 
     vocabulary = SimpleNamespace(vocab_size=arguments["eod"] + 1, eod=arguments["eod"], pad=-1, unique_identifiers={})
     config = gpt.GPTDatasetConfig(
@@ -164,10 +175,10 @@ def _gpt_dataset(arguments: dict[str, Any]) -> Any:
         split="100,0,0",
         path_to_cache=arguments["cache"],
         tokenizer=vocabulary,
-        reset_position_ids=bool(mask),
-        reset_attention_mask=mask == "full",
-        eod_mask_loss=bool(mask),
-        create_attention_mask=mask == "full",
+        reset_position_ids=mask,
+        reset_attention_mask=mask,
+        eod_mask_loss=mask,
+        create_attention_mask=False,
     )
     low_level = gpt.GPTDataset.build_low_level_dataset(arguments["prefix"], config)
     documents = np.arange(len(low_level.sequence_lengths), dtype=np.int32)

@@ -12,13 +12,14 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 EOD = 31_999
 SAMPLE_SECONDS = 0.02
@@ -153,9 +154,9 @@ class Bench:
                 )
         return Run(seconds, peak_mb)
 
-    def take_turns(self, calls: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-        """Figures of each call, one after the other in every round."""
-        figures: dict[str, list[float]] = {name: [] for name in calls}
+    def take_turns(self, calls: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
+        """What each call gives, one after the other in every round."""
+        figures: dict[str, list[T]] = {name: [] for name in calls}
         for _ in range(self.options.repeats):
             for name, call in calls.items():
                 figures[name].append(call())

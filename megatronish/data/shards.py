@@ -11,8 +11,9 @@ import io
 import json
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -70,31 +71,37 @@ class Fields:
     keys: tuple[str, ...] = ("text",)
     on_error: str = "fail"
 
-    def text(self, record: Any, place: str) -> str | None:
-        """The text of a record, None where it is skipped."""
+    def text(self, record: Any) -> str:
+        """The text of a record. Raises _Rejected where there is none."""
         if not isinstance(record, dict):
-            return self.reject(place, f"a JSON object is needed, found {type(record).__name__}")
+            raise _Rejected(f"a JSON object is needed, found {type(record).__name__}")
         texts = []
         for key in self.keys:
             if key not in record:
-                return self.reject(
-                    place, f"no key {key!r}; keys are {sorted(map(str, record))}. Choose with data.text_key"
-                )
+                raise _Rejected(f"no key {key!r}; keys are {sorted(map(str, record))}. Choose with data.text_key")
             if not isinstance(record[key], str):
-                return self.reject(place, f"the value of {key!r} is {str(record[key])[:40]!r}, not a string")
+                raise _Rejected(f"the value of {key!r} is {str(record[key])[:40]!r}, not a string")
             texts.append(record[key])
         text = "\n\n".join(filter(None, texts))
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            return self.reject(place, "the text has a lone surrogate")
+            raise _Rejected("the text has a lone surrogate") from None
         return text
 
-    def reject(self, place: str, reason: str) -> None:
-        """Raises DataError, or warns where faults are skipped."""
-        if self.on_error == "fail":
-            raise DataError(f'{place}: {reason} (data.on_error "skip" passes over such documents)')
-        log.warning("%s: skipped: %s", place, reason)
+    def text_or_skip(self, parse: Callable[[], Any], place: str) -> str:
+        """The text of the record that `parse` gives, "" where a faulty one is passed over."""
+        try:
+            return self.text(parse())
+        except _Rejected as fault:
+            if self.on_error == "fail":
+                raise DataError(f'{place}: {fault} (data.on_error "skip" passes over such documents)') from None
+            log.warning("%s: skipped: %s", place, fault)
+            return ""
+
+
+class _Rejected(Exception):
+    """Why a record has no text."""
 
 
 class ShardReader:
@@ -171,16 +178,9 @@ class ShardReader:
                 raise DataError(f"{self.shard.name}: a JSON array; one JSON object on each line is needed")
             if not mine or not line.strip():
                 continue
-            text = self._parse(line, f"{self.shard.name}, line {document}")
+            text = self._fields.text_or_skip(partial(_record, line), f"{self.shard.name}, line {document}")
             if text:
                 yield text, Place(document, byte)
-
-    def _parse(self, line: bytes, place: str) -> str | None:
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-            return self._fields.reject(place, f"not JSON: {error}")
-        return self._fields.text(record, place)
 
     def _parquet(self, raw: Any) -> Iterator[tuple[str, Place]]:
         try:
@@ -211,9 +211,16 @@ class ShardReader:
                 document += 1
                 if document <= self._start.document or (document - 1) % self._of != self._number:
                     continue
-                text = self._fields.text(record, f"{self.shard.name}, row {document}")
+                text = self._fields.text_or_skip(partial(dict, record), f"{self.shard.name}, row {document}")
                 if text:
                     yield text, Place(document, 0)
+
+
+def _record(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise _Rejected(f"not JSON: {error}") from None
 
 
 def _open_local(path: str) -> IO[bytes]:
