@@ -3,7 +3,7 @@
 Parts (--parts): tokenise (the Hugging Face back end, raw `encode_batch_fast`, Megatron's standard tool, `datasets.map`),
 fast (the gigatoken back end, raw gigatoken, Megatron's fast tool), memory (peak at one and four times the input), start
 (process start to a data set of one document), reads (packed samples a second beside GPTDataset), index (10M documents:
-build, seek, state) and hash (the same bytes for any number of workers, and after kill -9 with --resume).
+build, seek, state), stream (samples straight from text) and hash (the same bytes for any number of workers, and after kill -9 with --resume).
 
 Every contestant runs in a process of its own and they take turns, so that a busy machine slows them alike; medians of
 --repeats rounds. Peak memory is the proportional set size of the whole process tree (shared pages count once), sampled
@@ -205,6 +205,27 @@ def part_index(bench: Bench) -> None:
         bench.ratio("index", "GPTDataset's build", each("seconds", "theirs"), "ours", each("seconds"))
 
 
+def part_stream(bench: Bench) -> None:
+    """Packed samples a second straight from text, tokenised on the way, beside the raw tokenizer and `datasets`."""
+    corpus = bench.corpus(bench.options.mb)
+    common = {"tokenizer": str(bench.tokenizer()), "corpus": str(corpus), "seq_length": SEQ_LENGTH}
+    players = {"ours": Contestant(bench, "stream_ours", common | {"samples": bench.options.stream_samples})}
+    if importlib.util.find_spec("datasets"):
+        arguments = common | {"samples": bench.options.stream_samples}
+        players["datasets, streaming"] = Contestant(bench, "stream_datasets", arguments)
+    else:
+        bench.missing("stream", "datasets: pip install datasets")
+    found = bench.take_turns({name: player.go for name, player in players.items()})
+    for player in players.values():
+        player.close()
+    rates = {name: [answer["samples_per_second"] for answer in answers] for name, answers in found.items()}
+    for name, figures in rates.items():
+        bench.row("stream", f"{name}, samples of {SEQ_LENGTH}", figures, "samples/s")
+        bench.row("stream", f"{name}, first sample", [found[name][0]["first_seconds"]], "s")
+    for name in list(rates)[1:]:
+        bench.ratio("stream", "ours", rates["ours"], name, rates[name])
+
+
 def part_hash(bench: Bench) -> None:
     """The same files for 1, 2, 3 and 7 workers, and after kill -9 at random moments with --resume."""
     corpus = bench.corpus(bench.options.mb / 4)
@@ -362,6 +383,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "reads": part_reads,
     "index": part_index,
     "hash": part_hash,
+    "stream": part_stream,
 }
 
 
@@ -387,6 +409,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=3, help="rounds; medians are reported (3)")
     add("--read-tokens", type=int, default=20_000_000, help="tokens of the data set in reads (20 million)")
     add("--index-documents", type=int, default=10_000_000, help="documents in index (10 million)")
+    add("--stream-samples", type=int, default=400, help="samples a round in stream (400)")
     add("--kills", type=int, default=5, help="killed runs in hash (5)")
     add("--work", type=Path, metavar="FOLDER", help="where corpora and outputs go, and stay (a temporary folder)")
     add("--json", type=Path, metavar="FILE", help="write the rows and the options")

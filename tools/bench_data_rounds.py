@@ -70,12 +70,14 @@ def _encoder(corpus: str, encode: Callable[[list[str]], object]) -> Round:
 
 def reads_ours(arguments: dict[str, Any]) -> Round:
     """Packed samples as the tensors that training takes; with `mask` positions and cu_seqlens too."""
+    import numpy as np
+
     from megatronish.data.indexed import IndexedReader
     from megatronish.data.loader import collate
     from megatronish.data.packing import PackedDataset
 
     reader = IndexedReader(arguments["prefix"])
-    dataset = PackedDataset(reader, range(reader.num_documents), arguments["seq_length"], seed=1)
+    dataset = PackedDataset(reader, np.arange(reader.num_documents), arguments["seq_length"], seed=1)
     mask = arguments["mask"]
 
     def read(numbers: list[int]) -> object:
@@ -114,6 +116,8 @@ def _reader(read: Callable[[list[int]], object], samples: int, arguments: dict[s
 
 def index_ours(arguments: dict[str, Any]) -> Round:
     """From the path to the first sample, then random samples of the epoch and the first of another epoch."""
+    import numpy as np
+
     from megatronish.data.indexed import IndexedReader
     from megatronish.data.packing import PackedDataset
 
@@ -121,7 +125,7 @@ def index_ours(arguments: dict[str, Any]) -> Round:
         start = time.perf_counter()
         reader = IndexedReader(arguments["prefix"])
         opened = time.perf_counter()
-        dataset = PackedDataset(reader, range(reader.num_documents), arguments["seq_length"], seed=1)
+        dataset = PackedDataset(reader, np.arange(reader.num_documents), arguments["seq_length"], seed=1)
         dataset.sample(0)
         built = time.perf_counter()
         state = json.dumps({"consumed_samples": 2**62, "seed": 2**62, "data_identity": reader.identity})
@@ -206,6 +210,59 @@ def hf_map(arguments: dict[str, Any]) -> Round:
     return go
 
 
+def stream_ours(arguments: dict[str, Any]) -> Round:
+    """Packed samples straight from JSON lines by data/streaming.py; every round goes on where the last one ended."""
+    from megatronish.data.streaming import StreamOptions, open_stream
+
+    tokenizer = f"{arguments['tokenizer']}/tokenizer.json"
+    options = StreamOptions(tokenizer=tokenizer, seq_length=arguments["seq_length"], seed=1)
+    reader = open_stream(arguments["corpus"], options).open(0, 1)
+    return _stream(lambda: reader.next_sample()[0], arguments)
+
+
+def stream_datasets(arguments: dict[str, Any]) -> Round:
+    """The same work by `datasets`: streamed JSON, its shuffle buffer of as many documents, batched tokenising, packing."""
+    import numpy as np
+    from datasets import load_dataset
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(f"{arguments['tokenizer']}/tokenizer.json")
+    eod, length = tokenizer.get_vocab_size() - 1, arguments["seq_length"]
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        encodings = tokenizer.encode_batch_fast(batch["text"], add_special_tokens=False)
+        return {"ids": [[*encoding.ids, eod] for encoding in encodings]}
+
+    def samples() -> Iterator[Any]:
+        left: list[int] = []
+        while True:
+            data = load_dataset("json", data_files=arguments["corpus"], split="train", streaming=True)
+            data = data.shuffle(seed=1, buffer_size=10_000).map(
+                encode, batched=True, batch_size=32, remove_columns="text"
+            )
+            for row in data:
+                left += row["ids"]
+                while len(left) > length:
+                    yield np.array(left[: length + 1], dtype=np.int64)
+                    del left[:length]
+
+    return _stream(samples().__next__, arguments)
+
+
+def _stream(read: Callable[[], Any], arguments: dict[str, Any]) -> Round:
+    start = time.perf_counter()
+    read()
+    first = time.perf_counter() - start
+
+    def go() -> dict[str, Any]:
+        start = time.perf_counter()
+        for _ in range(arguments["samples"]):
+            read()
+        return {"samples_per_second": arguments["samples"] / (time.perf_counter() - start), "first_seconds": first}
+
+    return go
+
+
 ROLES: dict[str, Callable[[dict[str, Any]], Round]] = {
     "encode_hf": encode_hf,
     "encode_gigatoken": encode_gigatoken,
@@ -214,6 +271,8 @@ ROLES: dict[str, Callable[[dict[str, Any]], Round]] = {
     "index_ours": index_ours,
     "index_megatron": index_megatron,
     "hf_map": hf_map,
+    "stream_ours": stream_ours,
+    "stream_datasets": stream_datasets,
 }
 
 
