@@ -45,9 +45,13 @@ def known_names() -> dict[str, tuple[str, ...]]:
 
 
 def text_names() -> set[str]:
-    """Dotted command-line names of the fields that hold text: `--train.save_dir 7` means the folder "7"."""
+    """Dotted command-line names of the fields that hold text: `--train.save_dir 7` means the folder "7".
+
+    Not those that may hold a list, too: `--data.path '["a", "b"]'`.
+    """
     found = [*fields(DeepSpeedConfig), *fields(MegatronishConfig)]
-    return {name for name, field in found if str in (field.annotation, *get_args(field.annotation))}
+    kinds = {name: (field.annotation, *get_args(field.annotation)) for name, field in found}
+    return {name for name, k in kinds.items() if str in k and not any(get_origin(kind) in (tuple, list) for kind in k)}
 
 
 def parse_value(text: str, is_text: bool = False) -> Any:
@@ -133,6 +137,8 @@ def type_name(annotation: Any) -> str:
         return "|".join(str(value) for value in get_args(annotation))
     if origin in (Union, types.UnionType):
         return "|".join("null" if arg is type(None) else type_name(arg) for arg in get_args(annotation))
+    if origin is tuple and get_args(annotation)[-1] is ...:
+        return f"[{type_name(get_args(annotation)[0])},...]"
     if origin is tuple:
         return "[" + ",".join(type_name(arg) for arg in get_args(annotation)) + "]"
     if origin is dict:

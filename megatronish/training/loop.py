@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from megatronish.config.base import ConfigError, UserError
 from megatronish.config.run import BatchPlan, RunConfig
-from megatronish.data.dataset import Dataset, check_dataset_fits, open_dataset
-from megatronish.data.loader import MicroBatchLoader, ValidationLoader
-from megatronish.data.packing import PackedDataset, split_documents
+from megatronish.data.dataset import Dataset, check_dataset_fits
+from megatronish.data.loader import MicroBatchLoader
 from megatronish.data.sampler import MicroBatchSampler
+from megatronish.data.training_data import TrainingData, open_training_data
 from megatronish.model.accounting import flops_per_token, parameter_counts
 from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
 from megatronish.model.init import init_weights
@@ -57,9 +57,7 @@ class Prepared:
 
     config: RunConfig
     plan: BatchPlan
-    dataset: Dataset
-    train: PackedDataset
-    held_out: torch.Tensor  # int64 document numbers
+    data: TrainingData
     run_dir: Path
     resume_from: Path | None
     state: TrainState
@@ -72,22 +70,26 @@ def prepare(config: RunConfig, rank: Rank) -> Prepared:
     if not has_gpu():
         kind, recompute = config.deepspeed.dtype, ours.train.activation_checkpointing
         plan = fit_to_host(plan, ours.model, kind, recompute, rank.local_world_size)
-    dataset = open_dataset(ours.data.path)
-    check_dataset_fits(dataset.manifest, ours.model.vocab_size, place=ours.data.path)
-    train_ids, held_out = split_documents(dataset.reader.num_documents, ours.data.validation_fraction)
-    train = PackedDataset(dataset.reader, train_ids, ours.model.seq_length, ours.train.seed)
+    data = open_training_data(
+        ours.data,
+        seq_length=ours.model.seq_length,
+        vocab_size=ours.model.vocab_size,
+        seed=ours.train.seed,
+        samples=ours.train.steps * plan.samples,
+        group=plan.samples,
+    )
     run_dir = Path(ours.train.save_dir)
     check_writable(run_dir)
-    state = TrainState.start(config, plan, dataset.fingerprint)
+    state = TrainState.start(config, plan, data.fingerprint, data.order)
     found = CheckpointStore(run_dir, ours.train.keep_last, rank.is_first, lambda: None).find(ours.train.resume)
     if found is not None:
         check_same_model(found, config)
-        check_same_tokenizer(found, dataset)
+        check_same_tokenizer(found, data.datasets[0])
         check_engine_state(found)
         saved = TrainState.load(found)
         saved.check_continues(state, found)
         state = saved
-    return Prepared(config, plan, dataset, train, torch.from_numpy(held_out), run_dir, found, state)
+    return Prepared(config, plan, data, run_dir, found, state)
 
 
 def check_same_model(checkpoint: Path, config: RunConfig) -> None:
@@ -166,9 +168,9 @@ class _Trainer:
             self.engine.load(str(run.resume_from), ENGINE_TAG)
         sampler = MicroBatchSampler(self.state.samples, run.plan.samples, run.plan.micro, rank.rank, run.plan.data_size)
         self.loader = MicroBatchLoader(
-            run.train,
+            run.data.train,
             sampler,
-            document_mask=ours.data.document_mask,
+            document_mask=ours.data.document_mask and ours.data.pack,  # unpacked, a row is one document anyway
             num_workers=ours.data.num_workers,
             prefetch=2 * run.plan.accumulation,
             pin_memory=self.device.type == "cuda",
@@ -198,7 +200,7 @@ class _Trainer:
             losses.append(result.loss_sum)
             tokens.append(result.tokens)
             done, last = step + 1, step + 1 == config.steps
-            self.state = self.state.advance(plan.samples, plan.samples * self.run.train.seq_length)
+            self.state = self.state.advance(plan.samples, self.run.data.tokens_of(self.state.samples, plan.samples))
             if self.monitor and step == self.run.state.step:
                 self.monitor.first_step()
             if done % config.log_interval == 0 or last:
@@ -228,25 +230,17 @@ class _Trainer:
     def _validates_at(self, done: int) -> bool:
         interval = self.train_config.eval_interval
         at = interval and (done % interval == 0 or done == self.train_config.steps)
-        return bool(at and len(self.run.held_out))
+        return bool(at and self.run.data.num_held_out)
 
     def _validate(self, done: int) -> bool:
         """Loss on the held-out documents; returns whether it is the lowest so far."""
         ours, plan = self.run.config.megatronish, self.run.plan
         start = time.monotonic()
         windows = ours.train.eval_tokens and max(1, ours.train.eval_tokens // ours.model.seq_length)
-        loader = ValidationLoader(
-            self.run.dataset.reader,
-            self.run.held_out.numpy(),
-            ours.model.seq_length,
-            plan.micro,
-            self.rank.rank,
-            plan.data_size,
-            eod_id=self.run.dataset.manifest.tokenizer.eod_id,
-            document_mask=ours.data.document_mask,
-            max_windows=windows,
+        batches = self.run.data.validation_batches(
+            plan.micro, self.rank.rank, plan.data_size, ours.data.document_mask, windows
         )
-        loss_sum, count = self.engine.evaluate(to_device(batch, self.device) for batch in loader)
+        loss_sum, count = self.engine.evaluate(to_device(batch, self.device) for batch in batches)
         loss = (loss_sum / count).item()
         is_best = self.state.best_loss is None or loss < self.state.best_loss
         if is_best:
@@ -265,7 +259,7 @@ class _Trainer:
             self.engine.save(str(folder), ENGINE_TAG)
             if self.rank.is_first:
                 save_model(folder, weights, self.run.config.megatronish.model, metadata={"step": str(done)})
-                copy_tokenizer(self.run.dataset, folder)
+                copy_tokenizer(self.run.data.datasets[0], folder)
                 self.run.config.save(folder / RUN_FILE)
                 self.state.save(folder)
 
@@ -277,7 +271,7 @@ class _Trainer:
     def _announce(self, peak: Peak | None) -> None:
         """Say once what is about to be trained, on what, and write the resolved configuration."""
         config, run, plan = self.run.config, self.run, self.run.plan
-        ours, tokens = config.megatronish, plan.samples * run.train.seq_length
+        ours, tokens = config.megatronish, run.data.tokens_of(0, plan.samples)
         counts = parameter_counts(ours.model)
         if self.device.type == "cpu":
             step_seconds = tokens * self.flops / (peak.flops * CPU_EFFICIENCY) if peak else 0.0
@@ -298,13 +292,9 @@ class _Trainer:
         print(
             f"model {ours.model.preset or 'custom'}: {counts.total:,} parameters, {self.flops / 1e9:.3g} GFLOP a token; "
             f"{kind}, ZeRO-{stage}, {config.deepspeed.optimizer.type}; {tokens:,} tokens a step "
-            f"({plan.micro} micro x {plan.accumulation} accumulation x {plan.data_size} ranks x {run.train.seq_length})"
+            f"({plan.micro} micro x {plan.accumulation} accumulation x {plan.data_size} ranks x {ours.model.seq_length})"
         )
-        epochs = ours.train.steps * plan.samples / run.train.samples_per_epoch
-        print(
-            f"data {ours.data.path}: {run.train.tokens_per_epoch:,} training tokens, {epochs:.2f} epochs in "
-            f"{ours.train.steps} steps; {len(run.held_out)} documents held out"
-        )
+        print("\n".join(run.data.describe(ours.train.steps * plan.samples)))
         if ours.schedule.warmup_steps >= ours.train.steps:
             print(
                 f"note: schedule.warmup_steps {ours.schedule.warmup_steps} lasts the whole run: lr stays below its peak"
@@ -345,8 +335,7 @@ def to_device(batch: Batch, target: torch.device) -> Batch:
 def copy_tokenizer(dataset: Dataset, folder: Path) -> None:
     """Put the dataset's tokenizer beside the weights, so that a checkpoint can be used alone."""
     record = dataset.manifest.tokenizer
-    if record.file is not None:
-        source = Path(dataset.prefix).parent / record.file
+    if (source := dataset.tokenizer_file) is not None:
         suffix = ".model" if source.suffix == ".model" else ".json"
         shutil.copyfile(source, folder / f"tokenizer{suffix}")
     (folder / TOKENIZER_RECORD_FILE).write_text(

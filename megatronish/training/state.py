@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from megatronish.config.base import ConfigError
@@ -27,10 +27,13 @@ class TrainState:
     optimizer: str
     dtype: str
     seed: int
-    data_identity: str  # of the dataset the samples are counted in
+    data_identity: str  # of the contents of the data that the samples are counted in
+    data_order: dict[str, str] = field(default_factory=dict)  # settings that fix the order; empty before they were kept
 
     @classmethod
-    def start(cls, config: RunConfig, plan: BatchPlan, data_identity: str) -> TrainState:
+    def start(
+        cls, config: RunConfig, plan: BatchPlan, data_identity: str, data_order: dict[str, str] | None = None
+    ) -> TrainState:
         """The state before the first step."""
         ds = config.deepspeed
         return cls(
@@ -44,6 +47,7 @@ class TrainState:
             dtype=ds.dtype,
             seed=config.megatronish.train.seed,
             data_identity=data_identity,
+            data_order=data_order or {},
         )
 
     def advance(self, samples: int, tokens: int) -> TrainState:
@@ -60,7 +64,7 @@ class TrainState:
         path = folder / STATE_FILE
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{field.name: raw[field.name] for field in fields(cls)})
+            return cls(**{"data_order": {}, **{item.name: raw[item.name] for item in fields(cls) if item.name in raw}})
         except FileNotFoundError:
             raise ConfigError(f"{folder}: no {STATE_FILE}; this is no checkpoint of megatronish.") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -87,6 +91,16 @@ class TrainState:
         if self.data_identity != fresh.data_identity:
             raise ConfigError(
                 f"{where} was saved on another dataset (SHA-256 {self.data_identity[:12]}..., this run reads "
-                f"{fresh.data_identity[:12]}...). Give that dataset's --data.path to continue it, or begin afresh with "
-                "--train.resume never and another --train.save_dir."
+                f"{fresh.data_identity[:12]}...): another --data.path, or files that were replaced under the same one. Give the old "
+                "data to continue it, or begin afresh with --train.resume never and another --train.save_dir."
+            )
+        differing = [
+            f"{name} {self.data_order.get(name, 'not set')} (this run: {fresh.data_order.get(name, 'not set')})"
+            for name in {**self.data_order, **fresh.data_order}
+            if self.data_order.get(name) != fresh.data_order.get(name)
+        ]
+        if self.data_order and differing:
+            raise ConfigError(
+                f"{where} counted its samples in another order: {', '.join(differing)}. Set that back to continue it, or begin "
+                "afresh with --train.resume never and another --train.save_dir."
             )
