@@ -72,8 +72,9 @@ def reads_ours(arguments: dict[str, Any]) -> Round:
     """Packed samples as the tensors that training takes; with `mask` positions and cu_seqlens too."""
     import numpy as np
 
+    from megatronish.data.batches import batch_of
     from megatronish.data.indexed import IndexedReader
-    from megatronish.data.loader import collate
+    from megatronish.data.loader import to_tensors
     from megatronish.data.packing import PackedDataset
 
     reader = IndexedReader(arguments["prefix"])
@@ -81,7 +82,7 @@ def reads_ours(arguments: dict[str, Any]) -> Round:
     mask = arguments["mask"]
 
     def read(numbers: list[int]) -> object:
-        return collate([dataset.sample(number) for number in numbers], mask)
+        return to_tensors(batch_of(dataset.rows(np.array(numbers)), mask))
 
     return _reader(read, dataset.samples_per_epoch, arguments)
 
@@ -126,16 +127,16 @@ def index_ours(arguments: dict[str, Any]) -> Round:
         reader = IndexedReader(arguments["prefix"])
         opened = time.perf_counter()
         dataset = PackedDataset(reader, np.arange(reader.num_documents), arguments["seq_length"], seed=1)
-        dataset.sample(0)
+        dataset.rows(np.zeros(1, dtype=np.int64))
         built = time.perf_counter()
         state = json.dumps({"consumed_samples": 2**62, "seed": 2**62, "data_identity": reader.identity})
         seeks = []
         for number in random.Random(0).sample(range(dataset.samples_per_epoch), 200):
             before = time.perf_counter()
-            dataset.sample(number)
+            dataset.rows(np.array([number]))
             seeks.append(time.perf_counter() - before)
         before = time.perf_counter()
-        dataset.sample(7 * dataset.samples_per_epoch)
+        dataset.rows(np.array([7 * dataset.samples_per_epoch]))
         other_epoch = time.perf_counter() - before
         return {
             "seconds": built - start,

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from megatronish.data.errors import DataError
-from megatronish.data.packing import keyed_permutation
+from megatronish.data.permutation import keyed_permutation
 from megatronish.data.remote import Retry
 from megatronish.data.samples import Sample
 from megatronish.data.shards import Fields, Place, Shard, ShardReader
