@@ -25,7 +25,9 @@ from typing import Any
 
 import numpy as np
 
+from megatronish.data.dataset import tokenizer_file_at
 from megatronish.data.errors import DataError
+from megatronish.data.manifest import TokenizerRecord
 from megatronish.data.permutation import keyed_permutation
 from megatronish.data.remote import Retry
 from megatronish.data.samples import Sample
@@ -41,7 +43,8 @@ ENCODE_DOCUMENTS = 32  # enough to amortise a call, few enough to keep a seek sh
 class StreamOptions:
     """How text becomes samples. tokenizer: as `load_tokenizer` takes it; text_key: in place of the source's own fields.
 
-    on_error: "fail" or "skip" for documents without text. Raises DataError for values that cannot be.
+    eod_id: the end-of-document token, where the tokenizer's file does not say. on_error: "fail" or "skip" for documents
+    without text. Raises DataError for values that cannot be.
     """
 
     tokenizer: str
@@ -49,6 +52,7 @@ class StreamOptions:
     seed: int
     buffer_documents: int = 10_000
     text_key: str | None = None
+    eod_id: int | None = None
     on_error: str = "fail"
     retry: Retry = field(default_factory=Retry)
 
@@ -64,12 +68,12 @@ class StreamOptions:
 class DocumentStream:
     """A source of samples without numbers (`StreamSource`): each part of it is read in order by a `StreamReader`.
 
-    identity: hash of URLs or of names and sizes of local shards, commit, tokenizer and options. vocab_size, eod_id and
-    tokenizer_sha256 are the tokenizer's.
+    identity: hash of URLs or of names and sizes of local shards, commit, tokenizer and options. `tokenizer_record` and
+    `tokenizer_file` describe the tokenizer as those of a Dataset do.
     """
 
     def __init__(self, location: Location, options: StreamOptions) -> None:
-        tokenizer = load_tokenizer(options.tokenizer)
+        tokenizer = load_tokenizer(options.tokenizer, eod_id=options.eod_id)
         if tokenizer.eod_id is None:
             raise DataError(
                 f"tokenizer {options.tokenizer} names no end-of-document token, which streamed documents end with"
@@ -78,9 +82,12 @@ class DocumentStream:
         self.location = location
         self.options = options
         self.seq_length = options.seq_length
-        self.vocab_size = tokenizer.vocab_size
         self.eod_id: int = tokenizer.eod_id
-        self.tokenizer_sha256 = tokenizer.fingerprint
+        self.tokenizer_file = None if tokenizer.kind == "bytes" else tokenizer_file_at(Path(options.tokenizer))
+        name = self.tokenizer_file.name if self.tokenizer_file else None
+        self.tokenizer_record = TokenizerRecord(
+            tokenizer.kind, name, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id
+        )
         self.fields = Fields((options.text_key,) if options.text_key else location.keys, options.on_error)
         self.identity = self._identity()
         order = keyed_permutation(len(location.shards), "shards", options.seed, self.identity)
@@ -94,7 +101,7 @@ class DocumentStream:
             what = (shard.name, "") if shard.remote else (path.name, path.stat().st_size)
             digest.update(repr(what).encode())
         how = (options.seq_length, options.seed, options.buffer_documents, options.on_error, *self.fields.keys)
-        digest.update(repr((how, location.revision, self.tokenizer_sha256)).encode())
+        digest.update(repr((how, location.revision, self.tokenizer_record.sha256)).encode())
         return digest.hexdigest()
 
     def describe(self) -> list[str]:

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,8 +22,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatronish.data.blend import Blend
+from megatronish.data.builder import IndexedWriter
 from megatronish.data.errors import DataError
+from megatronish.data.indexed import IndexedReader
+from megatronish.data.loader import MicroBatchLoader
+from megatronish.data.packing import PackedDataset
 from megatronish.data.remote import Retry
+from megatronish.data.sampler import MicroBatchSampler
 from megatronish.data.sources import NAMED, expand_counts, is_stream, parse_hub, resolve
 from megatronish.data.streaming import DocumentStream, PackedReader, StreamOptions, open_stream
 from tests.data.shard_server import shard_server
@@ -499,3 +506,49 @@ def test_options_and_too_little_text(tmp_path: Path) -> None:
     stream = open_stream(str(tmp_path / "*.jsonl"), options())
     with pytest.raises(DataError, match="part 2 of 3 has no document"):
         stream.open(2, 3).next_sample()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_read_disjoint_parts_through_the_loader(tmp_path: Path, workers: int) -> None:
+    """Two ranks x loader processes, a blend with an indexed set: streamed documents meet no rank twice before an epoch
+    is through, the indexed samples are those of the blend, and a loader with saved states goes on exactly."""
+    everything = make_corpus(tmp_path, "jsonl", (60, 60, 60, 60))
+    stream = open_stream(str(tmp_path / "*.jsonl"), options(seq_length=64))
+    writer = IndexedWriter(tmp_path / "indexed", "<u2")
+    for number in range(50):
+        writer.add_document(np.full(20, 300 + number))  # tokens that no byte of text is
+    writer.finalize()
+    indexed = PackedDataset(IndexedReader(tmp_path / "indexed"), np.arange(50), 64, seed=1)
+    blend = Blend([stream, indexed], [2, 1], seed=5)
+
+    def loader(rank: int, consumed: int, states: Any = None) -> MicroBatchLoader:
+        sampler = MicroBatchSampler(consumed, 8, 2, rank, 2)
+        return MicroBatchLoader(blend, sampler, num_workers=workers, prefetch=2, stream_states=states)
+
+    def batches(source: MicroBatchLoader, count: int) -> list[list[list[int]]]:
+        return [next(source)["tokens"].tolist() for _ in range(count)]
+
+    ends: list[Counter[bytes]] = []
+    for rank in range(2):
+        with loader(rank, 0) as whole:
+            expected = batches(whole, 60)
+        with loader(rank, 0) as first:
+            found = batches(first, 25)
+            states = json.loads(json.dumps(first.stream_states()))
+            consumed = first.consumed_samples
+        assert consumed == 25 * 4
+        with loader(rank, consumed, states) as second:
+            assert found + batches(second, 35) == expected
+        numbers = [number for number, _ in enumerate(range(240)) if number // 2 % 2 == rank]
+        sources, ordinals = blend.places(np.array(numbers))
+        rows = [row for batch in expected for row in batch]
+        assert [row[0] >= 300 for row in rows] == (sources == 1).tolist()
+        for row, source, ordinal in zip(rows, sources, ordinals, strict=True):
+            if source == 1:
+                assert row == indexed.sample(int(ordinal))[0][:-1].tolist()
+        text = b"\0".join(bytes(t for t in row if t < 256) for row, s in zip(rows, sources, strict=True) if s == 0)
+        ends.append(Counter(re.findall(rb"shard \d document \d+ ", text)))
+    assert not ends[0].keys() & ends[1].keys() and ends[0] and ends[1]
+    assert {name.decode() for name in ends[0] | ends[1]} <= {
+        re.match(r"shard \d document \d+ ", t)[0] for t in everything
+    }
