@@ -12,7 +12,7 @@ from megatronish.config.base import ConfigError, Frozen, explain
 class Corpus(Frozen):
     """One of several data sets."""
 
-    path: str = Field(..., min_length=1, description="prefix of an indexed dataset")
+    path: str = Field(..., min_length=1, description="prefix of an indexed dataset, or streamed text")
     weight: float | None = Field(
         None, gt=0.0, description="share of the samples, relative to the others; of none given, in proportion to tokens"
     )
@@ -23,14 +23,15 @@ class DataConfig(Frozen):
 
     path: str | tuple[Corpus, ...] = Field(
         "data/default_text_document",
-        description="prefix of an indexed dataset (PREFIX.bin, .idx, .manifest.json) from tools/preprocess_data.py, or "
+        description="prefix of an indexed dataset (PREFIX.bin, .idx, .manifest.json) from tools/preprocess_data.py; text that is "
+        "streamed and tokenised during training (hf://allenai/c4:en, https://host/part-{000..127}.jsonl.gz, corpus/*.parquet); or "
         'several: ["a", "b"] in proportion to their tokens, [{"path": "a", "weight": 0.7}, ...], or Megatron\'s '
         '[0.7, "a", 0.3, "b"]',
     )
     tokenizer: str | None = Field(
         None,
-        description="tokenizer.json, its folder, a SentencePiece .model or `bytes`, for data without a manifest: "
-        "indexed datasets that Megatron's own tools made",
+        description="tokenizer.json, its folder, a SentencePiece .model or `bytes`, for data without a manifest: streamed text "
+        "and indexed datasets that Megatron's own tools made; streamed text beside a dataset with a manifest takes its",
     )
     order: Literal["shuffled", "megatron"] = Field(
         "shuffled",
@@ -58,6 +59,17 @@ class DataConfig(Frozen):
     )
     document_mask: bool = Field(
         False, description="attention never crosses a document boundary and positions restart at each document"
+    )
+    stream_buffer: int = Field(
+        10_000, ge=1, description="with streamed text: documents that are shuffled together, in each loader process"
+    )
+    text_key: str | None = Field(
+        None,
+        min_length=1,
+        description="with streamed text: the field to take, where it is not the source's own or `text`",
+    )
+    on_error: Literal["fail", "skip"] = Field(
+        "fail", description="with streamed text, at a document without text: end the run, or warn and pass over it"
     )
     num_workers: int = Field(1, ge=0, le=64, description="loader processes a rank; 0 reads in the training process")
 

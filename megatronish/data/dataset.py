@@ -35,6 +35,11 @@ class Dataset:
         return self.manifest.fingerprint
 
     @property
+    def tokenizer_record(self) -> TokenizerRecord:
+        """The tokenizer that made this data set."""
+        return self.manifest.tokenizer
+
+    @property
     def tokenizer_file(self) -> Path | None:
         """The tokenizer's file beside the data set; None for the byte tokenizer."""
         name = self.manifest.tokenizer.file
@@ -98,7 +103,7 @@ def _open_foreign(name: str, unit: Literal["document", "sequence"], tokenizer: s
     reader = IndexedReader(name, unit)
     made_with = load_tokenizer(tokenizer)
     path = Path(tokenizer)
-    file = None if made_with.kind == "bytes" else os.path.relpath(_tokenizer_file(path), Path(name).parent)
+    file = None if made_with.kind == "bytes" else os.path.relpath(tokenizer_file_at(path), Path(name).parent)
     begins = np.unique(np.linspace(0, max(0, reader.num_tokens - SAMPLED_TOKENS), SAMPLES).astype(np.int64))
     lengths = np.minimum(SAMPLED_TOKENS, reader.num_tokens - begins)
     sample = join_pieces(reader.tokens_view, begins, lengths)
@@ -126,7 +131,8 @@ def _open_foreign(name: str, unit: Literal["document", "sequence"], tokenizer: s
     )
 
 
-def _tokenizer_file(path: Path) -> Path:
+def tokenizer_file_at(path: Path) -> Path:
+    """The tokenizer file that a path names, itself or in the folder that it is."""
     if not path.is_dir():
         return path
     return next(
@@ -153,9 +159,15 @@ def check_dataset_fits(
     expected_tokenizer_sha256: the tokenizer of the checkpoint or run that is continued, if any. Raises DataError for an
     empty data set, a vocabulary larger than the model's, or another tokenizer.
     """
-    tokenizer = manifest.tokenizer
     if manifest.counts["tokens"] < 1:
         raise DataError(f"{place} holds no token; prepare it from text that is not empty")
+    check_tokenizer_fits(manifest.tokenizer, model_vocab_size, expected_tokenizer_sha256, place=place)
+
+
+def check_tokenizer_fits(
+    tokenizer: TokenizerRecord, model_vocab_size: int, expected_tokenizer_sha256: str | None = None, *, place: str
+) -> None:
+    """Refuses token ids that the model does not have, or that mean something else than it learned. Raises DataError."""
     if tokenizer.vocab_size > model_vocab_size:
         raise DataError(
             f"{place} has token ids up to {tokenizer.vocab_size - 1} (a {tokenizer.kind} vocabulary of {tokenizer.vocab_size:,}), but "

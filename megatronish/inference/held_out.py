@@ -16,6 +16,7 @@ from megatronish.config.base import UserError
 from megatronish.config.data import DataConfig
 from megatronish.config.run import RunConfig
 from megatronish.data.dataset import Dataset, check_dataset_fits, combined_fingerprint, open_dataset
+from megatronish.data.sources import is_stream
 from megatronish.data.training_data import split_of
 from megatronish.inference.evaluate import ProgressLine, gzip_size, held_out_streams, score_streams, xz_size
 from megatronish.inference.load import CheckpointInfo, load_for_inference
@@ -196,12 +197,19 @@ def _only_corpus(settings: DataConfig) -> str:
     names = [corpus.path for corpus in settings.corpora]
     if len(names) > 1:
         raise UserError(f"the run trained on {len(names)} data sets: choose one with --data: {', '.join(names)}")
+    if is_stream(names[0]):
+        raise UserError(
+            f"the run was trained on streamed text ({names[0]}), of which nothing is held out: name an indexed data set of the "
+            "same tokenizer with --data PREFIX"
+        )
     return names[0]
 
 
 def _blend_identity(dataset: Dataset, run: RunConfig) -> str | None:
     """Fingerprint of a run's data sets together, if this is one of several, else None."""
     names = [corpus.path for corpus in run.megatronish.data.corpora]
+    if any(map(is_stream, names)):
+        return None
     if len(names) < 2 or dataset.prefix not in names:
         return None
     return combined_fingerprint([_open(name, run).fingerprint for name in names])

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatronish.config.base import ConfigError, UserError
 from megatronish.config.run import BatchPlan, RunConfig
-from megatronish.data.dataset import Dataset, check_dataset_fits
+from megatronish.data.dataset import Dataset, check_tokenizer_fits
 from megatronish.data.loader import MicroBatchLoader
 from megatronish.data.sampler import MicroBatchSampler
 from megatronish.data.training_data import TrainingData, open_training_data
@@ -40,7 +40,7 @@ from megatronish.training.memory import fit_to_host
 from megatronish.training.monitor import Monitor, clock
 from megatronish.training.peak import Peak, find_peak
 from megatronish.training.schedules import rate_share
-from megatronish.training.state import TrainState
+from megatronish.training.state import TrainState, load_streams, save_streams
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_EFFICIENCY = 0.4  # of the measured matmul rate, for the first guess of a step's time
@@ -84,7 +84,7 @@ def prepare(config: RunConfig, rank: Rank) -> Prepared:
     found = CheckpointStore(run_dir, ours.train.keep_last, rank.is_first, lambda: None).find(ours.train.resume)
     if found is not None:
         check_same_model(found, config)
-        check_same_tokenizer(found, data.datasets[0])
+        check_same_tokenizer(found, data)
         check_engine_state(found)
         saved = TrainState.load(found)
         saved.check_continues(state, found)
@@ -111,14 +111,15 @@ def check_same_model(checkpoint: Path, config: RunConfig) -> None:
         )
 
 
-def check_same_tokenizer(checkpoint: Path, dataset: Dataset) -> None:
-    """Refuse a dataset whose token ids mean something else than those the checkpoint learned. Raises UserError."""
+def check_same_tokenizer(checkpoint: Path, data: TrainingData) -> None:
+    """Refuse data whose token ids mean something else than those the checkpoint learned. Raises UserError."""
     path = checkpoint / TOKENIZER_RECORD_FILE
     try:
         learned = json.loads(path.read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error!r}); use an older checkpoint.") from None
-    check_dataset_fits(dataset.manifest, dataset.manifest.tokenizer.vocab_size, learned, place=dataset.prefix)
+    record = data.tokenizer_record
+    check_tokenizer_fits(record, record.vocab_size, learned, place=data.sources[0].name)
 
 
 def check_engine_state(checkpoint: Path) -> None:
@@ -174,6 +175,7 @@ class _Trainer:
             num_workers=ours.data.num_workers,
             prefetch=2 * run.plan.accumulation,
             pin_memory=self.device.type == "cuda",
+            stream_states=load_streams(run.resume_from, rank.rank) if run.resume_from else None,
         )
         self.monitor = None
         if rank.is_first:
@@ -257,9 +259,10 @@ class _Trainer:
 
         def write(folder: Path) -> None:
             self.engine.save(str(folder), ENGINE_TAG)
+            save_streams(folder, self.rank.rank, self.loader.stream_states())
             if self.rank.is_first:
                 save_model(folder, weights, self.run.config.megatronish.model, metadata={"step": str(done)})
-                copy_tokenizer(self.run.data.datasets[0], folder)
+                copy_tokenizer(self.run.data, folder)
                 self.run.config.save(folder / RUN_FILE)
                 self.state.save(folder)
 
@@ -332,10 +335,10 @@ def to_device(batch: Batch, target: torch.device) -> Batch:
     }
 
 
-def copy_tokenizer(dataset: Dataset, folder: Path) -> None:
-    """Put the dataset's tokenizer beside the weights, so that a checkpoint can be used alone."""
-    record = dataset.manifest.tokenizer
-    if (source := dataset.tokenizer_file) is not None:
+def copy_tokenizer(data: Dataset | TrainingData, folder: Path) -> None:
+    """Put the data's tokenizer beside the weights, so that a checkpoint can be used alone."""
+    record = data.tokenizer_record
+    if (source := data.tokenizer_file) is not None:
         suffix = ".model" if source.suffix == ".model" else ".json"
         shutil.copyfile(source, folder / f"tokenizer{suffix}")
     (folder / TOKENIZER_RECORD_FILE).write_text(

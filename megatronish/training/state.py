@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from megatronish.config.base import ConfigError
 from megatronish.config.run import BatchPlan, RunConfig
 from megatronish.model.checkpoints import STATE_FILE
+
+STREAMS_FILE = "streams-rank-{:05d}.json"
 
 
 @dataclass(frozen=True)
@@ -104,3 +107,21 @@ class TrainState:
                 f"{where} counted its samples in another order: {', '.join(differing)}. Set that back to continue it, or begin "
                 "afresh with --train.resume never and another --train.save_dir."
             )
+
+
+def save_streams(folder: Path, rank: int, states: dict[str, Any] | None) -> None:
+    """Write where a rank's streamed text stands; nothing without any."""
+    if states is not None:
+        path = folder / STREAMS_FILE.format(rank)
+        path.write_text(json.dumps(states, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def load_streams(folder: Path, rank: int) -> dict[str, Any] | None:
+    """What `save_streams` wrote, None if nothing. Raises ConfigError when it cannot be read."""
+    path = folder / STREAMS_FILE.format(rank)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error!r}); use an older checkpoint.") from None
