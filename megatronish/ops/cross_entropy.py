@@ -162,7 +162,9 @@ class _ShardLosses(torch.autograd.Function):
             grad_logits = _shard_gradient(logits, labels, grad, largest, total, ctx.vocab_start, ctx.ignore_index)
             return grad_logits, *(None,) * 6
         if torch.compiler.is_compiling():
-            logits = logits.clone()  # a graph may not change what its forward pass was given; the compiler removes the copy
+            logits = (
+                logits.clone()
+            )  # a graph may not change what its forward pass was given; the compiler removes the copy
         torch.ops.megatronish.cross_entropy_bwd_(
             logits, labels, grad, largest, total, ctx.vocab_start, ctx.ignore_index
         )

@@ -88,8 +88,15 @@ def _register_fakes() -> None:
         return None
 
     def qk_norm_rope_fwd(
-        qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None,
-        offset: int, heads: list[int], *_: Any,
+        qkv: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        offset: int,
+        heads: list[int],
+        *_: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         b, s, _, d = qkv.shape
         groups, q_heads, k_heads, _ = heads
@@ -97,11 +104,23 @@ def _register_fakes() -> None:
         return q, k, qkv.new_empty(b, s, groups * (q_heads + k_heads), dtype=wide(qkv))
 
     def qk_norm_rope_bwd(
-        dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
-        positions: Tensor | None, rstd: Tensor, offset: int, heads: list[int], w_offset: float, interleaved: bool,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        qkv: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        rstd: Tensor,
+        offset: int,
+        heads: list[int],
+        w_offset: float,
+        interleaved: bool,
         need_dw: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        size = q_weight.shape if need_dw else 0
+        size = q_weight.shape[0] if need_dw else 0
         return qkv.new_empty(qkv.shape), q_weight.new_empty(size), k_weight.new_empty(size)
 
     def cross_entropy_fwd(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

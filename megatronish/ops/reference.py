@@ -111,9 +111,7 @@ def qk_norm_rope(
 
 def token_losses(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
     """-log softmax(logits)[label] of every token in fp32 or wider, 0 where the label is ignore_index."""
-    flat = F.cross_entropy(
-        _widen(logits).flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="none"
-    )
+    flat = F.cross_entropy(_widen(logits).flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="none")
     return flat.view(labels.shape)
 
 

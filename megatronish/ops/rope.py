@@ -118,9 +118,7 @@ def _int32(positions: Tensor | None) -> Tensor | None:
     return None if positions is None else positions.to(torch.int32)
 
 
-def check_rotation(
-    name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int
-) -> None:
+def check_rotation(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int) -> None:
     """Raise ValueError, for operator `name`, unless these tables and positions rotate x [b, s, h, d]."""
     check_floating(name, "x", x)
     if x.ndim != 4:
