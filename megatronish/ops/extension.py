@@ -120,7 +120,7 @@ def _register_fakes() -> None:
         interleaved: bool,
         need_dw: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        size = q_weight.shape if need_dw else 0
+        size = q_weight.shape[0] if need_dw else 0
         return qkv.new_empty(qkv.shape), q_weight.new_empty(size), k_weight.new_empty(size)
 
     def cross_entropy_fwd(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

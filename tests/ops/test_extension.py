@@ -93,7 +93,7 @@ def _public(backend: str) -> dict[str, tuple[Callable[..., object], list[Tensor]
         ),
         "qk_norm_rope_pairs": (
             lambda x, w, v: qk_norm_rope(
-                x * 1, w, v, COS, SIN, heads=(2, 1, 0, 1), eps=1e-6, offset=2, interleaved=True, backend=backend
+                x * 1, w, v, COS, SIN, heads=(1, 2, 1, 1), eps=1e-6, offset=2, interleaved=True, backend=backend
             ),
             [heads, *weights],
         ),
@@ -244,17 +244,33 @@ OP_REFUSED = [
         (X, W, W, COS, SIN, None, 0, [1, 2, 1, 2], 1e-6, 0.0, False),
         r"qk_norm_rope_fwd: qkv: expected groups \* \(q \+ k \+ v heads\) = 5 heads, got 4",
     ),
-    ("qk_norm_rope_fwd", (X, W, W[:9], COS, SIN, None, 0, [1, 2, 1, 1], 1e-6, 0.0, False), r"k_weight: expected shape \[10\]"),
+    (
+        "qk_norm_rope_fwd",
+        (X, W, W[:9], COS, SIN, None, 0, [1, 2, 1, 1], 1e-6, 0.0, False),
+        r"k_weight: expected shape \[10\]",
+    ),
     (
         "qk_norm_rope_bwd",
         (X[:, :, :2], X[:, :, :1], X, X, W, W, COS, SIN, None, X, 0, [1, 2, 1, 1], 0.0, False, True),
         r"qk_norm_rope_bwd: dv: expected shape \[2, 5, 1, 10\], got \[2, 5, 4, 10\]",
     ),
     ("cross_entropy_fwd", (LOGITS, LABELS.int(), 0, 8, -100), "cross_entropy_fwd: target: expected int64, got int32"),
-    ("cross_entropy_fwd", (LOGITS, LABELS + 8, 0, 8, -100), "target: expected tokens from 0 to 7, or -100, got 8 in row 0"),
-    ("cross_entropy_fwd", (LOGITS, LABELS, 1, 8, -100), "vocab_start: expected a shard of 8 columns within .* 8, got 1"),
+    (
+        "cross_entropy_fwd",
+        (LOGITS, LABELS + 8, 0, 8, -100),
+        "target: expected tokens from 0 to 7, or -100, got 8 in row 0",
+    ),
+    (
+        "cross_entropy_fwd",
+        (LOGITS, LABELS, 1, 8, -100),
+        "vocab_start: expected a shard of 8 columns within .* 8, got 1",
+    ),
     ("cross_entropy_bwd_", (LOGITS.t(), LABELS[:1].expand(8), *[LOGITS[0]] * 3, 0, -100), "logits: expected strides"),
-    ("cross_entropy_bwd_", (LOGITS, LABELS, *[LOGITS[:, 0].double()] * 3, 0, -100), "grad: expected float32, got float64"),
+    (
+        "cross_entropy_bwd_",
+        (LOGITS, LABELS, *[LOGITS[:, 0].double()] * 3, 0, -100),
+        "grad: expected float32, got float64",
+    ),
     ("rope_qkv_", (X.mT, COS[:, :2], SIN[:, :2], None, 1, 8, 1, 1, False, False), r"rope_qkv_: qkv: expected strides"),
 ]
 

@@ -14,7 +14,13 @@ from tests.distributed import run_ranks
 from tests.runs import engine_loop, make_dataset, plain_loop, small_run
 
 CONFIG = ModelConfig(
-    vocab_size=1000, num_layers=1, hidden_size=32, num_attention_heads=2, ffn_hidden_size=48, seq_length=64, init_std=0.1
+    vocab_size=1000,
+    num_layers=1,
+    hidden_size=32,
+    num_attention_heads=2,
+    ffn_hidden_size=48,
+    seq_length=64,
+    init_std=0.1,
 )
 TOKENS = torch.randint(1000, (4, 65), generator=torch.Generator().manual_seed(0))
 
@@ -70,7 +76,9 @@ def test_bf16_is_as_far_from_fp32_as_with_logits() -> None:
 def test_nobody_to_compute_it() -> None:
     model = Transformer(CONFIG, KernelConfig(cross_entropy="linear"))
     assert model(TOKENS[:, :-1]).shape == (4, 64, 1000)  # logits as ever
-    with pytest.raises(ValueError, match=r"cross_entropy is 'linear', but nobody has set Transformer.linear_cross_entropy"):
+    with pytest.raises(
+        ValueError, match=r"cross_entropy is 'linear', but nobody has set Transformer.linear_cross_entropy"
+    ):
         model.loss(TOKENS[:, :-1], TOKENS[:, 1:])
 
 
