@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatronish.config.model import KernelConfig, ModelConfig
 from megatronish.model.transformer import Transformer
+from megatronish.ops.extension import EXTENSION
 
 SHAPE = {
     "vocab_size": 61,
@@ -38,24 +39,17 @@ def _gradients(
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
-@pytest.mark.parametrize("switches", [{"qk_norm": True}, {"residual_dropout": 0.2, "attention_dropout": 0.2}])
-def test_gradients_are_identical(switches: dict[str, object], backend: str, mode: str) -> None:
+@pytest.mark.parametrize("ops", ["reference", "fused"])
+@pytest.mark.parametrize(
+    "switches",
+    [{"qk_norm": True}, {"residual_dropout": 0.2, "attention_dropout": 0.2}, {"norm_position": "post"}],
+    ids=["qk_norm", "dropout", "post"],
+)
+def test_gradients_are_identical(switches: dict[str, object], ops: str, backend: str, mode: str) -> None:
     config = ModelConfig(**SHAPE, **switches)
-    kept, recomputed = _gradients(config, "none", backend), _gradients(config, mode, backend)
+    kept, recomputed = _gradients(config, "none", backend, ops=ops), _gradients(config, mode, backend, ops=ops)
     for name, gradient in kept.items():
         assert torch.equal(gradient, recomputed[name]), name
-
-
-@pytest.mark.parametrize("mode", ["full", "selective"])
-@pytest.mark.parametrize("switches", [{"qk_norm": True}, {"residual_dropout": 0.2, "attention_dropout": 0.2}])
-def test_gradients_agree_with_fused_operators(switches: dict[str, object], mode: str) -> None:
-    config = ModelConfig(**SHAPE, **switches)
-    kept, recomputed = _gradients(config, "none", ops="fused"), _gradients(config, mode, ops="fused")
-    for name, gradient in kept.items():
-        # Between blocks the residual sum is fused in one case only: other roundings (6e-8 each) over three blocks.
-        torch.testing.assert_close(
-            recomputed[name], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item(), msg=name
-        )
 
 
 def test_full_keeps_only_the_input_of_each_block() -> None:
@@ -110,8 +104,10 @@ def _operators(config: ModelConfig, mode: str, ops: str) -> Counter[str]:
 
 
 def _outside_blocks(config: ModelConfig, tokens: int) -> int:
-    """Saved by embedding, final norm, head and loss: token ids, norm input and rstd, head input, logits, label indices, which count."""
-    return tokens * (8 + 4 * config.hidden_size + 4 + 4 * config.hidden_size + 4 * config.vocab_size + 8 + 1)
+    """Saved by embedding, final norm, head and loss: token ids, norm input and rstd, head input, logits, labels; and two
+    statistics of the fused loss, or which labels count."""
+    loss = 4 + 4 if EXTENSION.cpu else 1
+    return tokens * (8 + 4 * config.hidden_size + 4 + 4 * config.hidden_size + 4 * config.vocab_size + 8 + loss)
 
 
 def _saved_bytes(config: ModelConfig, mode: str) -> int:
