@@ -8,8 +8,8 @@
 #
 # OUT            results: summary.txt, stages.tsv, training.jsonl, bench_ops.*, logs.tar.gz ($OUT, else gpu_check_results)
 # --wheelhouse   *.whl to install (without any index) where deepspeed or pydantic are missing. To fill it on a machine with a
-#                network: pip wheel --no-deps -w DIR deepspeed==0.19.8 hjson; pip download --no-deps --only-binary=:all:
-#                --python-version 3.12 -d DIR pydantic pydantic-core annotated-types typing-inspection setuptools liger-kernel
+#                network: pip wheel --no-build-isolation --no-deps -w DIR deepspeed==0.19.8 hjson; pip download --no-deps
+#                --only-binary=:all: --python-version 3.12 -d DIR pydantic pydantic-core annotated-types typing-inspection setuptools liger-kernel
 # --data         prefix of a data set made beforehand (else one is made of the text that comes with this Python)
 # --stages       of: wheels,build,tests,bench,data,mfu,mfu-compile,capped (all of them); where a command may not take long,
 #                one call a stage: wheels go into a temporary folder, so name that stage in each

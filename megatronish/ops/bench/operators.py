@@ -124,14 +124,12 @@ def operators() -> dict[str, Operator]:
             weight_gradient=True,
         ),
         "cross_entropy": Operator(
-            shapes=lambda rows, width: [(rows, width)],  # the width is the vocabulary
+            shapes=lambda rows, width: [vocabulary_shape(rows, width)],
             moved=(1, 2),
             fused=fused_cross_entropy,
-            reference=lambda logits, labels: reference.cross_entropy(logits, labels),
+            reference=reference.cross_entropy,
             others={"eager": eager_cross_entropy},
-            constants=lambda rows, width, device: (
-                torch.randint(width, (rows,), generator=torch.Generator().manual_seed(7)).to(device),
-            ),
+            constants=lambda rows, width, device: (some_labels(*vocabulary_shape(rows, width), device),),
             in_place=True,
             one_backward=True,
         ),
@@ -148,6 +146,16 @@ def rotary_tables(rows: int, width: int, device: torch.device) -> tuple[Tensor, 
 def kv_heads_of(width: int) -> int:
     """Key heads beside width / HEAD_DIM query heads."""
     return max(1, width // HEAD_DIM // QUERIES_PER_KV_HEAD)
+
+
+def vocabulary_shape(rows: int, width: int) -> tuple[int, int]:
+    """Logits of as many elements as rows x width, over a vocabulary of 8 times the width: 32,768 for 4,096."""
+    return max(1, rows // 8), 8 * width
+
+
+def some_labels(tokens: int, vocabulary: int, device: torch.device) -> Tensor:
+    """The same random labels each time."""
+    return torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(7)).to(device)
 
 
 def eager_rms_norm(x: Tensor, w: Tensor) -> Tensor:
