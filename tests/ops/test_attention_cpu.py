@@ -84,7 +84,9 @@ def test_error_is_within_twice_that_of_sdpa(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_scores_and_values_that_are_no_numbers(level: str, dtype: torch.dtype) -> None:  # noqa: F811
     q, k, v = (_packed(1, 130, 1, 0, 32, dtype) * factor for factor in (90, 90, 1))
-    scores = (q[0, :, 0].double() @ k[0, :, 0].double().T * 32**-0.5).masked_fill(~torch.ones(130, 130).tril().bool(), -1e9)
+    scores = (q[0, :, 0].double() @ k[0, :, 0].double().T * 32**-0.5).masked_fill(
+        ~torch.ones(130, 130).tril().bool(), -1e9
+    )
     top = scores.topk(2).values
     clear = top[:, 0] - top[:, 1] > 30  # e^-30: nothing of the second key is left
     assert clear[1:].float().mean() > 0.9
@@ -176,7 +178,10 @@ def test_refusals() -> None:
         ((q, q, q, None, 0.0), "scale: expected a positive number, got 0"),
         ((q[0], q, q, None, 1.0), r"expected \[batch, seq, heads, head_dim\], got \[64, 4, 32\]"),
         ((q, q, q, torch.zeros(1, 60, dtype=torch.int32), 1.0), r"first_key: expected contiguous int32 \[batch, seq\]"),
-        ((q, q, q, torch.full((1, 64), 3, dtype=torch.int32), 1.0), "first_key: expected 0 to the query's own position"),
+        (
+            (q, q, q, torch.full((1, 64), 3, dtype=torch.int32), 1.0),
+            "first_key: expected 0 to the query's own position",
+        ),
     ):
         with pytest.raises(RuntimeError, match=message):
             fwd(*arguments)
