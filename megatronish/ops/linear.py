@@ -17,9 +17,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] weight[out, in]^T + bias [out] -> [..., out].
 
     torch takes MKL for fp32 products on CPUs and oneDNN for bf16 ones. On the AMD CPUs measured, oneDNN is 1.1 to 1.7 times
-    as fast in fp32, forward and for the gradient of x (docs/benchmarks.md); the gradient of the weight is level.
+    as fast in fp32, forward and for the gradient of x (docs/benchmarks.md); the gradient of the weight is level. What is
+    compiled keeps torch's: inductor takes this operator with constant weights only.
     """
-    if _onednn_pays(x, weight):
+    if not torch.compiler.is_compiling() and _onednn_pays(x, weight):
         result: Tensor = _OneDNNLinear.apply(x, weight, bias)
         return result
     return F.linear(x, weight, bias)
