@@ -191,7 +191,9 @@ class BuildOperators(build_ext):
             steps.append(Step([*cxx, *CXX_FLAGS, *flags, "-c", str(source), "-o", str(output)], output, sources()))
 
         compile_one(CSRC / "bindings.cpp", "bindings", STABLE_ABI, f"-I{torch / 'include'}")
-        compile_one(CSRC / "cpu/attention_bindings.cpp", "attention_bindings", STABLE_ABI, f"-I{torch / 'include'}", *has)
+        compile_one(
+            CSRC / "cpu/attention_bindings.cpp", "attention_bindings", STABLE_ABI, f"-I{torch / 'include'}", *has
+        )
         compile_one(CSRC / "cpu/levels.cpp", "levels", *has)
         for level, flags in levels.items():
             for operator in (*OPERATORS, "attention"):

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class Result:
 
 def build_ours(config: ModelConfig, ops: str, compiled: bool) -> Implementation:
     """megatronish with its operators as `ops` says."""
-    model = Transformer(config, KernelConfig(ops=ops), seed=0)
+    model = Transformer(config, KernelConfig.model_validate({"ops": ops}), seed=0)
     if compiled:
         model.compile_blocks()
 
@@ -100,21 +101,21 @@ def build_transformers(config: ModelConfig, compiled: bool) -> Implementation:
     """`transformers`' Llama with SDPA, and the loss that it computes itself."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    theirs = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.resolved_kv_heads,
-        intermediate_size=config.ffn_hidden_size,
-        max_position_embeddings=config.seq_length,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(theirs)
+    settings: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.resolved_kv_heads,
+        "intermediate_size": config.ffn_hidden_size,
+        "max_position_embeddings": config.seq_length,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": False,
+        "attn_implementation": "sdpa",
+        "use_cache": False,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**settings))
     state = Transformer(config, KernelConfig(ops="reference"), seed=0).state_dict()
     model.load_state_dict(transformers_names(state, config))
     call = torch.compile(model) if compiled else model
@@ -123,11 +124,8 @@ def build_transformers(config: ModelConfig, compiled: bool) -> Implementation:
 
 def build_litgpt(config: ModelConfig, compiled: bool) -> Implementation:
     """litgpt's GPT with the shape of a Llama, and the loss of its pretraining script."""
-    from litgpt.config import Config
-    from litgpt.model import GPT
-    from litgpt.utils import chunked_cross_entropy
-
-    theirs = Config(
+    litgpt, loss = import_module("litgpt.model"), import_module("litgpt.utils").chunked_cross_entropy
+    theirs = litgpt.Config(
         block_size=config.seq_length,
         n_layer=config.num_layers,
         n_embd=config.hidden_size,
@@ -144,11 +142,11 @@ def build_litgpt(config: ModelConfig, compiled: bool) -> Implementation:
         parallel_residual=False,
         bias=False,
     )
-    model = GPT(theirs)
+    model = litgpt.GPT(theirs)
     state = Transformer(config, KernelConfig(ops="reference"), seed=0).state_dict()
     model.load_state_dict(litgpt_names(state, config))
     call = torch.compile(model) if compiled else model
-    return Implementation(model, lambda tokens, labels: chunked_cross_entropy(call(tokens), labels), compiled)
+    return Implementation(model, lambda tokens, labels: loss(call(tokens), labels), compiled)
 
 
 def transformers_names(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

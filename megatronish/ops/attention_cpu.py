@@ -25,10 +25,12 @@ def takes(q: Tensor, k: Tensor, dropout_p: float, scale: float | None) -> bool:
     """Whether the kernel computes attention of q [b, s, h, d] over k [b, keys, g, d], and is faster at it than SDPA.
 
     It works on one key/value head of one row a thread, so that with fewer of these than threads SDPA keeps more cores busy.
+    Without AVX2 it is slower than SDPA.
     """
     b, s, _, d = q.shape
     return (
         EXTENSION.cpu
+        and _has_vectors()
         and q.device.type == "cpu"
         and q.dtype in _DTYPES
         and MIN_TOKENS <= s == k.shape[1]
@@ -42,6 +44,11 @@ def takes(q: Tensor, k: Tensor, dropout_p: float, scale: float | None) -> bool:
 @torch.compiler.assume_constant_result
 def _threads() -> int:
     return torch.get_num_threads()
+
+
+@torch.compiler.assume_constant_result
+def _has_vectors() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 def first_keys(batch: int, seq: int, window: int | None, cu_seqlens: Tensor | None) -> Tensor | None:

@@ -46,6 +46,7 @@ _CLASSES = (
     ("Block", "norm + residual"),
     ("DecoderLayer", "norm + residual"),
 )
+_ATTENTION = ("scaled_dot_product", "ScaledDotProduct", "causal_attention", "CausalAttention")
 _MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn::_linear_pointwise", "mkl::_mkl_linear")
 
 
@@ -101,7 +102,9 @@ def _by_kind(events: Iterable[FunctionEvent]) -> dict[str, float]:
     kind_of_node: dict[int, str] = {}
     for event in ordered:
         if event.sequence_nr >= 0 and not _inside_backward(event):
-            kind_of_node[event.sequence_nr] = _kind(event, {})  # the last operation before a number is used makes the node
+            kind_of_node[event.sequence_nr] = _kind(
+                event, {}
+            )  # the last operation before a number is used makes the node
     totals: dict[str, float] = defaultdict(float)
     for event in ordered:
         totals[_kind(event, kind_of_node)] += event.self_cpu_time_total
@@ -122,7 +125,7 @@ def _kind(event: FunctionEvent, kind_of_node: dict[int, str]) -> str:
         return "python, autograd"
     at: FunctionEvent | None = event
     while at is not None:
-        if "scaled_dot_product" in at.name or "ScaledDotProduct" in at.name:
+        if any(part in at.name for part in _ATTENTION):
             return "attention"
         if at.name in _MATMULS:
             return "matmul"

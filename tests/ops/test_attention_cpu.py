@@ -84,7 +84,9 @@ def test_error_is_within_twice_that_of_sdpa(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_scores_and_values_that_are_no_numbers(level: str, dtype: torch.dtype) -> None:  # noqa: F811
     q, k, v = (_packed(1, 130, 1, 0, 32, dtype) * factor for factor in (90, 90, 1))
-    scores = (q[0, :, 0].double() @ k[0, :, 0].double().T * 32**-0.5).masked_fill(~torch.ones(130, 130).tril().bool(), -1e9)
+    scores = (q[0, :, 0].double() @ k[0, :, 0].double().T * 32**-0.5).masked_fill(
+        ~torch.ones(130, 130).tril().bool(), -1e9
+    )
     top = scores.topk(2).values
     clear = top[:, 0] - top[:, 1] > 30  # e^-30: nothing of the second key is left
     assert clear[1:].float().mean() > 0.9
@@ -119,6 +121,7 @@ def test_nothing_to_do() -> None:
     assert _kernel(q, q, q, None).shape == (2, 0, 2, 32)
 
 
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="SDPA is faster on this CPU")
 def test_the_public_function_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """And gives the same numbers with a mask made before, which the kernel has no use for."""
     q = _packed(2, 64, 2, 0, 32, torch.float32)
@@ -131,6 +134,9 @@ def test_the_public_function_takes_it_where_it_is_faster(monkeypatch: pytest.Mon
     assert not attention_cpu.takes(q.double(), q.double(), 0.0, None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     assert not attention_cpu.takes(q, q, 0.0, None)  # 4 pairs of a row and a head
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert not attention_cpu.takes(q, q, 0.0, None)
     monkeypatch.undo()
 
     mask = attention_mask(2, 64, 64, window=7, device=q.device)
@@ -150,6 +156,7 @@ def test_operators_as_torch_sees_them(dtype: torch.dtype) -> None:
         torch.library.opcheck(operator.default, arguments, test_utils=tests)
 
 
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="SDPA is faster on this CPU")
 def test_compiled_without_a_break() -> None:
     qkv, heads = _packed(1, 80, 4, 2, 32, torch.float32), (4, 2, 2)
     grad = torch.randn(1, 80, 4, 32)
@@ -176,7 +183,10 @@ def test_refusals() -> None:
         ((q, q, q, None, 0.0), "scale: expected a positive number, got 0"),
         ((q[0], q, q, None, 1.0), r"expected \[batch, seq, heads, head_dim\], got \[64, 4, 32\]"),
         ((q, q, q, torch.zeros(1, 60, dtype=torch.int32), 1.0), r"first_key: expected contiguous int32 \[batch, seq\]"),
-        ((q, q, q, torch.full((1, 64), 3, dtype=torch.int32), 1.0), "first_key: expected 0 to the query's own position"),
+        (
+            (q, q, q, torch.full((1, 64), 3, dtype=torch.int32), 1.0),
+            "first_key: expected 0 to the query's own position",
+        ),
     ):
         with pytest.raises(RuntimeError, match=message):
             fwd(*arguments)
