@@ -45,13 +45,15 @@ def known_names() -> dict[str, tuple[str, ...]]:
 
 
 def text_names() -> set[str]:
-    """Dotted command-line names of the fields that hold text: `--train.save_dir 7` means the folder "7".
-
-    Not those that may hold a list, too: `--data.path '["a", "b"]'`.
-    """
+    """Dotted command-line names of the fields that hold text: `--train.save_dir 7` means the folder "7"."""
     found = [*fields(DeepSpeedConfig), *fields(MegatronishConfig)]
-    kinds = {name: (field.annotation, *get_args(field.annotation)) for name, field in found}
-    return {name for name, k in kinds.items() if str in k and not any(get_origin(kind) in (tuple, list) for kind in k)}
+    return {name for name, field in found if str in (field.annotation, *get_args(field.annotation))}
+
+
+def list_names() -> set[str]:
+    """Dotted command-line names of the fields that hold text or a list: `--data.path '["a", "b"]'` is a list."""
+    found = {name: get_args(field.annotation) for name, field in fields(MegatronishConfig)}
+    return {name for name, kinds in found.items() if str in kinds and any(get_origin(kind) is tuple for kind in kinds)}
 
 
 def parse_value(text: str, is_text: bool = False) -> Any:
@@ -71,7 +73,7 @@ def parse(argv: Sequence[str], program: str, default_config: str | None = None) 
 
     Prints help and exits on --help. Raises ConfigError on an unknown name, a missing value or a bad run.
     """
-    names, texts, words = known_names(), text_names(), list(argv)
+    names, texts, lists, words = known_names(), text_names(), list_names(), list(argv)
     overrides: dict[str, Any] = {}
     path = default_config
     while words:
@@ -97,7 +99,8 @@ def parse(argv: Sequence[str], program: str, default_config: str | None = None) 
         dotted = name[2:].removeprefix(BLOCK + ".")
         if dotted not in names:
             raise ConfigError(f"{program}: unknown option {name}.{did_you_mean(dotted, names)} See --help for all.")
-        nested = parse_value(value, dotted in texts)
+        is_list = dotted in lists and value.lstrip().startswith("[")
+        nested = parse_value(value, dotted in texts and not is_list)
         for part in reversed(names[dotted]):
             nested = {part: nested}
         overrides = merge(overrides, nested)

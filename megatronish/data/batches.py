@@ -34,13 +34,14 @@ def batch_of(rows: Rows, document_mask: bool) -> dict[str, Any]:
     }
     if document_mask:
         row, offset = np.divmod(rows.starts, width)
-        labelled = offset > 0
-        flat = row * length + offset
-        batch["labels"].reshape(-1)[flat[labelled] - 1] = IGNORED_LABEL
+        flat = rows.starts - row  # the rows lose their last token
+        batch["labels"].reshape(-1)[flat[offset > 0] - 1] = IGNORED_LABEL
         starts = flat[offset < length]
-        lengths = np.diff(starts, append=count * length)
+        bounds = np.empty(len(starts) + 1, dtype=np.int32)
+        bounds[:-1], bounds[-1] = starts, count * length
+        lengths = bounds[1:] - bounds[:-1]
         batch["positions"] = positions_in_documents(lengths).reshape(count, length)
-        batch["cu_seqlens"] = np.append(starts, count * length).astype(np.int32)
+        batch["cu_seqlens"] = bounds
         batch["max_seqlen"] = int(lengths.max())
     if rows.known is not None:
         batch["labels"][np.arange(length) >= (rows.known - 1)[:, None]] = IGNORED_LABEL

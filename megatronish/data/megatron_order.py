@@ -8,7 +8,6 @@ blended_dataset,blended_megatron_dataset_builder}.py and helpers.cpp, as behavio
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 
@@ -93,7 +92,7 @@ class MegatronSamples:
     def rows(self, numbers: np.ndarray) -> Rows:
         """Samples int64[b] as tokens [b, s + 1]. Raises DataError behind the last one."""
         numbers = np.asarray(numbers, dtype=np.int64)
-        if len(numbers) and not (0 <= int(numbers.min()) and int(numbers.max()) < self.size):
+        if len(numbers) and not (int(numbers.min()) >= 0 and int(numbers.max()) < self.size):
             raise DataError(
                 f"{self.name}: sample {int(numbers.max()):,} of {self.size:,}: in Megatron's order a run has as many samples as it asked for"
             )
@@ -159,7 +158,7 @@ class MegatronBlend(Blend):
 
     def places(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which source each sample comes from, and its number there. Raises DataError behind the last sample."""
-        if len(numbers) and not (0 <= int(numbers.min()) and int(numbers.max()) < self.size):
+        if len(numbers) and not (int(numbers.min()) >= 0 and int(numbers.max()) < self.size):
             raise DataError(f"sample {int(numbers.max()):,} of {self.size:,} of a blend in Megatron's order")
         return self._source_of[numbers].astype(np.int64), self._number_of[numbers]
 

@@ -38,7 +38,9 @@ def keyed_permutation(size: int, *key: int | str) -> np.ndarray:
 
 def _sort(values: np.ndarray) -> None:
     """Sorts in place; long arrays in threads, each a range of the values (NumPy sorts without holding the lock)."""
-    threads = min(MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    threads = min(
+        MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     if len(values) < THREADED_ENTRIES or threads < 2:
         values.sort()
         return

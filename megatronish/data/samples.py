@@ -59,9 +59,13 @@ class Rows:
 
     def padded(self, width: int) -> Rows:
         """The same rows with token 0 behind them, `width` tokens each."""
-        return self if width == self.tokens.shape[1] else self.merged(
-            [self, Rows(np.zeros((0, width), dtype=self.tokens.dtype), np.empty(0, dtype=np.int64))],
-            [np.arange(len(self.tokens)), np.empty(0, dtype=np.int64)],
+        return (
+            self
+            if width == self.tokens.shape[1]
+            else self.merged(
+                [self, Rows(np.zeros((0, width), dtype=self.tokens.dtype), np.empty(0, dtype=np.int64))],
+                [np.arange(len(self.tokens)), np.empty(0, dtype=np.int64)],
+            )
         )
 
     def sample(self, row: int) -> Sample:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ def split_documents(
             f"validation fraction {validation_fraction} and test fraction {test_fraction} must be at least 0 and together below 1"
         )
     everything, nothing = np.arange(num_documents, dtype=np.int64), np.empty(0, dtype=np.int64)
-    counts = []
+    counts: list[int] = []
     for fraction in fractions:
         room = num_documents - 1 - sum(counts)
         wanted = max(1, round(num_documents * fraction)) if fraction > 0.0 else 0
@@ -65,6 +66,6 @@ def split_in_order(num_documents: int, ratios: str) -> Split:
     bounds, total = [0], 0.0
     for share in shares:
         total = total + share
-        bounds.append(int(round(total * float(num_documents))))
-    parts = [np.arange(begin, max(begin, end), dtype=np.int64) for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        bounds.append(round(total * float(num_documents)))
+    parts = [np.arange(begin, max(begin, end), dtype=np.int64) for begin, end in itertools.pairwise(bounds)]
     return Split(*parts)

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatronish.data.batches import batch_of
 from megatronish.data.builder import IndexedWriter
 from megatronish.data.errors import DataError
 from megatronish.data.indexed import IndexedReader
-from megatronish.data.batches import batch_of
 from megatronish.data.loader import MicroBatchLoader, to_tensors
 from megatronish.data.packing import PackedDataset
 from megatronish.data.sampler import MicroBatchSampler

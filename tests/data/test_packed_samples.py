@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatronish.data.batches import batch_of, positions_in_documents
 from megatronish.data.builder import IndexedWriter
 from megatronish.data.errors import DataError
 from megatronish.data.indexed import IndexedReader
-from megatronish.data.batches import batch_of, positions_in_documents
 from megatronish.data.packing import GATHERED_TOKENS, PackedDataset, TokenStream, join_pieces
 from megatronish.data.permutation import keyed_permutation
-from megatronish.data.samples import Rows
 from megatronish.data.sampler import MicroBatchSampler
+from megatronish.data.samples import Rows
 
 
 def make(folder, lengths: list[int]) -> IndexedReader:
