@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,8 +32,7 @@ class Dataset:
     @property
     def fingerprint(self) -> str:
         """Hash of the tokens, index and tokenizer by content: a run that resumes on other data can tell by it."""
-        hashes = sorted(record["sha256"] for record in self.manifest.files.values())
-        return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+        return self.manifest.fingerprint
 
     @property
     def tokenizer_record(self) -> TokenizerRecord:

@@ -79,7 +79,7 @@ def test_dtype_follows_megatrons_threshold():
 
 
 def test_writer_reports_hashes_and_sizes_of_its_files(tmp_path):
-    import hashlib
+    import xxhash
 
     writer = IndexedWriter(tmp_path / "d", "<i4")
     writer.add_document([1, 70_000])
@@ -87,7 +87,7 @@ def test_writer_reports_hashes_and_sizes_of_its_files(tmp_path):
     for suffix in ("bin", "idx"):
         raw = (tmp_path / f"d.{suffix}").read_bytes()
         assert writer.sizes[suffix] == len(raw)
-        assert writer.sha256[suffix] == hashlib.sha256(raw).hexdigest()
+        assert writer.xxh3[suffix] == xxhash.xxh3_128_hexdigest(raw)
 
 
 def test_tokens_outside_the_dtype_are_refused_not_wrapped(tmp_path):
