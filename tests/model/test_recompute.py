@@ -70,11 +70,18 @@ def test_full_keeps_only_the_input_of_each_block() -> None:
 def test_selective_repeats_the_cheap_operations_only(ops: str, repeated: tuple[str, ...]) -> None:
     config = ModelConfig(**SHAPE)
     runs = {mode: _operators(config, mode, ops) for mode in ("none", "selective", "full")}
-    products, fused = "aten.mm.default", "aten._scaled_dot_product_flash_attention_for_cpu.default"
+    # By torch or by oneDNN (ops/linear.py); by torch or by our kernel (ops/attention_cpu.py): as the machine has it.
+    products, fused = "products", "fused attention"
+    for run in runs.values():
+        run[products] = run["aten.mm.default"] + run["mkldnn._linear_pointwise.default"]
+        run[fused] = run["aten._scaled_dot_product_flash_attention_for_cpu.default"]
+        run[fused] += run["megatronish.causal_attention_fwd.default"]
     # A block has 4 products forward and 8 backward, the head 1 and 2.
     assert runs["none"][products] == runs["selective"][products] == 3 * 12 + 3
-    # Repeating a block stops once all that its backward pass reads is there: before the last product.
-    assert runs["full"][products] == 3 * (12 + 3) + 3
+    # Repeating a block stops once all that its backward pass reads is there: before the last product, if that is torch's;
+    # an autograd function of our own hands over what it saves only when it has run.
+    again = 4 if runs["full"]["mkldnn._linear_pointwise.default"] else 3
+    assert runs["full"][products] == 3 * (12 + again) + 3
     assert runs["none"][fused] == runs["selective"][fused] == 3
     assert runs["full"][fused] == 6
     for cheap in repeated:

@@ -50,7 +50,7 @@ def test_table_figures_and_profile(tmp_path: Path) -> None:
     if importlib.util.find_spec("litgpt") is None:
         expected.remove("litgpt eager")
         assert "left out: litgpt is not installed: pip install litgpt" in result.stdout
-    assert f"the same in all {len(expected)}" in result.stdout
+    assert result.stdout.count(f"all {len(expected)} agree, every gradient within") == 2
     found = json.loads(figures.read_text())
     assert [(r["dtype"], r["implementation"]) for r in found["results"]] == [
         (dtype, name) for dtype in ("fp32", "bf16") for name in expected
@@ -70,13 +70,14 @@ def test_table_figures_and_profile(tmp_path: Path) -> None:
 
 
 def test_a_different_model_is_found_out() -> None:
-    """The check of the first step is what makes the comparison one: another weight must fail it."""
+    """The check of the first step is what makes the comparison one: one projection 2% larger must fail it, though it
+    leaves the loss as it is (at the start queries and keys hardly matter)."""
     code = (
         "import sys; sys.path.insert(0, 'tools'); import torch, bench_train as b\n"
         "real = b.transformers_names\n"
         "def spoiled(state, config):\n"
         "    theirs = real(state, config)\n"
-        "    theirs['model.layers.0.self_attn.q_proj.weight'] = theirs['model.layers.0.self_attn.q_proj.weight'] * 1.2\n"
+        "    theirs['model.layers.0.self_attn.q_proj.weight'] = theirs['model.layers.0.self_attn.q_proj.weight'] * 1.02\n"
         "    return theirs\n"
         "b.transformers_names = spoiled\n"
         f"b.main({SMALL} + ['--dtypes', 'fp32', '--rounds', '1', '--only', 'megatronish reference', 'transformers eager'])\n"
@@ -84,6 +85,7 @@ def test_a_different_model_is_found_out() -> None:
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
     assert "transformers eager is another model: first loss" in result.stderr
+    assert "gradient of model.layers.0.self_attn.k_proj.weight off by 0.02" in result.stderr
 
 
 def test_messages() -> None:
