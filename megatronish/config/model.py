@@ -202,7 +202,8 @@ class KernelConfig(Frozen):
 
     attention: Literal["auto", "sdpa", "flash", "reference"] = Field(
         default="auto",
-        description="auto: flash-attn where installed and usable, else torch's SDPA; a forced one that is missing fails",
+        description="auto: flash-attn on GPUs where installed and our kernel on CPUs, for what they take, else torch's SDPA; "
+        "a forced one that is missing fails",
     )
     ops: Literal["auto", "fused", "compiled", "reference", "liger", "apex"] = Field(
         default="auto",

@@ -24,6 +24,7 @@ from megatronish.ops.attention import needs_mask, uses_flash
 from megatronish.ops.attention_mask import attention_mask
 from megatronish.ops.cross_entropy import cross_entropy, resolve_cross_entropy
 from megatronish.ops.dispatch import Backends, resolve_attention, resolve_ops
+from megatronish.ops.linear import linear
 
 IGNORED_LABEL = -100
 
@@ -57,7 +58,7 @@ class Head(nn.Module):
         """hidden [b, s, hidden] -> logits [b, s, V]; with labels and a loss, that loss."""
         if loss is not None and labels is not None:
             return loss(hidden, self.weight, labels)
-        return F.linear(hidden, self.weight)
+        return linear(hidden, self.weight)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from megatronish.ops import extension, third_party
 
-# flash2 and flash3 are versions of flash-attn; "..._or_sdpa" takes SDPA for tensors that flash-attn does not take.
-AttentionBackend = Literal["sdpa", "reference", "flash2", "flash3", "flash2_or_sdpa", "flash3_or_sdpa"]
+# flash2 and flash3 are versions of flash-attn, fused is the CPU kernel of csrc/; "..._or_sdpa" takes SDPA for tensors that
+# they do not take.
+AttentionBackend = Literal["sdpa", "reference", "flash2", "flash3", "fused_or_sdpa", "flash2_or_sdpa", "flash3_or_sdpa"]
 # RMSNorm, SwiGLU and RoPE: the kernels of csrc/, torch.compile of ops/reference.py, plain torch operations, Liger's Triton
 # kernels, or NVIDIA Apex's ("apex_rms_norm": an Apex without its fused RoPE).
 OpsBackend = Literal["fused", "compiled", "reference", "liger", "apex", "apex_rms_norm"]
@@ -140,8 +141,8 @@ def installed_flash(capability: tuple[int, int]) -> tuple[Literal["flash2", "fla
 def resolve_attention(requested: str) -> AttentionBackend:
     """The attention backend for `requested` ("auto", "sdpa", "flash" or "reference") on this machine.
 
-    "auto" takes flash-attn where it works, and still SDPA for tensors that flash-attn does not take (fp32, CPU); what it
-    chose on a machine with a GPU is logged. Raises ValueError if "flash" is asked for and does not work here.
+    "auto" takes flash-attn where it works and our kernel on CPUs, and SDPA for tensors that these do not take; what it chose
+    on a machine with a GPU is logged. "sdpa" is torch's alone. Raises ValueError if "flash" is asked for and does not work here.
     """
     if requested == "sdpa":
         return "sdpa"
@@ -162,5 +163,5 @@ def resolve_attention(requested: str) -> AttentionBackend:
     if torch.cuda.is_available():
         logger.info("attention: %s", f"SDPA ({found})" if version is None else f"{found} for fp16 and bf16, else SDPA")
     if version is None:
-        return "sdpa"
+        return "fused_or_sdpa"
     return "flash2_or_sdpa" if version == "flash2" else "flash3_or_sdpa"

@@ -140,7 +140,7 @@ def test_the_public_function_takes_it_where_it_is_faster(monkeypatch: pytest.Mon
     monkeypatch.undo()
 
     mask = attention_mask(2, 64, 64, window=7, device=q.device)
-    found = attention(q, q, q, backend="sdpa", window=7, mask=mask)
+    found = attention(q, q, q, backend="fused_or_sdpa", window=7, mask=mask)
     assert torch.equal(found, _kernel(q, q, q, attention_cpu.first_keys(2, 64, 7, None)))
     torch.testing.assert_close(found, _sdpa(q, q, q, mask), rtol=0, atol=2e-6)
 
@@ -163,7 +163,7 @@ def test_compiled_without_a_break() -> None:
     cu_seqlens = torch.tensor([0, 30, 80], dtype=torch.int32)
 
     def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v, backend="sdpa", cu_seqlens=cu_seqlens)
+        return attention(q, k, v, backend="fused_or_sdpa", cu_seqlens=cu_seqlens)
 
     assert attention_cpu.takes(*qkv.split(heads, dim=2)[:2], 0.0, None)
     eager = _run(whole, qkv, heads, grad)
