@@ -217,7 +217,7 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
     """What an unfinished run was making, None if there is none (or it had not got as far)."""
     try:
         plan = json.loads((folder / "plan.json").read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return plan if isinstance(plan, dict) else None
 

@@ -27,7 +27,7 @@ def _open(path: str) -> Any:
     except ImportError:
         raise DataError(f"{path}: reading parquet needs the package pyarrow: pip install 'megatronish[data]'") from None
     try:
-        return parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        return parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: truncated or corrupt parquet file: {error}") from None
 

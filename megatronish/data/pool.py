@@ -79,7 +79,7 @@ class _Pool:
                     following = unit.index if following is None else following
                     self._units[unit.index] = unit
                     worker.held.add(unit.index)
-                    worker.pipe.send(unit)
+                    _send(worker, unit)
             while following is not None and following in self._finished:
                 result = self._finished.pop(following)
                 unit = self._units.pop(following)
@@ -123,8 +123,7 @@ class _Pool:
             try:
                 index, message = worker.pipe.recv()
             except (EOFError, ConnectionResetError):
-                worker.process.join(5)
-                raise WorkerDied(_how_it_died(worker.process.exitcode)) from None
+                raise _death(worker) from None
             if isinstance(message, Tally):
                 self._tell(index, message)
                 continue
@@ -139,12 +138,21 @@ class _Pool:
             worker.process.join()
 
 
-def _how_it_died(code: int | None) -> str:
+def _send(worker: _Worker, unit: Unit) -> None:
+    try:
+        worker.pipe.send(unit)
+    except (BrokenPipeError, ConnectionResetError):
+        raise _death(worker) from None
+
+
+def _death(worker: _Worker) -> WorkerDied:
+    worker.process.join(5)
+    code = worker.process.exitcode
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         memory = " (out of memory? try fewer --workers)" if -code == signal.SIGKILL else ""
-        return f"a worker was ended by {name}{memory}"
-    return f"a worker ended with status {code}"
+        return WorkerDied(f"a worker was ended by {name}{memory}")
+    return WorkerDied(f"a worker ended with status {code}")
 
 
 def _serve(job: Job, pipe: Connection, parents_end: Connection, parent: int) -> None:

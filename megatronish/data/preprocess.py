@@ -99,8 +99,15 @@ def output_prefixes(options: PreprocessOptions) -> dict[str, str]:
 def find_sources(options: PreprocessOptions, say: Callable[[str], None]) -> list[Source]:
     """The inputs, in order. Raises DataError for what cannot be read; empty files are told and left out."""
     if not options.inputs:
+        told: set[str] = set()
+
+        def say_once(line: str) -> None:
+            if line not in told:  # the corpus is read twice: for the tokenizer, and to be encoded
+                told.add(line)
+                say(line)
+
         description = default_corpus_description()
-        return [Source(" ".join(description.values()), "rows", rows=lambda: _default_rows(say))]
+        return [Source(" ".join(description.values()), "rows", rows=lambda: _default_rows(say_once))]
     sources: list[Source] = []
     for is_hub, patterns in itertools.groupby(options.inputs, lambda pattern: pattern.startswith(HUB_PREFIX)):
         given = list(patterns)
