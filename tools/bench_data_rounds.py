@@ -44,22 +44,31 @@ def encode_hf(arguments: dict[str, Any]) -> Round:
     """`encode_batch_fast` of Hugging Face tokenizers alone, on texts that lie in memory."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(f"{arguments['tokenizer']}/tokenizer.json")
-    return _encoder(arguments["corpus"], lambda texts: tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+    def fresh() -> Callable[[list[str]], object]:
+        tokenizer = Tokenizer.from_file(f"{arguments['tokenizer']}/tokenizer.json")
+        return lambda texts: tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+
+    return _encoder(arguments["corpus"], fresh)
 
 
 def encode_gigatoken(arguments: dict[str, Any]) -> Round:
     """gigatoken's `encode_batch` alone, on texts that lie in memory."""
     gigatoken = importlib.import_module("gigatoken")
-    tokenizer = gigatoken.Tokenizer(f"{arguments['tokenizer']}/tokenizer.json")
-    return _encoder(arguments["corpus"], lambda texts: tokenizer.encode_batch(texts, parallel=True))
+
+    def fresh() -> Callable[[list[str]], object]:
+        tokenizer = gigatoken.Tokenizer(f"{arguments['tokenizer']}/tokenizer.json")
+        return lambda texts: tokenizer.encode_batch(texts, parallel=True)
+
+    return _encoder(arguments["corpus"], fresh)
 
 
-def _encoder(corpus: str, encode: Callable[[list[str]], object]) -> Round:
+def _encoder(corpus: str, fresh: Callable[[], Callable[[list[str]], object]]) -> Round:
+    """A round takes a tokenizer that is `fresh`: tokenizers remember words, and no run meets its corpus twice."""
     batches, size = batches_of(corpus)
-    encode(batches[0])
+    fresh()(batches[0])  # starts the threads
 
     def go() -> dict[str, Any]:
+        encode = fresh()
         start = time.perf_counter()
         for batch in batches:
             encode(batch)

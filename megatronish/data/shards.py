@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import orjson
+
 from megatronish.data.errors import DataError
 from megatronish.data.remote import RemoteFile, Retry
 
@@ -217,6 +219,10 @@ class ShardReader:
 
 
 def _record(line: bytes) -> Any:
+    try:
+        return orjson.loads(line)
+    except ValueError:  # Python's own parser accepts more (NaN, lone surrogates) and names faults by column
+        pass
     try:
         return json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError

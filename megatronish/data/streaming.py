@@ -17,6 +17,7 @@ checked. The parts must be the same.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from megatronish.data.backends import Encoder, choose_encoder
 from megatronish.data.dataset import tokenizer_file_at
 from megatronish.data.errors import DataError
 from megatronish.data.manifest import TokenizerRecord
@@ -37,6 +39,7 @@ from megatronish.data.tokenizer import Tokenizer, load_tokenizer
 
 BUFFER_BYTES = 64_000_000
 ENCODE_DOCUMENTS = 32  # enough to amortise a call, few enough to keep a seek short
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -243,11 +246,14 @@ class PackedReader:
     def _tokenised(self, start: _Start, skip: int) -> Iterator[_Tokens]:
         """Documents from the `skip`-th of the window at `start` on, without end."""
         tokenizer: Tokenizer = load_tokenizer(self._stream.options.tokenizer, eod_id=self._stream.eod_id)
-        eod = np.array([self._stream.eod_id], dtype=np.int32)
+        eod = np.array([self._stream.eod_id], dtype=np.uint32)
+        encoder: Encoder | None = None
         while True:
             window = self._read_window(start)
+            if encoder is None:  # a faster library, where it gives these texts the same ids
+                encoder = choose_encoder("auto", tokenizer, window.texts[:ENCODE_DOCUMENTS], log.warning)
             for first in range(skip, len(window.texts), ENCODE_DOCUMENTS):
-                encoded = tokenizer.encode_batch(window.texts[first : first + ENCODE_DOCUMENTS])
+                encoded = encoder.encode(window.texts[first : first + ENCODE_DOCUMENTS])
                 for index, ids in enumerate(encoded, start=first):
                     yield _Tokens(np.concatenate((ids, eod)), window, index)
             start, skip = window.following, 0
