@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,9 +27,10 @@ from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-OPERATORS = ("rms_norm", "swiglu", "rope")  # csrc/cpu/X.cpp and csrc/cuda/X.cu
+OPERATORS = ("rms_norm", "swiglu", "rope", "qk_norm_rope", "cross_entropy")  # csrc/cpu/X.cpp and csrc/cuda/X.cu
 CUDA_ARCHS = "75;80;86;89;90"
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG"]
+# No contraction of a * b + c beyond what the source says: one kernel compiled twice must give the same bits.
+CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-DNDEBUG"]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
@@ -154,27 +156,34 @@ class BuildOperators(build_ext):
         """No Python version in the name: there is no Python in the library."""
         return str(Path(*fullname.split("."))) + ".so"
 
+    def run(self) -> None:
+        """Build both libraries, and say in one line what came of it (tools/install.py looks for that line)."""
+        self.outcomes: list[str] = []
+        start = time.monotonic()
+        super().run()
+        print(f"megatronish: {'; '.join(self.outcomes)} ({time.monotonic() - start:.0f} s)", flush=True)
+
     def build_extension(self, ext: Extension) -> None:
-        """One of the two libraries; the line that tells of it is printed in any case."""
+        """One of the two libraries."""
         cuda = ext.name.endswith("_cuda")
         name = "CUDA kernels" if cuda else "CPU kernels"
         try:
             build = self.build_cuda if cuda else self.build_cpu
-            built = build(Path(self.get_ext_fullpath(ext.name)))
-            print(f"megatronish: {name}: built for {built}", flush=True)
+            self.outcomes.append(f"{name} for {build(Path(self.get_ext_fullpath(ext.name)))}")
         except NotBuilt as reason:
             if cuda and os.environ.get("MEGATRONISH_CUDA") == "on":
                 raise SystemExit(f"megatronish: {name}: MEGATRONISH_CUDA=on, but {reason}") from reason
-            without = (
-                "" if cuda else "; WARNING: the operators will run as plain torch operations, several times slower"
-            )
-            print(f"megatronish: {name}: not built: {reason}{without}", file=sys.stderr, flush=True)
+            first, *details = str(reason).splitlines()
+            print(*details, sep="\n", end="\n" if details else "", file=sys.stderr, flush=True)
+            without = "" if cuda else " -- WARNING: RMSNorm, SwiGLU and RoPE run as plain torch, several times slower"
+            self.outcomes.append(f"no {name}: {first}{without}")
 
     def build_cpu(self, target: Path) -> str:
         """Build `_C.so`; the levels in words."""
         torch, cxx, objects = torch_folder(), find_cxx(), Path(self.build_temp) / "cpu"
         x86 = platform.machine() in ("x86_64", "AMD64")
         levels = {level: flags for level, flags in LEVELS.items() if not flags or (x86 and accepts(cxx, flags))}
+        has = [f"-DMEGATRONISH_HAS_{level}" for level in levels]
         steps = []
 
         def compile_one(source: Path, stem: str, *flags: str) -> None:
@@ -182,9 +191,12 @@ class BuildOperators(build_ext):
             steps.append(Step([*cxx, *CXX_FLAGS, *flags, "-c", str(source), "-o", str(output)], output, sources()))
 
         compile_one(CSRC / "bindings.cpp", "bindings", STABLE_ABI, f"-I{torch / 'include'}")
-        compile_one(CSRC / "cpu/levels.cpp", "levels", *[f"-DMEGATRONISH_HAS_{level}" for level in levels])
+        compile_one(
+            CSRC / "cpu/attention_bindings.cpp", "attention_bindings", STABLE_ABI, f"-I{torch / 'include'}", *has
+        )
+        compile_one(CSRC / "cpu/levels.cpp", "levels", *has)
         for level, flags in levels.items():
-            for operator in OPERATORS:
+            for operator in (*OPERATORS, "attention"):
                 named = f"-DMEGATRONISH_LEVEL={level}"
                 compile_one(CSRC / f"cpu/{operator}.cpp", f"{operator}.{level}", named, *flags)
         run_steps(steps)

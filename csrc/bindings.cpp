@@ -1,228 +1,16 @@
-// The operators of torch.ops.megatronish: schemas, checks, allocation, and the way to the CPU and CUDA kernels. The only
-// file that talks to torch's dispatcher, and only through torch's stable ABI, so that one binary serves torch 2.10 and
-// later. Compiled twice: plainly for the schemas and the CPU, with -DMEGATRONISH_CUDA for CUDA.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+// The operators of torch.ops.megatronish: schemas, checks, allocation, and the way to the CPU and CUDA kernels. With its two
+// headers the only file that talks to torch's dispatcher, and only through torch's stable ABI, so that one binary serves torch
+// 2.10 and later. Compiled twice: plainly for the schemas and the CPU, with -DMEGATRONISH_CUDA for CUDA.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <initializer_list>
-#include <optional>
-#include <stdexcept>
-#include <string>
 #include <tuple>
-#include <vector>
+#include <utility>
 
-#ifdef MEGATRONISH_CUDA
-#include "cuda/launch.h"
-// Weak: the library can be linked against a torch without CUDA, which lacks it.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
-#else
-#include "cpu/levels.h"
-#endif
+#include "run.h"
 
 namespace megatronish {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-// ---- Messages: operator, argument, expected, got.
-
-[[noreturn]] void refuse(const char* op, const char* argument, const std::string& expected, const std::string& got) {
-  throw std::runtime_error(std::string(op) + ": " + argument + ": expected " + expected + ", got " + got);
-}
-
-template <class Sizes>
-std::string shape_text(const Sizes& sizes) {
-  std::string text = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
-  return text + "]";
-}
-
-std::string dtype_text(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    default: return "another dtype (torch's number " + std::to_string(static_cast<int>(type)) + ")";
-  }
-}
-
-// ---- Checks.
-
-DType dtype_of(const char* op, const char* argument, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::Double: return DType::f64;
-    default: refuse(op, argument, "float32, bfloat16, float16 or float64", dtype_text(t.scalar_type()));
-  }
-}
-
-void check_dtype(const char* op, const char* argument, const Tensor& t, ScalarType expected) {
-  if (t.scalar_type() != expected) refuse(op, argument, dtype_text(expected), dtype_text(t.scalar_type()));
-}
-
-void check_shape(const char* op, const char* argument, const Tensor& t, const std::vector<int64_t>& expected) {
-  const auto sizes = t.sizes();
-  if (!std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end())) {
-    refuse(op, argument, "shape " + shape_text(expected), shape_text(sizes));
-  }
-}
-
-void check_device(const char* op, const char* argument, const Tensor& t, const Tensor& like) {
-#ifdef MEGATRONISH_CUDA
-  const bool same = t.is_cuda() && t.get_device_index() == like.get_device_index();
-#else
-  const bool same = t.is_cpu() && like.is_cpu();
-#endif
-  if (!same) refuse(op, argument, "all tensors on one device", "one on another");
-}
-
-// `t` has the shape, dtype and device of `like`.
-void check_same(const char* op, const char* argument, const Tensor& t, const Tensor& like) {
-  check_device(op, argument, t, like);
-  check_dtype(op, argument, t, like.scalar_type());
-  const auto sizes = like.sizes();
-  check_shape(op, argument, t, {sizes.begin(), sizes.end()});
-}
-
-void check_has_dims(const char* op, const char* argument, const Tensor& t) {
-  if (t.dim() == 0) refuse(op, argument, "at least one dim", "a scalar");
-}
-
-// A norm's weight: one element a channel of x, in x's dtype or float32.
-void check_weight(const char* op, const Tensor& w, const Tensor& x) {
-  check_device(op, "w", w, x);
-  check_shape(op, "w", w, {x.size(x.dim() - 1)});
-  if (w.scalar_type() != x.scalar_type() && w.scalar_type() != ScalarType::Float) {
-    refuse(op, "w", "float32 or the dtype of x, " + dtype_text(x.scalar_type()), dtype_text(w.scalar_type()));
-  }
-}
-
-// ---- Tensors.
-
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-MaybeTensor dense(const MaybeTensor& t) { return t ? MaybeTensor(dense(*t)) : t; }
-
-const void* data(const MaybeTensor& t) { return t ? t->data_ptr() : nullptr; }
-
-int32_t dtype_code(ScalarType type) {
-  switch (type) {
-    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
-    case ScalarType::Half: return aoti_torch_dtype_float16();
-    case ScalarType::Double: return aoti_torch_dtype_float64();
-    default: return aoti_torch_dtype_float32();
-  }
-}
-
-// Uninitialised and contiguous, on the device of `like`. The C function, for the C++ one goes through the dispatcher.
-Tensor make(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
-#ifdef MEGATRONISH_CUDA
-  const int32_t device_type = aoti_torch_device_type_cuda(), index = like.get_device_index();
-#else
-  (void)like;
-  const int32_t device_type = aoti_torch_device_type_cpu(), index = 0;
-#endif
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), dtype_code(type), device_type, index, &handle));
-  return Tensor(handle);
-}
-
-std::vector<int64_t> shape(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return {sizes.begin(), sizes.end()};
-}
-
-std::vector<int64_t> shape_with_last(const Tensor& t, int64_t last) {
-  auto sizes = shape(t);
-  sizes.back() = last;
-  return sizes;
-}
-
-ScalarType wide_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
-
-// Rows of the last dim; 0 where that is 0.
-int64_t row_count(const Tensor& t) {
-  const int64_t width = t.size(t.dim() - 1);
-  return width == 0 ? 0 : t.numel() / width;
-}
-
-// ---- Running a kernel.
-
-#ifdef MEGATRONISH_CUDA
-
-struct DeviceGuard {
-  explicit DeviceGuard(const Tensor& t) : guard(t.get_device_index()) {}
-  torch::stable::accelerator::DeviceGuard guard;
-};
-
-template <class Args>
-void launch(const char* op, const Tensor& on, int (*kernel)(const Args&, void* stream), const Args& args) {
-  if (aoti_torch_get_current_cuda_stream == nullptr) throw std::runtime_error("this build of torch has no CUDA");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
-  const int error = kernel(args, stream);
-  if (error != 0) throw std::runtime_error(std::string(op) + ": CUDA: " + cuda::error_text(error));
-}
-
-void run(const RmsNormFwd& a, const Tensor& on) { launch("rms_norm_fwd", on, cuda::rms_norm_fwd, a); }
-void run(const RmsNormBwd& a, const Tensor& on) { launch("rms_norm_bwd", on, cuda::rms_norm_bwd, a); }
-void run(const SwigluFwd& a, const Tensor& on) { launch("swiglu_fwd", on, cuda::swiglu_fwd, a); }
-void run(const SwigluBwd& a, const Tensor& on) { launch("swiglu_bwd", on, cuda::swiglu_bwd, a); }
-void run(const Rope& a, const Tensor& on) { launch("rope", on, cuda::rope, a); }
-
-int64_t partition_count(int64_t rows, int64_t width) { return cuda::rms_norm_partitions(rows, width); }
-
-#else
-
-struct DeviceGuard {
-  explicit DeviceGuard(const Tensor&) {}
-};
-
-constexpr int64_t kGrain = 32768;  // elements below which another thread costs more than it brings
-
-template <class Args>
-void in_parallel(int64_t count, int64_t width, void (*kernel)(const Args&, int64_t, int64_t), const Args& args) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1));
-  if (count <= grain) {
-    if (count > 0) kernel(args, 0, count);
-    return;
-  }
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-}
-
-void run(const RmsNormFwd& a, const Tensor&) { in_parallel(a.rows, a.width, cpu_kernels(a.dtype).rms_norm_fwd, a); }
-
-void run(const RmsNormBwd& a, const Tensor&) {
-  const CpuKernels& kernels = cpu_kernels(a.dtype);
-  const int64_t rows_each = (a.rows + a.partitions - 1) / std::max<int64_t>(a.partitions, 1);
-  in_parallel(a.partitions, a.width * rows_each, kernels.rms_norm_bwd, a);
-  if (a.dw != nullptr) in_parallel(a.width, a.partitions, kernels.rms_norm_bwd_dw, a);
-}
-
-void run(const SwigluFwd& a, const Tensor&) { in_parallel(a.rows, a.width, cpu_kernels(a.dtype).swiglu_fwd, a); }
-void run(const SwigluBwd& a, const Tensor&) { in_parallel(a.rows, a.width, cpu_kernels(a.dtype).swiglu_bwd, a); }
-void run(const Rope& a, const Tensor&) {
-  in_parallel(a.batch * a.seq, a.groups * a.heads * a.head_dim, cpu_kernels(a.dtype).rope, a);
-}
-
-// By the number of rows alone, so that the order of the sums does not depend on the number of threads.
-int64_t partition_count(int64_t rows, int64_t) { return std::min<int64_t>(64, (rows + 15) / 16); }
-
-#endif
 
 // ---- RMSNorm.
 
@@ -368,8 +156,9 @@ struct Angles {
   MaybeTensor positions;
 };
 
+template <class Args>
 Angles angles(const char* op, const Tensor& x, const Tensor& cos, const Tensor& sin, const MaybeTensor& positions,
-              int64_t offset, Rope& a) {
+              int64_t offset, Args& a) {
   if (x.dim() != 4) refuse(op, "x", "shape [batch, seq, heads, head_dim]", shape_text(x.sizes()));
   a.dtype = dtype_of(op, "x", x);
   if (cos.dim() != 2 || 2 * cos.size(1) > x.size(3)) {
@@ -457,6 +246,198 @@ void rope_qkv_(Tensor qkv, Tensor cos, Tensor sin, MaybeTensor positions, int64_
   run(a, qkv);
 }
 
+// ---- QK-norm and RoPE.
+
+// What forward and backward share: weights, angles, and how the heads of qkv lie. Returns what owns the memory.
+struct QkKept {
+  Angles rotation;
+  Tensor qkv, q_weight, k_weight;
+};
+
+QkKept qk_heads(const char* op, const Tensor& qkv, const Tensor& q_weight, const Tensor& k_weight, const Tensor& cos,
+                const Tensor& sin, const MaybeTensor& positions, int64_t offset, const std::vector<int64_t>& heads,
+                QkHeads& a) {
+  const Angles rotation = angles(op, qkv, cos, sin, positions, offset, a);
+  if (heads.size() != 4 || *std::min_element(heads.begin(), heads.end()) < 0) {
+    refuse(op, "heads", "groups, and q, k and v heads of each", shape_text(heads));
+  }
+  a.groups = heads[0];
+  a.q_heads = heads[1];
+  a.k_heads = heads[2];
+  a.v_heads = heads[3];
+  const int64_t all = a.groups * (a.q_heads + a.k_heads + a.v_heads);
+  if (all != qkv.size(2)) {
+    refuse(op, "qkv", "groups * (q + k + v heads) = " + std::to_string(all) + " heads", std::to_string(qkv.size(2)));
+  }
+  if (a.head_dim > kMaxNormedHeadDim) {
+    refuse(op, "qkv", "head_dim of at most " + std::to_string(kMaxNormedHeadDim), std::to_string(a.head_dim));
+  }
+  for (const auto& [name, w] : {std::pair<const char*, const Tensor&>("q_weight", q_weight), {"k_weight", k_weight}}) {
+    check_device(op, name, w, qkv);
+    check_shape(op, name, w, {a.head_dim});
+    if (w.scalar_type() != qkv.scalar_type() && w.scalar_type() != ScalarType::Float) {
+      refuse(op, name, "float32 or the dtype of qkv, " + dtype_text(qkv.scalar_type()), dtype_text(w.scalar_type()));
+    }
+  }
+  check_dtype(op, "k_weight", k_weight, q_weight.scalar_type());
+  const bool heads_dense = qkv.numel() == 0 || (qkv.stride(3) == 1 && qkv.stride(2) == a.head_dim);
+  QkKept kept{rotation, heads_dense ? qkv : dense(qkv), dense(q_weight), dense(k_weight)};
+  a.qkv = kept.qkv.data_ptr();
+  a.q_weight = kept.q_weight.data_ptr();
+  a.k_weight = kept.k_weight.data_ptr();
+  a.qkv_batch = kept.qkv.stride(0);
+  a.qkv_seq = kept.qkv.stride(1);
+  a.w_dtype = dtype_of(op, "q_weight", q_weight);
+  return kept;
+}
+
+std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_fwd(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,
+                                                    MaybeTensor positions, int64_t offset, std::vector<int64_t> heads,
+                                                    double eps, double w_offset, bool interleaved) {
+  QkNormRopeFwd a{};
+  const DeviceGuard guard(qkv);
+  const QkKept kept = qk_heads("qk_norm_rope_fwd", qkv, q_weight, k_weight, cos, sin, positions, offset, heads, a);
+  const Tensor q = make({a.batch, a.seq, a.groups * a.q_heads, a.head_dim}, qkv.scalar_type(), qkv);
+  const Tensor k = make({a.batch, a.seq, a.groups * a.k_heads, a.head_dim}, qkv.scalar_type(), qkv);
+  const Tensor rstd = make({a.batch, a.seq, a.groups * (a.q_heads + a.k_heads)}, wide_type(a.dtype), qkv);
+  a.q = q.data_ptr();
+  a.k = k.data_ptr();
+  a.rstd = rstd.data_ptr();
+  a.eps = eps;
+  a.w_offset = w_offset;
+  a.interleaved = interleaved;
+  run(a, qkv);
+  return {q, k, rstd};
+}
+
+// A gradient of [batch, seq, heads, head_dim] whose heads may lie anywhere.
+Tensor head_grads(const char* op, const char* argument, const Tensor& grad, const Tensor& qkv, int64_t heads) {
+  check_device(op, argument, grad, qkv);
+  check_dtype(op, argument, grad, qkv.scalar_type());
+  check_shape(op, argument, grad, {qkv.size(0), qkv.size(1), heads, qkv.size(3)});
+  return grad.numel() == 0 || grad.stride(3) == 1 ? grad : dense(grad);
+}
+
+std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor dq_in, Tensor dk_in, Tensor dv_in, Tensor qkv, Tensor q_weight,
+                                                    Tensor k_weight, Tensor cos, Tensor sin, MaybeTensor positions,
+                                                    Tensor rstd_in, int64_t offset, std::vector<int64_t> heads,
+                                                    double w_offset, bool interleaved, bool need_dw) {
+  const char* op = "qk_norm_rope_bwd";
+  QkNormRopeBwd a{};
+  const DeviceGuard guard(qkv);
+  const QkKept kept = qk_heads(op, qkv, q_weight, k_weight, cos, sin, positions, offset, heads, a);
+  const Tensor dq = head_grads(op, "dq", dq_in, qkv, a.groups * a.q_heads);
+  const Tensor dk = head_grads(op, "dk", dk_in, qkv, a.groups * a.k_heads);
+  const Tensor dv = head_grads(op, "dv", dv_in, qkv, a.groups * a.v_heads);
+  check_device(op, "rstd", rstd_in, qkv);
+  check_dtype(op, "rstd", rstd_in, wide_type(a.dtype));
+  check_shape(op, "rstd", rstd_in, {a.batch, a.seq, a.groups * (a.q_heads + a.k_heads)});
+  const Tensor rstd = dense(rstd_in), dqkv = make(shape(qkv), qkv.scalar_type(), qkv);
+  a.partitions = partition_count(a.batch * a.seq, a.groups * (a.q_heads + a.k_heads) * a.head_dim);
+  const Tensor partial = make({2, need_dw ? a.partitions : 0, a.head_dim}, wide_type(a.dtype), qkv);
+  const Tensor dq_weight = make({need_dw ? a.head_dim : 0}, q_weight.scalar_type(), qkv);
+  const Tensor dk_weight = make({need_dw ? a.head_dim : 0}, q_weight.scalar_type(), qkv);
+  a.dq = dq.data_ptr();
+  a.dk = dk.data_ptr();
+  a.dv = dv.data_ptr();
+  a.dqkv = dqkv.data_ptr();
+  a.rstd = rstd.data_ptr();
+  a.partial = need_dw ? partial.data_ptr() : nullptr;
+  a.dq_batch = dq.stride(0), a.dq_seq = dq.stride(1), a.dq_head = dq.stride(2);
+  a.dk_batch = dk.stride(0), a.dk_seq = dk.stride(1), a.dk_head = dk.stride(2);
+  a.dv_batch = dv.stride(0), a.dv_seq = dv.stride(1), a.dv_head = dv.stride(2);
+  a.w_offset = w_offset;
+  a.interleaved = interleaved;
+  run(a, qkv);
+  const int64_t kind_bytes = a.partitions * a.head_dim * (a.dtype == DType::f64 ? 8 : 4);
+  for (int kind = 0; need_dw && kind < 2; ++kind) {
+    RmsNormBwd sums{};
+    sums.partial = static_cast<char*>(a.partial) + kind * kind_bytes;
+    sums.dw = (kind == 0 ? dq_weight : dk_weight).data_ptr();
+    sums.width = a.head_dim;
+    sums.partitions = a.partitions;
+    sums.dtype = a.dtype;
+    sums.w_dtype = a.w_dtype;
+    sum_partitions(sums, qkv);
+  }
+  return {dqkv, dq_weight, dk_weight};
+}
+
+// ---- Cross-entropy.
+
+DType logits_dtype(const char* op, const Tensor& logits, const Tensor& target) {
+  if (logits.dim() != 2) refuse(op, "logits", "shape [rows, vocabulary]", shape_text(logits.sizes()));
+  check_device(op, "target", target, logits);
+  check_dtype(op, "target", target, ScalarType::Long);
+  check_shape(op, "target", target, {logits.size(0)});
+  return dtype_of(op, "logits", logits);
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor logits_in, Tensor target_in, int64_t vocab_start,
+                                                     int64_t vocab_size, int64_t ignore_index) {
+  const char* op = "cross_entropy_fwd";
+  CrossEntropyFwd a{};
+  a.dtype = logits_dtype(op, logits_in, target_in);
+  a.rows = logits_in.size(0);
+  a.width = logits_in.size(1);
+  if (vocab_start < 0 || vocab_start + a.width > vocab_size) {
+    refuse(op, "vocab_start", "a shard of " + std::to_string(a.width) + " columns within the vocabulary of " +
+                                  std::to_string(vocab_size), std::to_string(vocab_start));
+  }
+  const DeviceGuard guard(logits_in);
+  const Tensor logits = a.width <= 1 || logits_in.stride(1) == 1 ? logits_in : dense(logits_in);
+  const Tensor target = dense(target_in);
+  const auto make_row = [&] { return make({a.rows}, wide_type(a.dtype), logits); };
+  const Tensor max = make_row(), sum = make_row(), target_logit = make_row();
+  a.logits = logits.data_ptr();
+  a.target = static_cast<const int64_t*>(target.data_ptr());
+  a.max = max.data_ptr();
+  a.sum = sum.data_ptr();
+  a.target_logit = target_logit.data_ptr();
+  a.row_stride = logits.stride(0);
+  a.vocab_start = vocab_start;
+  a.vocab_size = vocab_size;
+  a.ignore_index = ignore_index;
+#ifndef MEGATRONISH_CUDA  // on CUDA a look would stall the stream: the kernel makes such a row NaN
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const int64_t token = a.target[row];
+    if (token != ignore_index && (token < 0 || token >= vocab_size)) {
+      refuse(op, "target", "tokens from 0 to " + std::to_string(vocab_size - 1) + ", or " + std::to_string(ignore_index),
+             std::to_string(token) + " in row " + std::to_string(row));
+    }
+  }
+#endif
+  run(a, logits);
+  return {max, sum, target_logit};
+}
+
+void cross_entropy_bwd_(Tensor logits, Tensor target_in, Tensor grad, Tensor max_in, Tensor sum_in, int64_t vocab_start,
+                        int64_t ignore_index) {
+  const char* op = "cross_entropy_bwd_";
+  CrossEntropyBwd a{};
+  a.dtype = logits_dtype(op, logits, target_in);
+  a.rows = logits.size(0);
+  a.width = logits.size(1);
+  if (a.width > 1 && logits.stride(1) != 1) refuse(op, "logits", "strides [..., 1]", shape_text(logits.strides()));
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>("grad", grad), {"max", max_in}, {"sum", sum_in}}) {
+    check_device(op, name, t, logits);
+    check_dtype(op, name, t, wide_type(a.dtype));
+    check_shape(op, name, t, {a.rows});
+  }
+  const DeviceGuard guard(logits);
+  const Tensor target = dense(target_in), max = dense(max_in), sum = dense(sum_in);
+  a.logits = logits.data_ptr();
+  a.target = static_cast<const int64_t*>(target.data_ptr());
+  a.grad = grad.data_ptr();
+  a.max = max.data_ptr();
+  a.sum = sum.data_ptr();
+  a.row_stride = logits.stride(0);
+  a.grad_stride = grad.stride(0);
+  a.vocab_start = vocab_start;
+  a.ignore_index = ignore_index;
+  run(a, logits);
+}
+
 }  // namespace
 }  // namespace megatronish
 
@@ -476,6 +457,19 @@ STABLE_TORCH_LIBRARY(megatronish, m) {
   m.def(
       "rope_qkv_(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor? positions, int groups, int q_per_group, "
       "int k_per_group, int v_per_group, bool interleaved, bool inverse) -> ()");
+  m.def(
+      "qk_norm_rope_fwd(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor? positions, int offset, "
+      "int[] heads, float eps, float w_offset, bool interleaved) -> (Tensor q, Tensor k, Tensor rstd)");
+  m.def(
+      "qk_norm_rope_bwd(Tensor dq, Tensor dk, Tensor dv, Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, "
+      "Tensor sin, Tensor? positions, Tensor rstd, int offset, int[] heads, float w_offset, bool interleaved, bool need_dw) "
+      "-> (Tensor dqkv, Tensor dq_weight, Tensor dk_weight)");
+  m.def(
+      "cross_entropy_fwd(Tensor logits, Tensor target, int vocab_start, int vocab_size, int ignore_index) -> "
+      "(Tensor max, Tensor sum, Tensor target_logit)");
+  m.def(
+      "cross_entropy_bwd_(Tensor(a!) logits, Tensor target, Tensor grad, Tensor max, Tensor sum, int vocab_start, "
+      "int ignore_index) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(megatronish, CPU, m) {
 #else
@@ -488,4 +482,8 @@ STABLE_TORCH_LIBRARY_IMPL(megatronish, CUDA, m) {
   m.impl("swiglu_bwd", TORCH_BOX(&megatronish::swiglu_bwd));
   m.impl("rope", TORCH_BOX(&megatronish::rope));
   m.impl("rope_qkv_", TORCH_BOX(&megatronish::rope_qkv_));
+  m.impl("qk_norm_rope_fwd", TORCH_BOX(&megatronish::qk_norm_rope_fwd));
+  m.impl("qk_norm_rope_bwd", TORCH_BOX(&megatronish::qk_norm_rope_bwd));
+  m.impl("cross_entropy_fwd", TORCH_BOX(&megatronish::cross_entropy_fwd));
+  m.impl("cross_entropy_bwd_", TORCH_BOX(&megatronish::cross_entropy_bwd_));
 }

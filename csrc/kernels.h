@@ -70,4 +70,64 @@ struct Rope {
   DType dtype;
 };
 
+// The q and k heads of a packed projection, each normalised by RMSNorm with the weight of its kind and then rotated like a
+// head of Rope. A token's heads lie in groups of q_heads, k_heads and v_heads behind each other.
+struct QkHeads {
+  const void* qkv;           // [batch, seq, groups * (q_heads + k_heads + v_heads), head_dim] dtype; strides of batch, seq
+  const void* q_weight;      // [head_dim] w_dtype
+  const void* k_weight;      // the same
+  const void* cos;           // [table_rows, half] wide
+  const void* sin;           // the same
+  const int32_t* positions;  // [batch, seq], or null: token i of a row sits at offset + i
+  void* rstd;                // [batch, seq, groups * (q_heads + k_heads)] wide; written forward, read backward
+  int64_t batch, seq, groups, q_heads, k_heads, v_heads, head_dim, half, table_rows, offset;
+  int64_t qkv_batch, qkv_seq;  // strides
+  double eps, w_offset;
+  bool interleaved;
+  DType dtype, w_dtype;
+};
+
+constexpr int64_t kMaxNormedHeadDim = 1024;  // what a head may have at most: the CPU kernels keep one on the stack
+
+struct QkNormRopeFwd : QkHeads {
+  void* q;  // [batch, seq, groups * q_heads, head_dim] dtype
+  void* k;  // [batch, seq, groups * k_heads, head_dim] dtype
+};
+
+// The weight gradients are summed as in RmsNormBwd: a partition of the tokens into one row of `partial`, then those rows.
+struct QkNormRopeBwd : QkHeads {
+  const void* dq;         // as q, but for the strides
+  const void* dk;         // as k
+  const void* dv;         // [batch, seq, groups * v_heads, head_dim]
+  void* dqkv;             // as qkv, contiguous; dv is copied into it
+  void* partial;          // [2, partitions, head_dim] wide, unset; null without weight gradients
+  int64_t dq_batch, dq_seq, dq_head, dk_batch, dk_seq, dk_head, dv_batch, dv_seq, dv_head;  // strides
+  int64_t partitions;
+};
+
+// Cross-entropy of a vocabulary shard: this rank's columns are the tokens vocab_start to vocab_start + width - 1.
+// A row: its largest logit, the sum of exp(logit - that), and the logit of its target (0 when that is in another shard, or
+// is ignore_index; NaN when it is outside vocab_size).
+struct CrossEntropyFwd {
+  const void* logits;     // [rows, width] dtype, row_stride apart
+  const int64_t* target;  // [rows]
+  void* max;              // [rows] wide
+  void* sum;              // the same
+  void* target_logit;     // the same
+  int64_t rows, width, row_stride, vocab_start, vocab_size, ignore_index;
+  DType dtype;
+};
+
+// logits become (exp(logit - max) / sum - [is target]) * grad; rows of an ignored target become 0. max and sum are those of
+// all shards together.
+struct CrossEntropyBwd {
+  void* logits;
+  const int64_t* target;
+  const void* grad;  // [rows] wide, grad_stride apart: 0 where all rows have one gradient
+  const void* max;   // [rows] wide
+  const void* sum;   // the same
+  int64_t rows, width, row_stride, grad_stride, vocab_start, ignore_index;
+  DType dtype;
+};
+
 }  // namespace megatronish

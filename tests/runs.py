@@ -14,9 +14,10 @@ from megatronish.config.base import merge
 from megatronish.config.run import RunConfig
 from megatronish.data.dataset import open_dataset
 from megatronish.data.loader import MicroBatchLoader
-from megatronish.data.packing import PackedDataset, split_documents
+from megatronish.data.packing import PackedDataset
 from megatronish.data.preprocess import PreprocessOptions, preprocess
 from megatronish.data.sampler import MicroBatchSampler
+from megatronish.data.splits import split_documents
 from megatronish.model.transformer import Transformer
 from megatronish.parallel.mesh import build_mesh
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
@@ -83,7 +84,7 @@ def rank_loader(config: RunConfig, rank: int, data_size: int, consumed: int = 0)
     """The micro batches of one rank, as the training loop reads them."""
     ours, plan = config.megatronish, config.batch_plan(data_size)
     reader = open_dataset(ours.data.path).reader
-    ids, _ = split_documents(reader.num_documents, ours.data.validation_fraction)
+    ids = split_documents(reader.num_documents, ours.data.validation_fraction).train
     packed = PackedDataset(reader, ids, ours.model.seq_length, ours.train.seed)
     sampler = MicroBatchSampler(consumed, plan.samples, plan.micro, rank, data_size)
     return MicroBatchLoader(packed, sampler, document_mask=ours.data.document_mask, prefetch=0)

@@ -21,6 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 INIT_MODULES = sorted(
     ".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "megatronish").rglob("__init__.py")
 )
+LIGHT_MODULES = [name for name in INIT_MODULES if name.split(".")[:2] != ["megatronish", "ops"]]
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +72,25 @@ def test_torch_minimum_of_the_installer_is_that_of_the_package(installer: Module
     assert "torch>={}.{}".format(*installer.TORCH_MINIMUM) in PROJECT["dependencies"]
 
 
-@pytest.mark.parametrize("module", INIT_MODULES)
+@pytest.mark.parametrize("module", LIGHT_MODULES)
 def test_importing_a_package_is_light(module: str) -> None:
-    """No package drags heavy libraries in by its mere name: tools that only read a config must start at once."""
+    """No package but ops drags heavy libraries in by its mere name: tools that only read a config must start at once."""
     code = f"import sys, {module}; print(sorted({{'torch', 'deepspeed', 'transformers', 'numpy'}} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
+
+
+def test_importing_ops_registers_the_operators() -> None:
+    """`import megatronish.ops` and nothing else: the operators of csrc/ where they are built, else the reason why not."""
+    code = """
+import torch, megatronish.ops
+built = megatronish.ops.extension.EXTENSION
+print(hasattr(torch.ops.megatronish, "rms_norm_fwd"), built.cpu, bool(built.cpu_problem), "deepspeed" in __import__("sys").modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.split() in (["True", "True", "False", "False"], ["False", "False", "True", "False"]), (
+        result.stdout + result.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,6 +115,20 @@ def test_torch_choice(installer, index, gpu, base_torch, default_needs_cuda, exp
 )
 def test_torch_version_order(installer: ModuleType, version: str, accepted: bool) -> None:
     assert installer.new_enough(version, (2, 10)) is accepted
+
+
+def test_the_installer_repeats_what_the_build_said(installer: ModuleType) -> None:
+    log = """
+  building 'megatronish._C' extension
+  megatronish: no CPU kernels: CXX=c++ is not there -- WARNING: slower; no CUDA kernels: MEGATRONISH_CUDA=off (0 s)
+  Created wheel for megatronish: filename=megatronish-0.1.0-0.editable-cp311-cp311-linux_x86_64.whl size=12832
+  Building again: megatronish: CUDA kernels
+  megatronish: CPU kernels for scalar, avx2; no CUDA kernels: nvcc was not found (looked in PATH) (41 s)
+Successfully installed megatronish-0.1.0
+"""
+    expected = "CPU kernels for scalar, avx2; no CUDA kernels: nvcc was not found (looked in PATH) (41 s)"
+    assert installer.build_outcome(log) == expected
+    assert installer.build_outcome("Successfully installed megatronish-0.1.0") == ""
 
 
 @pytest.fixture

@@ -127,6 +127,12 @@ def new_enough(version: str, minimum: tuple[int, int]) -> bool:
     return release > minimum or (release == minimum and match[3] is None)
 
 
+def build_outcome(log: str) -> str:
+    """What setup.py's last line in a log says was built, and why something was not; "" if there is none."""
+    lines = re.findall(r"^\s*megatronish: (.*kernels.*)$", log, re.MULTILINE)
+    return lines[-1].strip() if lines else ""
+
+
 class Installer:
     """One run: knows the project root, writes a log, and prints each step with the seconds since the start."""
 
@@ -257,7 +263,10 @@ class Installer:
         held = self.venv / "constraints.txt"
         pins = {**read_pins(self.constraints), "torch": torch_version}
         held.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
-        self.pip("--no-build-isolation", "-c", str(held), "-e", ".[dev]")
+        # pip tells what a build printed with -v only.
+        self.pip("-v", "--no-build-isolation", "-c", str(held), "-e", ".[dev]")
+        outcome = build_outcome(self.log.read_text(errors="replace"))
+        self.say(f"operators: {outcome}" if outcome else f"operators: no word of the build in {self.log}")
 
     def install(self) -> None:
         """All steps, then the stamp."""

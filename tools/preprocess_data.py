@@ -2,7 +2,8 @@
 """Text to a Megatron-format data set (.bin, .idx) with its tokenizer and a manifest.
 
 Without arguments: the source and documentation of this Python installation, with a tokenizer trained on it, at
-data/default_text_document. With --input: your own text or JSON lines.
+data/default_text_document. With --input: your own JSON lines, parquet, text or Hugging Face data sets. A first argument of
+inspect, verify, merge, split, decode or train-tokenizer does that instead; `preprocess_data.py split --help` says more.
 """
 
 from __future__ import annotations
@@ -15,58 +16,119 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
+from megatronish.data.backends import BACKENDS
+from megatronish.data.commands import COMMANDS, add_command_arguments, run_command
+from megatronish.data.dry_run import dry_run
 from megatronish.data.errors import DataError
-from megatronish.data.preprocess import (
+from megatronish.data.options import (
+    DEFAULT_MAX_DOC_BYTES,
     DEFAULT_OUTPUT_PREFIX,
     DEFAULT_VOCAB_SIZE,
+    LONG_DOCUMENTS,
+    TOKEN_DTYPES,
     PreprocessOptions,
-    preprocess,
-    summary,
 )
+from megatronish.data.pool import WorkerDied
+from megatronish.data.preprocess import preprocess, summary
+from megatronish.data.records import ON_ERROR
 
 # Megatron's names for the tokenizers that --tokenizer-model can hold, and the kind that each must turn out to be.
 TOKENIZER_TYPES = {
     "HuggingFaceTokenizer": "huggingface",
+    "GPT2BPETokenizer": "huggingface",
     "SentencePieceTokenizer": "sentencepiece",
     "GPTSentencePieceTokenizer": "sentencepiece",
     "Llama2Tokenizer": "sentencepiece",
     "ByteLevelTokenizer": "bytes",
 }
+SIZE_SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def size(text: str) -> int:
+    """Bytes, with an optional K, M or G (powers of 1024)."""
+    number = text.upper().removesuffix("B").rstrip("KMG")
+    return int(float(number) * SIZE_SUFFIXES[text.upper().removesuffix("B")[len(number) :]])
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; names that Megatron's tool has mean the same here."""
     parser = argparse.ArgumentParser(prog="preprocess_data.py", description=__doc__, allow_abbrev=False)
-    add = parser.add_argument
+    add = parser.add_argument_group("input").add_argument
     add(
         "--input",
         action="extend",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="text, .jsonl, either .gz; globs; repeatable",
+        help=".jsonl, .parquet or text (but parquet also .gz, .zst), globs, hf://NAME[:SPLIT]; repeatable",
     )
-    add("--output-prefix", metavar="PREFIX", help=f"writes PREFIX_KEY_document.* (bare: {DEFAULT_OUTPUT_PREFIX})")
-    add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="JSON keys to take, one data set each (text)")
-    add("--tokenizer-model", metavar="PATH", help="tokenizer.json, its folder, a SentencePiece .model, or `bytes`")
     add(
-        "--tokenizer-type",
-        choices=sorted(TOKENIZER_TYPES),
-        help="checked against --tokenizer-model (Megatron's option)",
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys (columns) to take, one data set each (text)",
     )
-    add("--train-tokenizer", type=int, metavar="VOCAB", help=f"train a BPE on the input (bare: {DEFAULT_VOCAB_SIZE})")
-    add("--eod-token", metavar="TOKEN", help="the tokenizer's token that ends a document, where it does not say")
-    add("--append-eod", action="store_true", help="end each document with that token (bare: yes)")
     add("--doc-separator", metavar="TEXT", help=r"cut text files into documents at TEXT; \n and \t are understood")
     add(
         "--on-error",
-        choices=("fail", "skip"),
+        choices=ON_ERROR,
         default="fail",
-        help="at a faulty document: stop, or skip and count (fail)",
+        help="at a faulty document: stop, skip and count, or repair (fail)",
     )
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="threads (all cores)")
+    add(
+        "--max-doc-bytes",
+        type=size,
+        default=DEFAULT_MAX_DOC_BYTES,
+        metavar="SIZE",
+        help="a longer one is long; 0: none (1M)",
+    )
+    add(
+        "--long-documents",
+        choices=LONG_DOCUMENTS,
+        default="split",
+        help="encode in parts, as one document, or skip (split)",
+    )
+    add("--keep-empty", action="store_true", help="keep empty documents, as documents without tokens")
+    add = parser.add_argument_group("tokenizer").add_argument
+    add(
+        "--tokenizer-model",
+        metavar="PATH",
+        help="tokenizer.json, its folder, SentencePiece .model, .tiktoken, or `bytes`",
+    )
+    add("--tokenizer-type", choices=sorted(TOKENIZER_TYPES), help="checked against the model (Megatron's option)")
+    add("--vocab-file", metavar="FILE", help="GPT-2's vocab.json, with --merge-file")
+    add("--merge-file", metavar="FILE", help="GPT-2's merges.txt")
+    add("--train-tokenizer", type=int, metavar="VOCAB", help=f"train a BPE on the input (bare: {DEFAULT_VOCAB_SIZE})")
+    add("--eod-token", metavar="TOKEN", help="the tokenizer's token that ends a document, where it does not say")
+    add("--append-eod", action="store_true", help="end each document with that token (bare: yes)")
+    add(
+        "--backend", choices=BACKENDS, default="auto", help="library that encodes; auto: gigatoken if its ids are right"
+    )
+    add = parser.add_argument_group("output").add_argument
+    add("--output-prefix", metavar="PREFIX", help=f"writes PREFIX_KEY_document.* (bare: {DEFAULT_OUTPUT_PREFIX})")
+    add("--dtype", choices=TOKEN_DTYPES, default="auto", help="of a token; auto: Megatron's choice")
+    add("--overwrite", action="store_true", help="replace a data set, or an unfinished run, that is already there")
+    add("--resume", action="store_true", help="go on after the finished part of a run that was stopped")
+    add("--dry-run", action="store_true", help="encode a sample, say what the run would give, write nothing")
+    add = parser.add_argument_group("running").add_argument
+    cores = len(os.sched_getaffinity(0))
+    add(
+        "--workers",
+        type=int,
+        default=cores,
+        metavar="N",
+        help="processes (all cores); the output does not depend on it",
+    )
+    add("--shard-size", type=size, metavar="SIZE", help="bytes of input in a unit of work (by the input's size)")
+    add(
+        "--partitions",
+        type=int,
+        default=1,
+        metavar="N",
+        help="accepted for Megatron's sake: all input is worked on at once",
+    )
     add("--log-interval", type=int, default=0, metavar="N", help="a line every N documents (by time)")
-    add("--overwrite", action="store_true", help="replace a data set that is already there")
     return parser
 
 
@@ -79,46 +141,74 @@ def options_from(arguments: argparse.Namespace) -> PreprocessOptions:
     if wanted == "bytes" and arguments.tokenizer_model is None:
         arguments.tokenizer_model = "bytes"
     train = arguments.train_tokenizer
-    if bare and train is None and arguments.tokenizer_model is None:
+    if bare and train is None and arguments.tokenizer_model is None and arguments.vocab_file is None:
         train = DEFAULT_VOCAB_SIZE
     separator = arguments.doc_separator
     if separator is not None:
         separator = separator.replace("\\n", "\n").replace("\\t", "\t")
         if not separator:
             raise DataError("--doc-separator is empty; leave it out to keep each text file as one document")
+    same = (
+        "tokenizer_model", "vocab_file", "merge_file", "eod_token", "on_error", "max_doc_bytes", "long_documents", "keep_empty",
+        "shard_size", "backend", "dtype", "workers", "overwrite", "resume", "log_interval",
+    )  # fmt: skip
     return PreprocessOptions(
         inputs=tuple(arguments.input),
         output_prefix=arguments.output_prefix or DEFAULT_OUTPUT_PREFIX,
         json_keys=tuple(arguments.json_keys),
-        tokenizer_model=arguments.tokenizer_model,
         tokenizer_kind=wanted,
         train_tokenizer=train,
-        eod_token=arguments.eod_token,
         append_eod=arguments.append_eod or bare,
         doc_separator=separator,
-        on_error=arguments.on_error,
-        workers=arguments.workers,
-        overwrite=arguments.overwrite,
-        log_interval=arguments.log_interval,
+        **{name: getattr(arguments, name) for name in same},
     )
+
+
+def say(line: str) -> None:
+    """Prints a line of news."""
+    print(line, flush=True)
+
+
+def prepare(argv: Sequence[str]) -> None:
+    """Makes a data set, or says what it would be."""
+    arguments = build_parser().parse_args(argv)
+    # Read by the Rust thread pool of `tokenizers` when it first starts; workers are processes and switch it off.
+    os.environ["RAYON_NUM_THREADS"] = str(max(1, arguments.workers))
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    if arguments.partitions != 1:
+        say("--partitions: the input is cut into units of its own accord; the option changes nothing")
+    options = options_from(arguments)
+    if arguments.dry_run:
+        say("\n".join(dry_run(options, say)))
+        return
+    for result in preprocess(options, say):
+        say("\n".join(summary(result)))
+
+
+def command(argv: Sequence[str]) -> None:
+    """Runs a subcommand."""
+    parser = argparse.ArgumentParser(
+        prog=f"preprocess_data.py {argv[0]}", description=COMMANDS[argv[0]], allow_abbrev=False
+    )
+    add_command_arguments(parser, argv[0])
+    run_command(argv[0], parser.parse_args(argv[1:]), say)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tool: 0 done, 2 bad input or disk, 130 interrupted."""
-    arguments = build_parser().parse_args(argv)
-    # Read by the Rust thread pool of `tokenizers` when it first starts.
-    os.environ["RAYON_NUM_THREADS"] = str(max(1, arguments.workers))
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        for result in preprocess(options_from(arguments), lambda line: print(line, flush=True)):
-            print("\n".join(summary(result)))
+        if argv and argv[0] in COMMANDS:
+            command(argv)
+        else:
+            prepare(argv)
         return 0
-    except DataError as error:
+    except (DataError, WorkerDied) as error:
         print(f"preprocess_data: {error}", file=sys.stderr)
     except OSError as error:
         print(f"preprocess_data: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("preprocess_data: interrupted; nothing was written", file=sys.stderr)
+        print("preprocess_data: interrupted; nothing was written under the final name", file=sys.stderr)
         return 130
     return 2
 

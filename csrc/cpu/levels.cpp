@@ -1,14 +1,19 @@
-// Picks the instruction-set level by CPUID when the library is loaded.
+// Picks the instruction-set level by CPUID, and asks for the size of the last-level cache, when the library is loaded.
 #include "levels.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "cache.h"
 
 namespace megatronish {
 namespace {
 
-#define MEGATRONISH_TABLE(level) \
-  {#level, level::rms_norm_fwd, level::rms_norm_bwd, level::rms_norm_bwd_dw, level::swiglu_fwd, level::swiglu_bwd, level::rope}
+#define MEGATRONISH_TABLE(level)                                                                                           \
+  {#level,           level::rms_norm_fwd,      level::rms_norm_bwd,      level::rms_norm_bwd_dw,                            \
+   level::swiglu_fwd, level::swiglu_bwd,       level::rope,              level::qk_norm_rope_fwd, level::qk_norm_rope_bwd, \
+   level::cross_entropy_fwd, level::cross_entropy_bwd}
 
 // From the plainest to the fastest.
 constexpr CpuKernels kLevels[] = {
@@ -60,11 +65,38 @@ const CpuKernels* pick() {
 
 const CpuKernels* chosen = pick();
 
+// As Linux says for the first CPU; sysconf would give the sum over the groups of cores of an AMD CPU. 32 MiB where nothing is
+// said.
+int64_t ask_cache_bytes() {
+  for (int index = 4; index >= 2; --index) {
+    char path[64];
+    snprintf(path, sizeof(path), "/sys/devices/system/cpu/cpu0/cache/index%d/size", index);
+    FILE* file = fopen(path, "r");
+    if (file == nullptr) continue;
+    long long size = 0;
+    char unit = 'B';
+    const int fields = fscanf(file, "%lld%c", &size, &unit);
+    fclose(file);
+    if (fields >= 1 && size > 0) return size << (unit == 'K' ? 10 : unit == 'M' ? 20 : 0);
+  }
+  return int64_t{32} << 20;
+}
+
+int64_t cache_bytes = ask_cache_bytes();
+
 }  // namespace
 
 const CpuKernels& cpu_kernels(DType dtype) { return dtype == DType::f64 ? kLevels[0] : *chosen; }
 
+bool beyond_caches(int64_t bytes) { return bytes > cache_bytes; }
+
 }  // namespace megatronish
+
+extern "C" int64_t megatronish_set_cache_bytes(int64_t bytes) {
+  const int64_t before = megatronish::cache_bytes;
+  megatronish::cache_bytes = bytes;
+  return before;
+}
 
 extern "C" const char* megatronish_cpu_level() { return megatronish::chosen->name; }
 

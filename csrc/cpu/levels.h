@@ -13,6 +13,10 @@
   void swiglu_fwd(const SwigluFwd&, int64_t begin, int64_t end);           \
   void swiglu_bwd(const SwigluBwd&, int64_t begin, int64_t end);           \
   void rope(const Rope&, int64_t begin, int64_t end); /* tokens */         \
+  void qk_norm_rope_fwd(const QkNormRopeFwd&, int64_t begin, int64_t end); /* tokens */     \
+  void qk_norm_rope_bwd(const QkNormRopeBwd&, int64_t begin, int64_t end); /* partitions */ \
+  void cross_entropy_fwd(const CrossEntropyFwd&, int64_t begin, int64_t end);               \
+  void cross_entropy_bwd(const CrossEntropyBwd&, int64_t begin, int64_t end);               \
   }
 
 namespace megatronish {
@@ -30,6 +34,10 @@ struct CpuKernels {
   void (*swiglu_fwd)(const SwigluFwd&, int64_t, int64_t);
   void (*swiglu_bwd)(const SwigluBwd&, int64_t, int64_t);
   void (*rope)(const Rope&, int64_t, int64_t);
+  void (*qk_norm_rope_fwd)(const QkNormRopeFwd&, int64_t, int64_t);
+  void (*qk_norm_rope_bwd)(const QkNormRopeBwd&, int64_t, int64_t);
+  void (*cross_entropy_fwd)(const CrossEntropyFwd&, int64_t, int64_t);
+  void (*cross_entropy_bwd)(const CrossEntropyBwd&, int64_t, int64_t);
 };
 
 // The level in use, or the scalar one for f64, which only that level computes.

@@ -5,26 +5,29 @@ namespace megatronish {
 namespace MEGATRONISH_LEVEL {
 namespace {
 
-// Pairs (i, i + half): (a, b) -> (a cos - b sin, b cos + a sin); turn is 1, or -1 for the inverse.
-template <class T, class V, class S>
-inline void rotate_halves(const T* in, T* out, const S* cos, const S* sin, int64_t half, V turn) {
-  each_vector<V>(half, [=](int64_t i, auto n) {
+// Pairs (i, i + half): (a, b) -> (a cos - b sin, b cos + a sin); turn is 1, or -1 for the inverse. The same head of a later
+// token lies `later` elements on.
+template <class How, class T, class V, class S>
+inline void rotate_halves(const T* in, T* out, const S* cos, const S* sin, int64_t half, V turn, int64_t later) {
+  const auto body = [=](int64_t i, auto n) {
     const V c = load(cos + i, n, V{}), s = load(sin + i, n, V{}) * turn;
     const V a = load(in + i, n, V{}), b = load(in + half + i, n, V{});
     store(out + i, n, fnma(b, s, a * c));
     store(out + half + i, n, fma(a, s, b * c));
-  });
+  };
+  each_vector<V, How>(half, body, in + later, in + half + later);
 }
 
 constexpr int64_t kChunk = 256;  // channels whose factors are spread over pairs at a time
 
 // Pairs (2i, 2i + 1): every channel times its cos plus its neighbour times its signed sin.
-template <class T, class V, class S>
-inline void rotate_pairs(const T* in, T* out, const S* cos, const S* sin, int64_t channels) {
-  each_vector<V>(channels, [=](int64_t i, auto n) {
+template <class How, class T, class V, class S>
+inline void rotate_pairs(const T* in, T* out, const S* cos, const S* sin, int64_t channels, int64_t later) {
+  const auto body = [=](int64_t i, auto n) {
     const V x = load(in + i, n, V{});
     store(out + i, n, fma(swap_pairs(x), load(sin + i, n, V{}), x * load(cos + i, n, V{})));
-  });
+  };
+  each_vector<V, How>(channels, body, in + later);
 }
 
 template <class T, class Head>
@@ -36,12 +39,29 @@ inline void each_head(const Rope& a, const T* in, T* out, Head head) {
   }
 }
 
-template <class T>
+// The heads of one token, interleaved pairs.
+template <class How, class T, class V, class S>
+inline void rotate_token_pairs(const Rope& a, const T* in, T* out, const S* cos, const S* sin) {
+  alignas(64) S signs[V::size], spread_cos[kChunk], spread_sin[kChunk];
+  for (int64_t i = 0; i < V::size; ++i) signs[i] = (i % 2 == 0) == a.inverse ? S(1) : S(-1);
+  for (int64_t start = 0; start < 2 * a.half; start += kChunk) {
+    const int64_t channels = 2 * a.half - start < kChunk ? 2 * a.half - start : kChunk;
+    each_vector<V>(channels, [&](int64_t i, auto n) {
+      store(spread_cos + i, n, load_twice(cos + (start + i) / 2, n, V{}));
+      store(spread_sin + i, n, load_twice(sin + (start + i) / 2, n, V{}) * load(signs, V{}));
+    });
+    each_head(a, in, out, [&](const T* p, T* q) {
+      rotate_pairs<How, T, V>(p + start, q + start, spread_cos, spread_sin, channels, a.in_seq);
+    });
+  }
+}
+
+template <class T, class How>
 void rotate(const Rope& a, int64_t begin, int64_t end) {
   using V = typename VecOf<T>::type;
   using S = typename V::Scalar;
   const int64_t half = a.half, rest = a.head_dim - 2 * half;
-  const S turn = a.inverse ? S(-1) : S(1);
+  const V turn = fill(a.inverse ? S(-1) : S(1), V{});
   for (int64_t token = begin; token < end; ++token) {
     const int64_t b = token / a.seq, s = token % a.seq;
     const T* in = static_cast<const T*>(a.in) + b * a.in_batch + s * a.in_seq;
@@ -49,21 +69,10 @@ void rotate(const Rope& a, int64_t begin, int64_t end) {
     const int64_t position = a.positions == nullptr ? a.offset + s : a.positions[token];
     const S* cos = static_cast<const S*>(a.cos) + position * half;
     const S* sin = static_cast<const S*>(a.sin) + position * half;
-    if (!a.interleaved) {
-      const V factor = fill(turn, V{});
-      each_head(a, in, out, [=](const T* p, T* q) { rotate_halves<T, V>(p, q, cos, sin, half, factor); });
+    if (a.interleaved) {
+      rotate_token_pairs<How, T, V>(a, in, out, cos, sin);
     } else {
-      S spread_cos[kChunk], spread_sin[kChunk];
-      for (int64_t start = 0; start < 2 * half; start += kChunk) {
-        const int64_t channels = 2 * half - start < kChunk ? 2 * half - start : kChunk;
-        for (int64_t i = 0; i < channels; ++i) {
-          spread_cos[i] = cos[(start + i) / 2];
-          spread_sin[i] = (i % 2 == 0 ? -turn : turn) * sin[(start + i) / 2];
-        }
-        each_head(a, in, out, [&](const T* p, T* q) {
-          rotate_pairs<T, V>(p + start, q + start, spread_cos, spread_sin, channels);
-        });
-      }
+      each_head(a, in, out, [=](const T* p, T* q) { rotate_halves<How, T, V>(p, q, cos, sin, half, turn, a.in_seq); });
     }
     if (rest > 0 && a.in != a.out) {
       each_head(a, in, out, [=](const T* p, T* q) { memcpy(q + 2 * half, p + 2 * half, rest * sizeof(T)); });
@@ -71,10 +80,23 @@ void rotate(const Rope& a, int64_t begin, int64_t end) {
   }
 }
 
+// Whether the results can and should go past the caches; in place, a line has just been read.
+template <class T>
+bool is_streamed(const Rope& a) {
+  constexpr int64_t size = sizeof(T);
+  const int64_t rotated = a.batch * a.seq * a.groups * a.heads * a.head_dim;
+  return a.in != a.out && beyond_caches(2 * rotated * size) && aligned(a.out, a.half * size) &&
+         aligned(a.out, a.out_batch * size) && aligned(a.out, a.out_seq * size) && aligned(a.out, a.out_group * size) &&
+         aligned(a.out, a.out_head * size);
+}
+
 }  // namespace
 
 void rope(const Rope& a, int64_t begin, int64_t end) {
-  with_type(a.dtype, [&](auto t) { rotate<decltype(t)>(a, begin, end); });
+  with_type(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    with_stores(is_streamed<T>(a), [&](auto how) { rotate<T, decltype(how)>(a, begin, end); });
+  });
 }
 
 }  // namespace MEGATRONISH_LEVEL

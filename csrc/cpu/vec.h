@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "../kernels.h"
+#include "cache.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -54,7 +55,12 @@ inline Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)};
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline Vec swap_pairs(Vec a) { return {_mm512_permute_ps(a.v, 0xB1)}; }  // (1, 0, 3, 2, ...)
 
-inline __m512 widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
+// Every word to the upper half of 32 bits, in one instruction where a conversion and a shift are two.
+inline __m512 widen(__m256i bf16) {
+  const __m512i from = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0,
+                                        1, 0, 0, 0);
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, from, _mm512_castsi256_si512(bf16)));
+}
 inline __m256i narrow_bf16(__m512 x) {
 #if defined(__AVX512BF16__)
   return (__m256i)_mm512_cvtneps_pbh(x);
@@ -74,6 +80,9 @@ inline Vec load(const Half* p, Vec) { return {_mm512_cvtph_ps(_mm256_loadu_si256
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store(BFloat16* p, Vec a) { _mm256_storeu_si256((__m256i*)p, narrow_bf16(a.v)); }
 inline void store(Half* p, Vec a) { _mm256_storeu_si256((__m256i*)p, narrow_f16(a.v)); }
+inline void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
+inline void stream(BFloat16* p, Vec a) { _mm256_stream_si256((__m256i*)p, narrow_bf16(a.v)); }
+inline void stream(Half* p, Vec a) { _mm256_stream_si256((__m256i*)p, narrow_f16(a.v)); }
 
 // The first n < size elements; the others load as 0.
 inline Vec load(const float* p, int64_t n, Vec) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
@@ -82,6 +91,11 @@ inline Vec load(const Half* p, int64_t n, Vec) { return {_mm512_cvtph_ps(_mm256_
 inline void store(float* p, int64_t n, Vec a) { _mm512_mask_storeu_ps(p, first(n), a.v); }
 inline void store(BFloat16* p, int64_t n, Vec a) { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(a.v)); }
 inline void store(Half* p, int64_t n, Vec a) { _mm256_mask_storeu_epi16(p, first(n), narrow_f16(a.v)); }
+
+// p[0], p[0], p[1], p[1], ... of the first n < size elements, n even.
+inline Vec spread(__m512 a) { return {_mm512_permutexvar_ps(_mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0), a)}; }
+inline Vec load_twice(const float* p, Vec) { return spread(_mm512_castps256_ps512(_mm256_loadu_ps(p))); }
+inline Vec load_twice(const float* p, int64_t n, Vec) { return spread(_mm512_maskz_loadu_ps(first(n / 2), p)); }
 
 // 1 + e^-x, for results stored as T: e^-x = 2^floor(t) 2^(t - floor(t)) with a polynomial fitted to 2^f on [0, 1), of
 // relative error 1e-8, or 3e-6 where 16 bits are stored. Overflows to infinity; infinities and NaN come out right.
@@ -153,6 +167,9 @@ inline Vec load(const Half* p, Vec) { return {_mm256_cvtph_ps(_mm_loadu_si128((c
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline void store(BFloat16* p, Vec a) { _mm_storeu_si128((__m128i*)p, narrow_bf16(a.v)); }
 inline void store(Half* p, Vec a) { _mm_storeu_si128((__m128i*)p, narrow_f16(a.v)); }
+inline void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
+inline void stream(BFloat16* p, Vec a) { _mm_stream_si128((__m128i*)p, narrow_bf16(a.v)); }
+inline void stream(Half* p, Vec a) { _mm_stream_si128((__m128i*)p, narrow_f16(a.v)); }
 
 template <class T>
 inline Vec load(const T* p, int64_t n, Vec) {
@@ -165,6 +182,17 @@ inline void store(T* p, int64_t n, Vec a) {
   T whole[Vec::size];
   store(whole, a);
   memcpy(p, whole, n * sizeof(T));
+}
+
+// p[0], p[0], p[1], p[1], ... of the first n < size elements, n even.
+inline Vec load_twice(const float* p, Vec) {
+  const __m256i which = _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0);
+  return {_mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), which)};
+}
+inline Vec load_twice(const float* p, int64_t n, Vec) {
+  float half[4] = {};
+  memcpy(half, p, n / 2 * sizeof(float));
+  return load_twice(half, Vec{});
 }
 
 // NaN goes through: min and max return their second operand then.
@@ -250,6 +278,8 @@ inline void narrow(float x, Half* out) {
 
 template <class T, class S, int N> inline Lanes<S, N> load(const T* p, Lanes<S, N>) { MEGATRONISH_LANES(widen(p[i])) }
 template <class T, class S, int N> inline Lanes<S, N> load(const T* p, int64_t n, Lanes<S, N>) { MEGATRONISH_LANES(i < n ? S(widen(p[i])) : S(0)) }
+template <class S, int N> inline Lanes<S, N> load_twice(const S* p, Lanes<S, N>) { MEGATRONISH_LANES(p[i / 2]) }
+template <class S, int N> inline Lanes<S, N> load_twice(const S* p, int64_t n, Lanes<S, N>) { MEGATRONISH_LANES(i < n ? p[i / 2] : S(0)) }
 template <class T, class S, int N> inline void store(T* p, int64_t n, Lanes<S, N> a) {
   for (int64_t i = 0; i < n; ++i) narrow(a.v[i], p + i);
 }
@@ -295,25 +325,44 @@ struct VecOf<double> {
   using type = Lanes<double, 4>;
 };
 
-// What a loop body is given to load and store by: a whole vector, or the `n` elements left at the end of a row.
+// What a loop body is given to load and store by: a whole vector, a whole vector that goes past the caches when stored, or
+// the `n` elements left at the end of a row.
 struct Whole {};
+struct Streamed {};
 struct Part {
   int64_t n;
 };
 template <class T, class V>
 inline V load(const T* p, Whole, V like) { return load(p, like); }
 template <class T, class V>
+inline V load(const T* p, Streamed, V like) { return load(p, like); }
+template <class T, class V>
 inline V load(const T* p, Part part, V like) { return load(p, part.n, like); }
+template <class S, class V>
+inline V load_twice(const S* p, Whole, V like) { return load_twice(p, like); }
+template <class S, class V>
+inline V load_twice(const S* p, Part part, V like) { return load_twice(p, part.n, like); }
 template <class T, class V>
 inline void store(T* p, Whole, V a) { store(p, a); }
 template <class T, class V>
+inline void store(T* p, Streamed, V a) { stream(p, a); }
+template <class T, class V>
 inline void store(T* p, Part part, V a) { store(p, part.n, a); }
 
-// body(i, Whole or Part) for every vector of a row.
-template <class V, class Body>
-inline void each_vector(int64_t width, Body body) {
+// body(i, Whole or Part) for every vector of a row. With Streamed, body(i, Streamed or Part), and what `later` points to
+// comes into the second-level cache meanwhile, a line at a time: the hardware fetches ahead within a page only.
+template <class V, class How = Whole, class Body, class... T>
+inline void each_vector(int64_t width, Body body, const T*... later) {
   int64_t i = 0;
-  for (; i + V::size <= width; i += V::size) body(i, Whole{});
+  if constexpr (__is_same(How, Streamed) && sizeof...(T) > 0) {
+    constexpr int64_t line = 64 / (sizeof(T), ...);
+    for (; i + line <= width; i += line) {
+      (__builtin_prefetch(later + i, 0, 2), ...);
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < line; j += V::size) body(i + j, How{});
+    }
+  }
+  for (; i + V::size <= width; i += V::size) body(i, How{});
   if (i < width) body(i, Part{width - i});
 }
 
@@ -332,6 +381,31 @@ inline typename V::Scalar sum_vectors(int64_t width, Body body) {
   for (; i + V::size <= width; i += V::size) a = body(i, Whole{}, a);
   if (i < width) b = body(i, Part{width - i}, b);
   return sum((a + b) + (c + d));
+}
+
+// How far ahead of its use a row of `width` elements is fetched: where the next row lies, but a page at least, for memory
+// answers only after a short row is done.
+template <class T>
+inline int64_t ahead(int64_t width) {
+  constexpr int64_t page = 4096 / sizeof(T);
+  return width > page ? width : page;
+}
+
+// Whether rows of `bytes` from `p` on begin where a whole vector may be streamed to.
+inline bool aligned(const void* p, int64_t bytes) { return (reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(bytes)) % 64 == 0; }
+
+// Calls run(Streamed{}) or run(Whole{}); the scalar level has no streaming stores.
+template <class Run>
+inline void with_stores(bool streamed, Run run) {
+#if defined(__AVX2__)
+  if (streamed) {
+    run(Streamed{});
+    _mm_sfence();  // streaming stores pass other stores by: they are in memory before another thread is told of them
+    return;
+  }
+#endif
+  (void)streamed;
+  run(Whole{});
 }
 
 // Calls run(T{}) with the element type that `dtype` names, of those that this level computes.

@@ -230,9 +230,16 @@ __global__ void __launch_bounds__(kColumns* kLanes) sum_partitions(RmsNormBwd a)
   static_cast<W*>(a.dw)[column] = narrow<W>(total);
 }
 
+template <class S, class W>
+int run_sum(const RmsNormBwd& a, cudaStream_t stream) {
+  if (a.dw == nullptr || a.width == 0) return last_error();
+  const auto columns = static_cast<unsigned>((a.width + kColumns - 1) / kColumns);
+  sum_partitions<S, W><<<columns, dim3(kColumns, kLanes), 0, stream>>>(a);
+  return last_error();
+}
+
 template <class T, class W>
 int run_backward(const RmsNormBwd& a, cudaStream_t stream) {
-  using S = Wide<T>;
   const auto blocks = static_cast<unsigned>(a.partitions);
   const bool packed = a.width % kPerVector<T> == 0 && aligned(a.x) && aligned(a.dy) && aligned(a.dres) && aligned(a.w) &&
                       aligned(a.dx) && aligned(a.partial);
@@ -250,11 +257,7 @@ int run_backward(const RmsNormBwd& a, cudaStream_t stream) {
   } else {
     backward_plain<T, W><<<blocks, kPlainThreads, 0, stream>>>(a);
   }
-  if (a.dw != nullptr && a.width > 0) {
-    const auto columns = static_cast<unsigned>((a.width + kColumns - 1) / kColumns);
-    sum_partitions<S, W><<<columns, dim3(kColumns, kLanes), 0, stream>>>(a);
-  }
-  return last_error();
+  return run_sum<Wide<T>, W>(a, stream);
 }
 
 // Calls run(T{}, W{}): the weight has the elements' type, or fp32.
@@ -277,6 +280,12 @@ int rms_norm_fwd(const RmsNormFwd& a, void* stream) {
 int rms_norm_bwd(const RmsNormBwd& a, void* stream) {
   return with_types(a.dtype, a.w_dtype, [&](auto t, auto w) {
     return run_backward<decltype(t), decltype(w)>(a, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int sum_partitions(const RmsNormBwd& a, void* stream) {
+  return with_types(a.dtype, a.w_dtype, [&](auto t, auto w) {
+    return run_sum<Wide<decltype(t)>, decltype(w)>(a, static_cast<cudaStream_t>(stream));
   });
 }
 

@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -58,9 +58,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def nested_model(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model inside an annotation such as `Sub` or `Sub | None`, or None."""
+    """The pydantic model inside an annotation such as `Sub` or `Sub | None`, or None; a list of models is no section."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
+    if get_origin(annotation) in (list, tuple):
+        return None
     return next((m for arg in get_args(annotation) if (m := nested_model(arg))), None)
 
 

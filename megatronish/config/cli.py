@@ -50,6 +50,12 @@ def text_names() -> set[str]:
     return {name for name, field in found if str in (field.annotation, *get_args(field.annotation))}
 
 
+def list_names() -> set[str]:
+    """Dotted command-line names of the fields that hold text or a list: `--data.path '["a", "b"]'` is a list."""
+    found = {name: get_args(field.annotation) for name, field in fields(MegatronishConfig)}
+    return {name for name, kinds in found.items() if str in kinds and any(get_origin(kind) is tuple for kind in kinds)}
+
+
 def parse_value(text: str, is_text: bool = False) -> Any:
     """A command-line value: JSON where it is JSON (numbers, true, null, lists, objects), else the text itself.
 
@@ -79,7 +85,7 @@ def parse_options(argv: Sequence[str], program: str) -> tuple[str | None, dict[s
 
     Prints help and exits on --help. Raises ConfigError on an unknown name or a missing value.
     """
-    names, texts, words = known_names(), text_names(), list(argv)
+    names, texts, lists, words = known_names(), text_names(), list_names(), list(argv)
     overrides: dict[str, Any] = {}
     path = None
     while words:
@@ -105,7 +111,8 @@ def parse_options(argv: Sequence[str], program: str) -> tuple[str | None, dict[s
         dotted = name[2:].removeprefix(BLOCK + ".")
         if dotted not in names:
             raise ConfigError(f"{program}: unknown option {name}.{did_you_mean(dotted, names)} See --help for all.")
-        nested = parse_value(value, dotted in texts)
+        is_list = dotted in lists and value.lstrip().startswith("[")
+        nested = parse_value(value, dotted in texts and not is_list)
         for part in reversed(names[dotted]):
             nested = {part: nested}
         overrides = merge(overrides, nested)
@@ -143,6 +150,8 @@ def type_name(annotation: Any) -> str:
         return "|".join(str(value) for value in get_args(annotation))
     if origin in (Union, types.UnionType):
         return "|".join("null" if arg is type(None) else type_name(arg) for arg in get_args(annotation))
+    if origin is tuple and get_args(annotation)[-1] is ...:
+        return f"[{type_name(get_args(annotation)[0])},...]"
     if origin is tuple:
         return "[" + ",".join(type_name(arg) for arg in get_args(annotation)) + "]"
     if origin is dict:

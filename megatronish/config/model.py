@@ -202,12 +202,20 @@ class KernelConfig(Frozen):
 
     attention: Literal["auto", "sdpa", "flash", "reference"] = Field(
         default="auto",
-        description="auto: flash-attn where installed and usable, else torch's SDPA; a forced one that is missing fails",
+        description="auto: flash-attn on GPUs where installed and our kernel on CPUs, for what they take, else torch's SDPA; "
+        "a forced one that is missing fails",
     )
-    ops: Literal["auto", "fused", "compiled", "reference"] = Field(
+    ops: Literal["auto", "fused", "compiled", "reference", "liger", "apex"] = Field(
         default="auto",
         description="RMSNorm, SwiGLU and RoPE: fused: our kernels; compiled: torch.compile; reference: plain torch "
-        "operations; auto: fused where built, else reference",
+        "operations; liger, apex: the kernels of liger-kernel or NVIDIA Apex where they have one; auto: fused on CPUs "
+        "where built, else reference",
+    )
+    cross_entropy: Literal["auto", "fused", "compiled", "reference", "linear"] = Field(
+        default="auto",
+        description="auto: as ops; fused: our kernels, the gradient written over the logits; compiled: torch.compile; "
+        "reference: plain torch operations; linear: DeepSpeed's loss by chunks of the head, which never holds the logits "
+        "and takes longer",
     )
 
 

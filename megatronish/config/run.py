@@ -70,6 +70,12 @@ class RunConfig:
             parallel.check_divides(ours.model)
         except ConfigError as error:
             raise ConfigError(f"{self.source}: {error}") from None
+        if not ours.data.pack and (parallel.pipeline > 1 or parallel.sequence > 1 or parallel.tensor_sequence):
+            raise ConfigError(
+                f"{self.source}: data.pack false gives micro batches of different lengths, which pipeline stages and ranks "
+                "that divide a sequence do not take in this version. Set data.pack to true, or use parallel.tensor or ZeRO "
+                "alone."
+            )
         if parallel.tensor > 1:
             self._check_tensor_parallel()
         elif parallel.tensor_sequence:
@@ -93,6 +99,8 @@ class RunConfig:
             raise ConfigError(f"{where} fp16 is not part of this version: use bf16, or tensor 1.")
         if ds.zero_optimization.offloads_optimizer:
             raise ConfigError(f"{where} offload_optimizer is not part of this version: remove the section.")
+        if ours.kernels.cross_entropy == "linear":
+            raise ConfigError(f"{where} kernels.cross_entropy linear is not part of this version: choose auto.")
         if ds.optimizer.type == "Muon":
             raise ConfigError(f"{where} Muon, which needs whole matrices: use AdamW or Lion, or tensor 1.")
         if ours.train.compile:

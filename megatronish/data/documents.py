@@ -1,32 +1,26 @@
-"""Documents from files: plain text (whole or cut at a separator) and JSON lines, either gzipped, streamed.
-
-Every fault is named by file and line (or byte) and either raised or, with `on_error="skip"`, counted and passed over.
-"""
+"""Documents of files, one after another in this process: what training a tokenizer and small jobs read."""
 
 from __future__ import annotations
 
-import glob
-import gzip
-import json
-import os
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 from megatronish.data.errors import DataError
+from megatronish.data.inputs import Source, check_keys, file_source, find_inputs, open_stream, reading
+from megatronish.data.parquet import read_rows, row_groups
+from megatronish.data.records import RecordReader
 
-JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
-UNREADABLE_SUFFIXES = (".parquet", ".zst", ".bz2", ".xz", ".zip", ".tar", ".bin", ".idx")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+__all__ = ["Document", "DocumentReader", "ReadReport", "find_inputs"]
+
 MAX_RECORDED_REJECTS = 20
-READ_BYTES = 1 << 20
+SKIP_HINT = "--on-error skip passes over such documents"
 
 
 @dataclass(frozen=True)
 class Document:
-    """One input document: a text for each key (None where empty), its UTF-8 size, and where it came from."""
+    """One input document: a text for each key (empty where empty), and the file that it came from."""
 
     texts: tuple[str, ...]
     place: str
@@ -38,52 +32,19 @@ class ReadReport:
 
     blank_lines: int = 0
     rejected: int = 0
+    replaced: int = 0
+    duplicate_keys: int = 0
     rejects: list[dict[str, str]] = field(default_factory=list)
     bytes_read: int = 0
-
-
-class _Fault(Exception):
-    """A fault of one document, at a place; the reader goes on after it when asked to skip."""
-
-    def __init__(self, place: str, reason: str) -> None:
-        super().__init__(f"{place}: {reason}")
-        self.place = place
-        self.reason = reason
-
-
-def find_inputs(patterns: Sequence[str]) -> list[Path]:
-    """Files of the given paths and globs (`**` is recursive), globs sorted, each file once. Raises DataError."""
-    found: dict[Path, Path] = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.exists():
-            matches = [path]
-        else:
-            matches = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if not os.path.isdir(name)]
-            if not matches:
-                kind = "no file matches" if glob.has_magic(pattern) else "no such file:"
-                raise DataError(f"--input: {kind} {pattern}")
-        for match in matches:
-            if match.is_dir():
-                raise DataError(f"--input {match} is a folder; give a pattern such as '{match}/**/*.txt' (quoted)")
-            suffix = match.suffix.lower()
-            if suffix in UNREADABLE_SUFFIXES:
-                raise DataError(
-                    f"--input {match}: {suffix} files are not read; convert to text or JSON lines (plain or .gz)"
-                )
-            if not os.access(match, os.R_OK):
-                raise DataError(f"--input {match}: no permission to read it")
-            found.setdefault(match.resolve(), match)
-    return list(found.values())
 
 
 class DocumentReader:
     """Streams the documents of files in order; iterating again starts over with a fresh `report`.
 
-    keys: the JSON keys whose texts make a document (text files have one text, so need exactly one key).
+    keys: the keys (columns) whose texts make a document (text files have one text, so need exactly one key).
     separator: cuts text files into documents (it is not part of them); None keeps a file whole.
-    on_error: "fail" raises DataError at the first fault, "skip" counts it in `report` and goes on. A truncated or
-    corrupt .gz always raises.
+    on_error: "fail" raises DataError at the first fault, "skip" counts it in `report` and goes on, "replace" repairs what
+    can be (see RecordReader) and skips the rest. A truncated or corrupt compressed file always raises.
     """
 
     def __init__(
@@ -93,110 +54,49 @@ class DocumentReader:
         separator: str | None = None,
         on_error: str = "fail",
     ) -> None:
-        self.files = list(files)
+        self.sources = [file_source(path) for path in files]
         self.keys = tuple(keys)
         self.separator = separator.encode("utf-8") if separator else None
         self.on_error = on_error
         self.report = ReadReport()
-        self.total_bytes = sum(path.stat().st_size for path in self.files)
-        for path in self.files:
-            if len(self.keys) > 1 and not _is_json_lines(path):
-                raise DataError(f"--json-keys {' '.join(self.keys)}: {path} is not JSON lines, so has a single text")
+        self.total_bytes = sum(source.size for source in self.sources)
+        check_keys(self.sources, self.keys)
 
     def __iter__(self) -> Iterator[Document]:
         self.report = ReadReport()
         before = 0
-        for path in self.files:
-            with open(path, "rb") as stored:
-                zipped = path.suffix.lower() == ".gz"
-                stream: BinaryIO = gzip.GzipFile(fileobj=stored) if zipped else stored  # type: ignore[assignment]
-                parse = self._json_lines if _is_json_lines(path) else self._text
-                try:
-                    for document in parse(path, stream):
-                        self.report.bytes_read = before + stored.tell()
-                        yield document
-                except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                    raise DataError(f"{path}: truncated or corrupt gzip file: {error}") from None
-            before += path.stat().st_size
+        for source in self.sources:
+            on_fault = functools.partial(self._fault, source)
+            reader = RecordReader(self.keys, on_fault, repair=self.on_error == "replace")
+            for texts, position in self._texts(source, reader):
+                self.report.bytes_read = before + position
+                yield Document(texts, source.name)
+            before += source.size
             self.report.bytes_read = before
+            self.report.blank_lines += reader.counts.blank_lines
+            self.report.rejected += reader.counts.rejected
+            self.report.replaced += reader.counts.replaced
+            self.report.duplicate_keys += reader.counts.duplicate_keys
 
-    def _json_lines(self, path: Path, stream: BinaryIO) -> Iterator[Document]:
-        for number, line in enumerate(stream, start=1):
-            if number == 1:
-                line = line.removeprefix(BYTE_ORDER_MARK)
-            if not line.strip():
-                self.report.blank_lines += 1
-                continue
-            if number == 1 and line.lstrip().startswith(b"["):
-                raise DataError(
-                    f"{path}: a JSON array; one JSON object on each line is needed (convert with: jq -c '.[]' {path.name})"
-                )
-            yield from self._guarded(lambda line=line, number=number: self._parse_line(path, number, line))  # type: ignore[misc]
-
-    def _parse_line(self, path: Path, number: int, line: bytes) -> Document:
-        place = f"{path}, line {number}"
-        try:
-            record = json.loads(_decode(line, place))
-        except RecursionError:
-            raise _Fault(place, "JSON nested too deeply") from None
-        except ValueError as error:
-            raise _Fault(place, f"not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise _Fault(place, f"a JSON object is needed, found {type(record).__name__}")
-        texts = []
-        for key in self.keys:
-            if key not in record:
-                raise _Fault(place, f"no key {key!r}; keys are {sorted(record)}. Choose with --json-keys")
-            text = record[key]
-            if not isinstance(text, str):
-                raise _Fault(place, f"the value of {key!r} is {json.dumps(text)[:40]}, not a string")
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise _Fault(place, f"the value of {key!r} has a lone surrogate at character {error.start}") from None
-            texts.append(text)
-        return Document(tuple(texts), place)
-
-    def _text(self, path: Path, stream: BinaryIO) -> Iterator[Document]:
-        offset = 0
-        for chunk in _separated(stream, self.separator):
-            place = str(path) if self.separator is None else f"{path}, byte {offset}"
-            body = chunk.removeprefix(BYTE_ORDER_MARK) if offset == 0 else chunk
-            offset += len(chunk) + len(self.separator or b"")
-            yield from self._guarded(lambda body=body, place=place: Document((_decode(body, place),), place))  # type: ignore[misc]
-
-    def _guarded(self, parse: Callable[[], Document]) -> Iterator[Document]:
-        try:
-            document = parse()
-        except _Fault as fault:
-            if self.on_error == "fail":
-                raise DataError(f"{fault} (--on-error skip passes over such documents)") from None
-            self.report.rejected += 1
-            if len(self.report.rejects) < MAX_RECORDED_REJECTS:
-                self.report.rejects.append({"place": fault.place, "reason": fault.reason})
+    def _texts(self, source: Source, reader: RecordReader) -> Iterator[tuple[tuple[str, ...], int]]:
+        if source.format == "parquet":
+            groups = len(row_groups(source.name, self.keys).rows)
+            for number in range(groups):
+                for texts in reader.rows(read_rows(source.name, number, number + 1, self.keys)):
+                    yield texts, source.size * number // groups
             return
-        yield document
+        with open(source.name, "rb") as stored, reading(source):
+            stream = open_stream(source, stored)
+            if source.format == "jsonl":
+                found = reader.json_lines(source.name, stream, None, begins=True)
+            else:
+                found = reader.texts(stream, None, True, self.separator)
+            for texts in found:
+                yield texts, stored.tell()
 
-
-def _is_json_lines(path: Path) -> bool:
-    name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-    return name.suffix.lower() in JSON_LINES_SUFFIXES
-
-
-def _decode(raw: bytes, place: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _Fault(place, f"not UTF-8 at byte {error.start} (0x{raw[error.start]:02x})") from None
-
-
-def _separated(stream: BinaryIO, separator: bytes | None) -> Iterator[bytes]:
-    """Pieces of a stream between separators; memory is bounded by the longest piece."""
-    if separator is None:
-        yield stream.read()
-        return
-    pending = b""
-    while block := stream.read(READ_BYTES):
-        *complete, pending = (pending + block).split(separator)
-        yield from complete
-    yield pending
+    def _fault(self, source: Source, number: int, reason: str) -> None:
+        place = source.place(number)
+        if self.on_error == "fail":
+            raise DataError(f"{place}: {reason} ({SKIP_HINT})")
+        if len(self.report.rejects) < MAX_RECORDED_REJECTS:
+            self.report.rejects.append({"place": place, "reason": reason})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields
@@ -12,7 +13,8 @@ from typing import Any
 from megatronish.data.errors import DataError
 
 FORMAT = "megatronish-dataset"
-VERSION = 1
+VERSION = 2
+READABLE_VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class TokenizerRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of a manifest. `counts`: documents, tokens, text_bytes, empty_documents, unknown_tokens,
-    blank_lines, rejected_documents.
+    """Contents of a manifest. `counts`: documents, tokens; text_bytes, empty_documents, unknown_tokens, blank_lines,
+    rejected_documents, replaced_documents, duplicate_keys, long_documents where they are known.
 
-    `files` maps a file name (relative to the manifest) to {"bytes": int, "sha256": str}; `rejects` lists the first
-    rejected documents as {"place": str, "reason": str}; `options` is what the data set was made with.
+    `files` maps a file name (relative to the manifest) to {"bytes": int, "xxh3": str} (128 bits, hexadecimal; version 1 had
+    "sha256"); `shards` are the xxh3 of the consecutive parts that the .bin was written in; `rejects` lists the first
+    rejected documents as {"place": str, "reason": str}; `options` is what the data set was made with; `encoder` the back
+    end (the tokens do not depend on it).
     """
 
     tokenizer: TokenizerRecord
@@ -42,8 +46,16 @@ class Manifest:
     options: dict[str, Any]
     files: dict[str, dict[str, Any]]
     rejects: list[dict[str, str]] = field(default_factory=list)
+    shards: list[str] = field(default_factory=list)
+    encoder: str = ""
     format: str = FORMAT
     version: int = VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the tokens, index and tokenizer by content: a run that resumes on other data can tell by it."""
+        hashes = sorted(record.get("xxh3") or record["sha256"] for record in self.files.values())
+        return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
     def to_json(self) -> str:
         """Stable JSON text: the same data set gives the same bytes."""
@@ -100,8 +112,8 @@ def _missing(prefix: str | os.PathLike[str]) -> str:
 def _parse(path: Path, content: Any) -> Manifest:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f'{path}: not a data set\'s manifest (its "format" is not {FORMAT!r})')
-    if content.get("version") != VERSION:
-        raise DataError(f"{path}: manifest version {content.get('version')}; this reads version {VERSION}")
+    if content.get("version") not in READABLE_VERSIONS:
+        raise DataError(f"{path}: manifest version {content.get('version')}; this reads versions {READABLE_VERSIONS}")
     try:
         known = {item.name for item in fields(Manifest)}
         values = {key: value for key, value in content.items() if key in known}
@@ -109,6 +121,9 @@ def _parse(path: Path, content: Any) -> Manifest:
         for count in (*(record["bytes"] for record in content["files"].values()), content["counts"]["tokens"]):
             if not isinstance(count, int):
                 raise TypeError(f"{count!r} is not a whole number")
+        for record in content["files"].values():
+            if not isinstance(record.get("xxh3", record.get("sha256")), str):
+                raise KeyError("a file without its hash")
         return Manifest(**values)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: incomplete or of another version: {error}; make the data set again") from None

@@ -10,87 +10,108 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 
 from megatronish.data.errors import DataError
 from megatronish.data.indexed import IndexedReader
+from megatronish.data.permutation import keyed_permutation
+from megatronish.data.samples import Rows, Sample
 
-IGNORED_LABEL = -100
 # Around an epoch's end, readers that run ahead still want the last one.
 KEPT_EPOCHS = 2
-# Up to this many documents a sample, slices are faster than one gather.
-FEW_DOCUMENTS = 6
-
-
-def keyed_permutation(size: int, *key: int | str) -> np.ndarray:
-    """Permutation int64[size], a pure function of size and key.
-
-    Sorts random numbers that carry their index in their low bits, so any sorting algorithm gives the same order. The
-    numbers are the raw 64-bit stream of Philox (Salmon et al. 2011), which NumPy promises not to change, unlike
-    `Generator.permutation`. Two of 10 million entries tie in their upper 40 bits in about 45 cases: no visible bias.
-    """
-    digest = hashlib.sha256(repr(key).encode("utf-8")).digest()
-    generator = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64))
-    index_bits = np.uint64(max(size - 1, 0).bit_length())
-    index_mask = (np.uint64(1) << index_bits) - np.uint64(1)
-    tagged = np.asarray(generator.random_raw(size), dtype=np.uint64)
-    tagged &= ~index_mask
-    tagged |= np.arange(size, dtype=np.uint64)
-    tagged.sort()
-    tagged &= index_mask
-    return tagged.astype(np.int64)
-
-
-def split_documents(
-    num_documents: int, validation_fraction: float, salt: str = "validation"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Document numbers for training and for validation, each int64 ascending: a pure function of the arguments.
-
-    Validation gets the nearest whole number of documents, but at least one, and leaves at least one, where
-    `validation_fraction` > 0 and there are two documents or more. Raises ValueError outside 0 <= fraction < 1.
-    """
-    if not 0.0 <= validation_fraction < 1.0:
-        raise ValueError(f"validation fraction {validation_fraction} must be at least 0 and below 1")
-    if validation_fraction == 0.0 or num_documents < 2:
-        return np.arange(num_documents, dtype=np.int64), np.empty(0, dtype=np.int64)
-    held_out = min(max(1, round(num_documents * validation_fraction)), num_documents - 1)
-    order = keyed_permutation(num_documents, "split", salt)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+# Pieces of documents shorter than this on average are gathered token by token, longer ones copied one by one.
+GATHERED_TOKENS = 24
+# Up to so many samples a read, a loop is faster than array operations over all of them.
+FEW_ROWS = 3
 
 
 class TokenStream:
-    """Documents laid end to end: reads any window of them. `stream_starts` int64[documents + 1] in tokens."""
+    """Documents laid end to end: reads any windows of them. `stream_starts` int64[documents + 1] in tokens.
 
-    def __init__(self, reader: IndexedReader, document_ids: np.ndarray) -> None:
-        self._reader = reader
-        self._source_starts = reader.document_starts[document_ids]
-        self.stream_starts = np.zeros(len(document_ids) + 1, dtype=np.int64)
-        np.cumsum(reader.document_starts[document_ids + 1] - self._source_starts, out=self.stream_starts[1:])
+    source_starts, lengths: int64[documents], where each document lies in the reader's tokens.
+    """
 
-    def window(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int64[length] from `start`, and where documents begin in it, int64 offsets, the first always 0."""
-        first = int(np.searchsorted(self.stream_starts, start, side="right")) - 1
-        last = int(np.searchsorted(self.stream_starts, start + length, side="left"))
-        edges = self.stream_starts[first : last + 1] - start
-        edges[0] = 0
-        edges[-1] = length
-        sources = self._source_starts[first:last].copy()
-        sources[0] += start - self.stream_starts[first]
-        if len(sources) <= FEW_DOCUMENTS:
-            tokens = np.empty(length, dtype=np.int64)
-            view = self._reader.tokens_view
-            for source, begin, end in zip(sources.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-                tokens[begin:end] = view[source : source + end - begin]
+    def __init__(self, reader: IndexedReader, source_starts: np.ndarray, lengths: np.ndarray) -> None:
+        self._tokens = reader.tokens_view
+        self._source_starts = source_starts
+        self.stream_starts = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=self.stream_starts[1:])
+
+    @classmethod
+    def of(cls, reader: IndexedReader, document_ids: np.ndarray) -> TokenStream:
+        """The documents of these numbers in this order."""
+        starts = reader.document_starts[document_ids]
+        return cls(reader, starts, reader.document_starts[document_ids + 1] - starts)
+
+    def windows(self, begins: np.ndarray, length: int) -> Rows:
+        """The `length` tokens from each of begins int64[b], as they are stored, and where documents begin in them."""
+        if len(begins) <= FEW_ROWS:
+            return self._few_windows(begins.tolist(), length)
+        first = np.searchsorted(self.stream_starts, begins, side="right") - 1
+        pieces = np.searchsorted(self.stream_starts, begins + length, side="left") - first
+        piece_of_row = np.cumsum(pieces) - pieces
+        rows = np.arange(len(begins)) * length
+        documents = np.repeat(first - piece_of_row, pieces)
+        documents += np.arange(len(documents))
+        starts = self.stream_starts[documents]
+        starts += np.repeat(rows - begins, pieces)
+        sources = self._source_starts[documents]
+        sources[piece_of_row] += rows - starts[piece_of_row]  # a row begins inside its first document
+        starts[piece_of_row] = rows
+        lengths = lengths_between(starts, len(begins) * length)
+        return Rows(join_pieces(self._tokens, sources, lengths).reshape(len(begins), length), starts)
+
+    def _few_windows(self, begins: list[int], length: int) -> Rows:
+        """The same, row by row in plain Python: for a few rows faster than the fixed cost of the array operations."""
+        starts, sources = [], []
+        for row, begin in enumerate(begins):
+            first = int(self.stream_starts.searchsorted(begin, "right")) - 1
+            last = int(self.stream_starts.searchsorted(begin + length, "left"))
+            here = self.stream_starts[first:last].tolist()
+            source = self._source_starts[first:last].tolist()
+            source[0] += begin - here[0]
+            here[0] = begin
+            shift = row * length - begin
+            starts += [start + shift for start in here] if shift else here
+            sources += source
+        flat = np.array(starts, dtype=np.int64)
+        total = len(begins) * length
+        if total < len(starts) * GATHERED_TOKENS:
+            tokens = join_pieces(self._tokens, np.array(sources, dtype=np.int64), lengths_between(flat, total))
         else:
-            places = np.repeat(sources - edges[:-1], np.diff(edges)) + np.arange(length)
-            tokens = self._reader.tokens_view[places].astype(np.int64)
-        return tokens, edges[:-1]
+            view = self._tokens.data
+            ends = [*starts[1:], total]
+            pieces = [view[s : s + end - start] for s, start, end in zip(sources, starts, ends, strict=True)]
+            tokens = np.frombuffer(bytearray().join(pieces), dtype=self._tokens.dtype)
+        return Rows(tokens.reshape(len(begins), length), flat)
+
+
+def lengths_between(starts: np.ndarray, end: int) -> np.ndarray:
+    """Differences of rising starts, and of `end` to the last (`np.diff(append=)` at a third of its cost)."""
+    lengths = np.empty_like(starts)
+    np.subtract(starts[1:], starts[:-1], out=lengths[:-1])
+    lengths[-1:] = end - starts[-1:]
+    return lengths
+
+
+def join_pieces(tokens: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """tokens[begins[i] : begins[i] + lengths[i]] of every i, one after another, in a new array."""
+    total = int(lengths.sum())
+    if total < len(lengths) * GATHERED_TOKENS:
+        places = np.repeat(begins - (np.cumsum(lengths) - lengths), lengths)
+        places += np.arange(total)
+        return tokens.take(places)
+    view = tokens.data
+    ends = (begins + lengths).tolist()
+    joined = bytearray().join([view[begin:end] for begin, end in zip(begins.tolist(), ends, strict=True)])
+    return np.frombuffer(joined, dtype=tokens.dtype)
 
 
 class PackedDataset:
-    """Endless numbered samples of `seq_length` + 1 tokens from the given documents.
+    """Endless numbered samples of `seq_length` + 1 tokens from the given documents (a SampleSource).
 
     reader: the data set; document_ids: int64[k], those of a split; seq_length: s; seed: with the data set's identity it
     fixes every order. Raises DataError if the documents hold fewer than s + 1 tokens.
@@ -100,12 +121,12 @@ class PackedDataset:
         documents = np.asarray(document_ids, dtype=np.int64)
         if seq_length < 1:
             raise ValueError(f"sequence length {seq_length} must be at least 1")
-        lengths = reader.document_lengths[documents]
         self.reader = reader
-        self.document_ids = documents[lengths > 0]
+        self.name = reader.prefix
         self.seq_length = seq_length
         self.seed = seed
-        self.tokens_per_epoch = int(lengths.sum())
+        self._documents = DocumentTable(reader, documents)
+        self.tokens_per_epoch = self._documents.tokens
         self.samples_per_epoch = (self.tokens_per_epoch - 1) // seq_length
         if self.samples_per_epoch < 1:
             raise DataError(
@@ -115,15 +136,19 @@ class PackedDataset:
         self._epochs: OrderedDict[int, tuple[TokenStream, np.ndarray]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_epochs": OrderedDict()}  # a loader process computes its own
+        return {**self.__dict__, "_epochs": OrderedDict()}  # a spawned loader process computes its own
+
+    @property
+    def identity(self) -> str:
+        """Hash of what the samples depend on: the shape of the data set, the split, sequence length and seed."""
+        return self._documents.identity("packed", self.seq_length, self.seed)
 
     def _epoch(self, epoch: int) -> tuple[TokenStream, np.ndarray]:
         known = self._epochs.get(epoch)
         if known is None:
             key = (self.seed, epoch, self.reader.identity)
-            order = self.document_ids[keyed_permutation(len(self.document_ids), "documents", *key)]
             known = (
-                TokenStream(self.reader, order),
+                self._documents.permuted(keyed_permutation(len(self._documents), "documents", *key)),
                 keyed_permutation(self.samples_per_epoch, "samples", self.seq_length, *key),
             )
             self._epochs[epoch] = known
@@ -131,26 +156,57 @@ class PackedDataset:
                 self._epochs.popitem(last=False)
         return known
 
-    def sample(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int64[s + 1] of sample `number` (from 0, without end) and the offsets in 0..s at which documents begin.
-
-        The first offset is always 0, even inside a document; offset s says that the last label begins a document.
-        """
-        if number < 0:
-            raise ValueError(f"sample number {number} must not be negative")
-        epoch, place = divmod(number, self.samples_per_epoch)
+    def rows(self, numbers: np.ndarray) -> Rows:
+        """Samples int64[b] as tokens [b, s + 1] of the data set's dtype; see SampleSource."""
+        least, most = (int(numbers.min()), int(numbers.max())) if len(numbers) > 1 else (int(numbers[0]),) * 2
+        if least < 0:
+            raise ValueError(f"sample number {least} must not be negative")
+        epoch = least // self.samples_per_epoch
+        if most >= (epoch + 1) * self.samples_per_epoch:  # around the end of an epoch
+            return Rows.of([self.sample(number) for number in numbers.tolist()])
         stream, sample_order = self._epoch(epoch)
-        return stream.window(int(sample_order[place]) * self.seq_length, self.seq_length + 1)
+        places = sample_order[numbers - epoch * self.samples_per_epoch]
+        return stream.windows(places * self.seq_length, self.seq_length + 1)
+
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """seq_length + 1 for every sample."""
+        return np.full(len(numbers), self.seq_length + 1, dtype=np.int64)
+
+    def sample(self, number: int) -> Sample:
+        """Tokens int[s + 1] of sample `number` (from 0, without end) and the offsets in 0..s at which documents begin."""
+        return self.rows(np.array([number], dtype=np.int64)).sample(0)
 
 
-def positions_in_documents(document_starts: np.ndarray, length: int) -> np.ndarray:
-    """Position of each of `length` tokens within its document, int64[length], given ascending starts (first 0)."""
-    starts = document_starts[document_starts < length]
-    return np.arange(length, dtype=np.int64) - np.repeat(starts, np.diff(starts, append=length))
+class DocumentTable:
+    """Where the documents of a split lie, for laying them out in any order. Empty ones are left out, unless `keep_empty`."""
 
+    def __init__(self, reader: IndexedReader, document_ids: np.ndarray, keep_empty: bool = False) -> None:
+        one_each = reader.document_starts is reader.sequence_starts
+        lengths = reader.sequence_lengths if one_each else reader.document_lengths
+        whole = len(document_ids) == len(lengths) and bool((document_ids[1:] > document_ids[:-1]).all())
+        lengths = lengths if whole else lengths[document_ids]
+        starts = reader.document_starts[:-1] if whole else reader.document_starts[document_ids]
+        filled = lengths > 0
+        if not (keep_empty or filled.all()):
+            document_ids, lengths, starts = document_ids[filled], lengths[filled], starts[filled]
+        self.reader = reader
+        self.document_ids = document_ids
+        self.lengths = lengths
+        self.starts = starts
+        self.tokens = int(lengths.sum(dtype=np.int64))
 
-def labels_within_documents(tokens: np.ndarray, document_starts: np.ndarray) -> np.ndarray:
-    """Next-token labels int64[s] of tokens [s + 1]; -100 where the next token begins another document."""
-    labels = tokens[1:].copy()
-    labels[document_starts[document_starts > 0] - 1] = IGNORED_LABEL
-    return labels
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def permuted(self, order: np.ndarray) -> TokenStream:
+        """The documents laid end to end in this order of their places in the table."""
+        with ThreadPoolExecutor(1) as other:  # random reads of memory: two threads overlap their waiting
+            starts = other.submit(self.starts.take, order)
+            lengths = self.lengths.take(order)
+            return TokenStream(self.reader, starts.result(), lengths)
+
+    def identity(self, *settings: int | str) -> str:
+        """Hash of the documents' shape and numbers and of the settings."""
+        digest = hashlib.sha256(repr((self.reader.identity, *settings)).encode("utf-8"))
+        digest.update(np.ascontiguousarray(self.document_ids, dtype="<i8").data)
+        return digest.hexdigest()

@@ -1,107 +1,60 @@
-"""Text in, a committed data set out: read, tokenise, write aside, sync, rename, and the manifest last.
+"""Text in, a committed data set out: cut into units, encode them in workers, append in order, rename, the manifest last.
 
 A run that is killed leaves nothing under the final name (or, between the renames, files without a manifest, which no
-reader accepts). Memory is bounded by a batch of documents and by 20 bytes of index a document.
+reader accepts), and its finished units where `resume` finds them. Memory does not grow with the input.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from megatronish.config.files import sync
+from megatronish.config.files import write_whole
+from megatronish.data.backends import choose_encoder
+from megatronish.data.builder import write_index
 from megatronish.data.corpus import default_corpus, default_corpus_description
-from megatronish.data.documents import Document, DocumentReader, ReadReport, find_inputs
+from megatronish.data.documents import SKIP_HINT, DocumentReader
+from megatronish.data.encoding import Job, Tally, UnitResult, read_piece
 from megatronish.data.errors import DataError
-from megatronish.data.indexed import IndexedWriter, best_dtype, bin_path, idx_path
-from megatronish.data.manifest import Manifest, TokenizerRecord, manifest_path, read_manifest
+from megatronish.data.hub import PREFIX as HUB_PREFIX
+from megatronish.data.hub import hub_source
+from megatronish.data.indexed import best_dtype, bin_path, idx_path
+from megatronish.data.inputs import Source, check_keys, file_source, find_inputs
+from megatronish.data.journal import Staging, read_plan
+from megatronish.data.manifest import Manifest, manifest_path, read_manifest
+from megatronish.data.options import (
+    DEFAULT_OUTPUT_PREFIX,
+    DEFAULT_VOCAB_SIZE,
+    PreprocessOptions,
+    check_options,
+    shard_bytes,
+)
+from megatronish.data.pool import WorkerDied, results
 from megatronish.data.progress import Progress
+from megatronish.data.publish import READY, PreprocessResult, commit, steps_to_commit, summary, tokenizer_record
+from megatronish.data.records import RecordReader
 from megatronish.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from megatronish.data.tokenizer_formats import gpt2_tokenizer
+from megatronish.data.units import Planner, Unit
 
-DEFAULT_OUTPUT_PREFIX = "data/default"
-DEFAULT_VOCAB_SIZE = 4096
-# Enough work for every thread to amortise a call, little enough to keep memory flat.
-BATCH_BYTES = 2_000_000
+__all__ = [
+    "DEFAULT_OUTPUT_PREFIX",
+    "DEFAULT_VOCAB_SIZE",
+    "PreprocessOptions",
+    "PreprocessResult",
+    "preprocess",
+    "summary",
+]
 
-
-@dataclass(frozen=True)
-class PreprocessOptions:
-    """What to prepare. No `inputs` means the embedded default corpus with a tokenizer trained on it.
-
-    Exactly one of `tokenizer_model` (see `load_tokenizer`; `tokenizer_kind` is what it must turn out to be) and
-    `train_tokenizer` (vocabulary size) for other inputs.
-    """
-
-    inputs: tuple[str, ...] = ()
-    output_prefix: str = DEFAULT_OUTPUT_PREFIX
-    json_keys: tuple[str, ...] = ("text",)
-    tokenizer_model: str | None = None
-    tokenizer_kind: str | None = None
-    train_tokenizer: int | None = None
-    eod_token: str | None = None
-    append_eod: bool = False
-    doc_separator: str | None = None
-    on_error: str = "fail"
-    workers: int = 1
-    overwrite: bool = False
-    log_interval: int = 0
-
-    def recorded(self, key: str) -> dict[str, Any]:
-        """The options that shape the result, as the manifest keeps them (not workers, overwriting or logging)."""
-        source = {"inputs": list(self.inputs)} if self.inputs else default_corpus_description()
-        return {
-            **source,
-            "json_key": key,
-            "tokenizer_model": self.tokenizer_model,
-            "train_tokenizer": self.train_tokenizer,
-            "eod_token": self.eod_token,
-            "append_eod": self.append_eod,
-            "doc_separator": self.doc_separator,
-            "on_error": self.on_error,
-        }
-
-
-@dataclass(frozen=True)
-class PreprocessResult:
-    """One finished data set: the path to give as `data.path`, its manifest, and whether it was already there."""
-
-    prefix: str
-    manifest: Manifest
-    already_there: bool
-
-
-class DocumentSource(Protocol):
-    """Documents that can be read more than once; `total_bytes` is 0 where it is not known beforehand."""
-
-    report: ReadReport
-    total_bytes: int
-
-    def __iter__(self) -> Iterator[Document]: ...
-
-
-class DefaultCorpusSource:
-    """The embedded default corpus as a document source."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.report = ReadReport()
-        self.total_bytes = 0
-        self._say = say
-
-    def __iter__(self) -> Iterator[Document]:
-        self.report = ReadReport()
-        for name, text in default_corpus(self._say):
-            self.report.bytes_read += len(text.encode("utf-8"))
-            yield Document((text,), name)
-        self._say = _say_nothing  # the note about a small corpus is for the first pass only
-        self.total_bytes = self.report.bytes_read
+# Text compared with the tokenizer's own library before a faster one is used: some 30 ms of work.
+SAMPLE_CHARACTERS = 1 << 16
+SAMPLE_DOCUMENT_CHARACTERS = 1 << 12
+LENGTHS_AT_A_TIME = 1 << 20
 
 
 def preprocess(options: PreprocessOptions, say: Callable[[str], None]) -> list[PreprocessResult]:
@@ -109,47 +62,66 @@ def preprocess(options: PreprocessOptions, say: Callable[[str], None]) -> list[P
 
     Raises DataError for anything the user can put right, OSError when the disk does not serve.
     """
-    _check(options)
-    prefixes = {key: f"{options.output_prefix}_{key}_document" for key in options.json_keys}
+    check_options(options)
+    prefixes = output_prefixes(options)
+    folder = Staging.folder_of(options.output_prefix)
+    _meet_unfinished(folder, options)
     if not options.overwrite:
-        done = [_existing(prefix, options.recorded(key), bool(options.inputs)) for key, prefix in prefixes.items()]
+        reuse = not options.inputs or options.resume
+        done = [_existing(prefix, options.recorded(key), refuse=not reuse) for key, prefix in prefixes.items()]
         if all(result is not None for result in done):
             return [result for result in done if result is not None]
-    source: DocumentSource = DefaultCorpusSource(say)
-    if options.inputs:
-        source = DocumentReader(find_inputs(options.inputs), options.json_keys, options.doc_separator, options.on_error)
-    folder = Path(options.output_prefix).parent
+    sources = find_sources(options, say)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{Path(options.output_prefix).name}.unfinished-", dir=folder))
     except OSError as error:
-        raise DataError(
-            f"--output-prefix {options.output_prefix}: cannot write in {folder}: {error.strerror}"
-        ) from None
+        where = folder.parent
+        raise DataError(f"--output-prefix {options.output_prefix}: cannot write in {where}: {error.strerror}") from None
+    staging = Staging(folder, len(prefixes), sources)
+    finished = False
     try:
-        tokenizer = _tokenizer(options, source, say)
-        manifests = _write(options, source, tokenizer, staging)
-        return [_commit(staging, prefix, manifests[key]) for key, prefix in prefixes.items()]
+        finished_sets = _Run(options, sources, staging, say).run(prefixes)
+        finished = True
+        return finished_sets
+    except (DataError, OSError, WorkerDied, KeyboardInterrupt):
+        if staging.state.units:
+            say(f"{staging.state.units:,} finished units are kept in {folder}; --resume goes on after them")
+        raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        staging.close(keep=not finished and staging.state.units > 0)
 
 
-def _check(options: PreprocessOptions) -> None:
-    if options.on_error not in ("fail", "skip"):
-        raise DataError(f"--on-error {options.on_error}: choose fail or skip")
-    if options.workers < 1:
-        raise DataError(f"--workers {options.workers}: at least 1 is needed")
-    if len(set(options.json_keys)) != len(options.json_keys) or not options.json_keys:
-        raise DataError(f"--json-keys {' '.join(options.json_keys)}: give each key once")
-    if options.tokenizer_model is not None and options.train_tokenizer is not None:
-        raise DataError("--tokenizer-model and --train-tokenizer exclude each other; give one")
-    if options.tokenizer_model is None and options.train_tokenizer is None:
-        raise DataError(
-            "no tokenizer; give --tokenizer-model (a tokenizer.json, its folder, a SentencePiece .model, or `bytes`) "
-            f"or --train-tokenizer VOCABULARY_SIZE (for example {DEFAULT_VOCAB_SIZE})"
-        )
-    if not Path(options.output_prefix).name:
-        raise DataError(f"--output-prefix {options.output_prefix!r}: a file name must follow the folder")
+def output_prefixes(options: PreprocessOptions) -> dict[str, str]:
+    """The data set of each key."""
+    return {key: f"{options.output_prefix}_{key}_document" for key in options.json_keys}
+
+
+def find_sources(options: PreprocessOptions, say: Callable[[str], None]) -> list[Source]:
+    """The inputs, in order. Raises DataError for what cannot be read; empty files are told and left out."""
+    if not options.inputs:
+        told: set[str] = set()
+
+        def say_once(line: str) -> None:
+            if line not in told:  # the corpus is read twice: for the tokenizer, and to be encoded
+                told.add(line)
+                say(line)
+
+        description = default_corpus_description()
+        return [Source(" ".join(description.values()), "rows", rows=lambda: _default_rows(say_once))]
+    sources: list[Source] = []
+    for is_hub, patterns in itertools.groupby(options.inputs, lambda pattern: pattern.startswith(HUB_PREFIX)):
+        given = list(patterns)
+        sources += map(hub_source, given) if is_hub else map(file_source, find_inputs(given))
+    check_keys(sources, options.json_keys)
+    empty = [source.name for source in sources if source.format != "rows" and source.size == 0]
+    if empty:
+        say(f"{len(empty):,} empty files left out, such as {empty[0]}")
+    return [source for source in sources if source.name not in set(empty)]
+
+
+def _default_rows(say: Callable[[str], None]) -> Iterator[Mapping[str, Any]]:
+    for _, text in default_corpus(say):
+        yield {"text": text}
 
 
 def _existing(prefix: str, recorded: dict[str, Any], refuse: bool) -> PreprocessResult | None:
@@ -170,20 +142,36 @@ def _existing(prefix: str, recorded: dict[str, Any], refuse: bool) -> Preprocess
     return PreprocessResult(prefix, manifest, already_there=True)
 
 
-def _tokenizer(options: PreprocessOptions, source: DocumentSource, say: Callable[[str], None]) -> Tokenizer:
+def _meet_unfinished(folder: Path, options: PreprocessOptions) -> None:
+    """The work of a killed run is not thrown away unasked; the bare command goes on with it.
+
+    A run that was killed between the renames that end it is taken to its end first.
+    """
+    if options.overwrite or read_plan(folder) is None:
+        return
+    if options.inputs and not options.resume:
+        raise DataError(
+            f"{folder}: an unfinished run of this output is there; --resume goes on with it, --overwrite starts anew"
+        )
+    if (folder / READY).exists():
+        staging = Staging(folder, 0, ())
+        commit(folder)
+        staging.close(keep=False)
+
+
+def open_tokenizer(options: PreprocessOptions, sources: list[Source], say: Callable[[str], None]) -> Tokenizer:
+    """The tokenizer that the options name or train."""
     if options.tokenizer_model is not None:
-        tokenizer = load_tokenizer(options.tokenizer_model, eod_token=options.eod_token, threads=options.workers)
+        tokenizer = load_tokenizer(options.tokenizer_model, eod_token=options.eod_token)
         if options.tokenizer_kind not in (None, tokenizer.kind):
             raise DataError(
                 f"--tokenizer-model {options.tokenizer_model} is a {tokenizer.kind} tokenizer, but --tokenizer-type asks for "
                 f"{options.tokenizer_kind}; leave --tokenizer-type out"
             )
+    elif options.vocab_file is not None and options.merge_file is not None:
+        tokenizer = gpt2_tokenizer(options.vocab_file, options.merge_file, options.eod_token)
     else:
-        assert options.train_tokenizer is not None
-        say(f"training a byte-level BPE tokenizer with a vocabulary of {options.train_tokenizer:,}")
-        progress = Progress("reading for the tokenizer", options.log_interval)
-        tokenizer = train_bpe(_texts(source, progress), options.train_tokenizer)
-        say(f"tokenizer trained: {tokenizer.vocab_size:,} tokens, {progress.seconds:.1f} s")
+        tokenizer = _trained(options, sources, say)
     if options.append_eod and tokenizer.eod_id is None:
         raise DataError(
             f"--append-eod: the tokenizer {options.tokenizer_model} names no end-of-document token; name one with --eod-token"
@@ -191,201 +179,233 @@ def _tokenizer(options: PreprocessOptions, source: DocumentSource, say: Callable
     return tokenizer
 
 
-def _texts(source: DocumentSource, progress: Progress) -> Iterator[str]:
-    """Every text of a source, for training a tokenizer. Raises DataError if there is none."""
-    text_bytes = 0
-    for documents, document in enumerate(source, start=1):
-        for text in document.texts:
-            text_bytes += len(text.encode("utf-8"))
+def _trained(options: PreprocessOptions, sources: list[Source], say: Callable[[str], None]) -> Tokenizer:
+    assert options.train_tokenizer is not None
+    say(f"training a byte-level BPE tokenizer with a vocabulary of {options.train_tokenizer:,}")
+    progress = Progress("reading for the tokenizer", options.log_interval)
+    tokenizer = train_bpe(_training_texts(options, sources, progress), options.train_tokenizer)
+    say(f"tokenizer trained: {tokenizer.vocab_size:,} tokens, {progress.seconds:.1f} s")
+    return tokenizer
+
+
+def _training_texts(options: PreprocessOptions, sources: list[Source], progress: Progress) -> Iterator[str]:
+    """Every text of the input, for training a tokenizer. Raises DataError if there is none."""
+    text_bytes = documents = 0
+    total = sum(source.size for source in sources)
+    before = 0
+    for source in sources:
+        if source.rows is not None:
+            texts = (row[key] for row in source.rows() for key in options.json_keys if isinstance(row.get(key), str))
+            reader = None
+        else:
+            reader = DocumentReader([Path(source.name)], options.json_keys, options.doc_separator, options.on_error)
+            texts = (text for document in reader for text in document.texts)
+        for text in texts:
+            documents += 1
+            text_bytes += len(text.encode("utf-8", "replace"))
             yield text
-        progress.update(documents, text_bytes, None, _fraction(source))
+            read = before + (reader.report.bytes_read if reader is not None else 0)
+            progress.update(documents, text_bytes, None, read / total if total else None)
+        before += source.size
     if text_bytes == 0:
-        raise DataError(_no_documents(source))
+        raise DataError("no document with text in the input; nothing was written")
 
 
-def _fraction(source: DocumentSource) -> float | None:
-    return min(1.0, source.report.bytes_read / source.total_bytes) if source.total_bytes else None
+class _Run:
+    """One run of `preprocess` into a staging folder."""
+
+    def __init__(
+        self, options: PreprocessOptions, sources: list[Source], staging: Staging, say: Callable[[str], None]
+    ) -> None:
+        self._options, self._sources, self._staging, self._say = options, sources, staging, say
+        self._total = sum(source.size for source in sources)
+        self._progress = Progress("tokenising", options.log_interval)
+        self._running: dict[int, Tally] = {}
+
+    def run(self, prefixes: dict[str, str]) -> list[PreprocessResult]:
+        options, staging = self._options, self._staging
+        if not self._sources:
+            raise DataError("no document with text in the input; nothing was written")
+        resuming = options.resume or not options.inputs
+        there = read_plan(staging.folder) if resuming and not options.overwrite else None
+        kept = staging.folder / "trained.tokenizer.json"
+        if there is not None and options.train_tokenizer is not None and kept.exists():
+            tokenizer: Tokenizer = load_tokenizer(kept)
+        else:
+            tokenizer = open_tokenizer(options, self._sources, self._say)
+        size = shard_bytes(options.shard_size or (there or {}).get("shard_size"), self._total)
+        dtype = token_dtype(options.dtype, tokenizer.vocab_size)
+        plan = {
+            "options": options.recorded(" ".join(options.json_keys)),
+            "tokenizer": tokenizer.fingerprint,
+            "eod_id": tokenizer.eod_id,
+            "dtype": dtype.name,
+            "itemsize": dtype.itemsize,
+            "shard_size": size,
+            "inputs": [source.signature for source in self._sources],
+        }
+        if there is not None:
+            staging.resume(plan)
+            if staging.state.units:
+                self._say(f"going on after {staging.state.units:,} finished units")
+        else:
+            staging.begin(plan)
+            if options.train_tokenizer is not None:
+                tokenizer.save(staging.folder / "trained")
+        job = self._encode(tokenizer, size, dtype)
+        return self._finish(prefixes, tokenizer, job)
+
+    def _encode(self, tokenizer: Tokenizer, size: int, dtype: np.dtype[Any]) -> Job:
+        options, staging = self._options, self._staging
+        separator = options.doc_separator.encode("utf-8") if options.doc_separator else None
+        planner = Planner(self._sources, options.json_keys, separator, size, staging.folder)
+        units = planner.units(staging.state.units, staging.state.pieces)
+        first = next(units, None)
+        sample = [] if first is None else sample_texts(self._sources, first, options, separator)
+        job = Job(
+            sources=tuple(self._sources),
+            keys=options.json_keys,
+            separator=separator,
+            on_error=options.on_error,
+            max_doc_bytes=options.max_doc_bytes,
+            long_documents=options.long_documents,
+            keep_empty=options.keep_empty,
+            dtype=dtype.str,
+            eod_id=tokenizer.eod_id if options.append_eod else None,
+            shard_size=size,
+            folder=staging.folder,
+            encoder=choose_encoder(options.backend, tokenizer, sample, self._say),
+        )
+        if first is not None:
+            all_units = itertools.chain([first], units)
+            for unit, result in results(job, all_units, options.workers, self._tell):
+                self._take(unit, result)
+        self._show(None, finish=True)
+        return job
+
+    def _take(self, unit: Unit, result: UnitResult) -> None:
+        """Commits a unit, or raises the fault that stopped it."""
+        self._running.pop(unit.index, None)
+        staging = self._staging
+        if result.fault is not None:
+            source, number, reason = result.fault
+            raise DataError(f"{staging.place(source, number)}: {reason} ({SKIP_HINT})")
+        if result.mismatch is not None:
+            self._say(
+                f"unit {unit.index}: the fast back end differs from the tokenizer's own library for a text like "
+                f"{result.mismatch!r}; the unit was encoded by the latter. Please report it to the back end's authors"
+            )
+        if result.first_duplicate is not None and not staging.state.counts["duplicate_keys"]:
+            self._say(f"{staging.place(*result.first_duplicate)}: a key comes twice in one object; the last one counts")
+        staging.commit(unit, result)
+        self._show(None)
+
+    def _tell(self, index: int, tally: Tally) -> None:
+        self._running[index] = tally
+        self._show(tally)
+
+    def _show(self, tally: Tally | None, finish: bool = False) -> None:
+        state, running = self._staging.state, list(self._running.values())
+        documents = state.totals[0].documents + sum(t.documents for t in running)
+        text_bytes = sum(t.text_bytes for t in state.totals) + sum(t.text_bytes for t in running)
+        tokens = sum(t.tokens for t in state.totals) + sum(t.tokens for t in running)
+        errors = state.counts["rejected"] + sum(t.rejected for t in running)
+        if finish:
+            self._progress.finish(documents, text_bytes, tokens, errors)
+            return
+        done = state.stored / self._total if self._total else None
+        self._progress.update(documents, text_bytes, tokens, min(1.0, done) if done is not None else None, errors)
+
+    def _finish(self, prefixes: dict[str, str], tokenizer: Tokenizer, job: Job) -> list[PreprocessResult]:
+        staging, state = self._staging, self._staging.state
+        for key, total in zip(prefixes, state.totals, strict=True):
+            if total.tokens == 0:
+                which = f"key {key!r}: " if len(prefixes) > 1 else ""
+                raise DataError(which + _no_documents(staging))
+        manifests, steps = {}, []
+        for number, ((key, prefix), (tokens, lengths)) in enumerate(
+            zip(prefixes.items(), staging.finish(), strict=True)
+        ):
+            aside = staging.folder / Path(prefix).name
+            size, digest = write_index(idx_path(aside), job.dtype, lambda path=lengths: _lengths(path))  # type: ignore[misc]
+            files = {
+                bin_path(aside).name: {"bytes": tokens.stat().st_size, "xxh3": staging.whole[number].hexdigest()},
+                idx_path(aside).name: {"bytes": size, "xxh3": digest},
+            }
+            manifests[prefix] = self._manifest(key, number, tokenizer, job, aside, files)
+            steps += steps_to_commit(staging.folder, prefix, manifests[prefix], {bin_path(aside).name: tokens.name})
+        write_whole(staging.folder / READY, json.dumps(steps))
+        commit(staging.folder)
+        return [PreprocessResult(prefix, manifest, already_there=False) for prefix, manifest in manifests.items()]
+
+    def _manifest(
+        self, key: str, number: int, tokenizer: Tokenizer, job: Job, aside: Path, files: dict[str, dict[str, Any]]
+    ) -> Manifest:
+        state = self._staging.state
+        total = state.totals[number]
+        record, added = tokenizer_record(tokenizer, aside)
+        return Manifest(
+            tokenizer=record,
+            dtype=np.dtype(job.dtype).name,
+            appended_eod=self._options.append_eod,
+            counts={
+                "documents": total.documents,
+                "tokens": total.tokens,
+                "text_bytes": total.text_bytes,
+                "empty_documents": total.empty,
+                "unknown_tokens": total.unknown,
+                "blank_lines": state.counts["blank_lines"],
+                "rejected_documents": state.counts["rejected"],
+                "replaced_documents": state.counts["replaced"],
+                "duplicate_keys": state.counts["duplicate_keys"],
+                "long_documents": state.counts["long_documents"],
+            },
+            options=self._options.recorded(key),
+            files=files | added,
+            rejects=state.rejects,
+            shards=state.hashes[number],
+            encoder=job.encoder.name,
+        )
 
 
-def _no_documents(source: DocumentSource) -> str:
-    report = source.report
+def sample_texts(sources: list[Source], unit: Unit, options: PreprocessOptions, separator: bytes | None) -> list[str]:
+    """The beginnings of the first documents of a unit, faulty ones left out."""
+    found: list[str] = []
+    left = SAMPLE_CHARACTERS
+    for piece in unit.pieces:
+        reader = RecordReader(options.json_keys, lambda number, reason: None, repair=True)
+        for texts in read_piece(sources[piece.source], piece, reader, separator):
+            for text in texts:
+                found.append(text[:SAMPLE_DOCUMENT_CHARACTERS])
+                left -= len(found[-1]) + 64
+            if left <= 0:
+                return found
+    return found
+
+
+def token_dtype(wanted: str, vocab_size: int) -> np.dtype[Any]:
+    """The dtype asked for, if the vocabulary fits, or the one that Megatron would take. Raises DataError."""
+    if wanted == "auto":
+        return best_dtype(vocab_size)
+    dtype = np.dtype(wanted).newbyteorder("<")
+    if vocab_size - 1 > np.iinfo(dtype).max:
+        raise DataError(
+            f"--dtype {wanted} holds ids up to {np.iinfo(dtype).max:,}; the vocabulary has {vocab_size:,}: use a wider one"
+        )
+    return dtype
+
+
+def _lengths(path: Path) -> Iterator[np.ndarray]:
+    """The int32 lengths in a file, an array at a time."""
+    with open(path, "rb") as file:
+        while raw := file.read(4 * LENGTHS_AT_A_TIME):
+            yield np.frombuffer(raw, dtype="<i4")
+
+
+def _no_documents(staging: Staging) -> str:
+    counts, rejects = staging.state.counts, staging.state.rejects
     return (
-        f"no document with text in the input ({report.rejected} rejected, {report.blank_lines} blank lines"
-        + (f"; first rejected: {report.rejects[0]['place']}: {report.rejects[0]['reason']}" if report.rejects else "")
+        f"no document with text in the input ({counts['rejected']} rejected, {counts['blank_lines']} blank lines"
+        + (f"; first rejected: {rejects[0]['place']}: {rejects[0]['reason']}" if rejects else "")
         + "); nothing was written"
     )
-
-
-class _KeyOutput:
-    """One data set being written: the tokens of one key."""
-
-    def __init__(self, prefix: Path, tokenizer: Tokenizer, append_eod: bool) -> None:
-        self.writer = IndexedWriter(prefix, best_dtype(tokenizer.vocab_size))
-        self.prefix = prefix
-        self.text_bytes = 0
-        self.empty_documents = 0
-        self.unknown_tokens = 0
-        self._unknown_id = tokenizer.unknown_id
-        self._ending = np.array([tokenizer.eod_id], dtype=np.int32) if append_eod else None
-
-    def add(self, ids: np.ndarray, size: int, place: str) -> None:
-        if ids.size == 0:
-            self.empty_documents += 1
-            return
-        try:
-            self.writer.add_document(ids if self._ending is None else np.concatenate((ids, self._ending)))
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from None
-        self.text_bytes += size
-        if self._unknown_id is not None:
-            self.unknown_tokens += int(np.count_nonzero(ids == self._unknown_id))
-
-
-def _batches(source: DocumentSource) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in source:
-        batch.append(document)
-        size += sum(map(len, document.texts)) + 64
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _write(
-    options: PreprocessOptions, source: DocumentSource, tokenizer: Tokenizer, staging: Path
-) -> dict[str, Manifest]:
-    """Tokenises every document into `staging` and returns the manifests by key."""
-    outputs = {
-        key: _KeyOutput(staging / f"{Path(options.output_prefix).name}_{key}_document", tokenizer, options.append_eod)
-        for key in options.json_keys
-    }
-    try:
-        _tokenise(source, tokenizer, list(outputs.values()), Progress("tokenising", options.log_interval))
-        for output in outputs.values():
-            output.writer.finalize()
-    finally:
-        for output in outputs.values():
-            output.writer.close()
-    manifests = {}
-    for key, output in outputs.items():
-        if output.writer.tokens == 0:
-            raise DataError(f"key {key!r}: {_no_documents(source)}" if len(outputs) > 1 else _no_documents(source))
-        manifests[key] = _manifest(options.recorded(key), source.report, tokenizer, output, options.append_eod)
-    return manifests
-
-
-def _tokenise(source: DocumentSource, tokenizer: Tokenizer, outputs: list[_KeyOutput], progress: Progress) -> None:
-    """Encodes batches in one thread (the back ends spread over cores) while this one reads and writes."""
-    state = {"documents": 0}
-
-    def store(batch: list[Document], future: Future[list[np.ndarray]]) -> None:
-        ids = iter(future.result())
-        for document in batch:
-            for output, text in zip(outputs, document.texts, strict=True):
-                output.add(next(ids), len(text.encode("utf-8")), document.place)
-        state["documents"] += len(batch)
-        done = (sum(output.text_bytes for output in outputs), sum(output.writer.tokens for output in outputs))
-        progress.update(state["documents"], *done, _fraction(source))
-
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode") as pool:
-        waiting: tuple[list[Document], Future[list[np.ndarray]]] | None = None
-        for batch in _batches(source):
-            following = (batch, pool.submit(tokenizer.encode_batch, [t for document in batch for t in document.texts]))
-            if waiting is not None:
-                store(*waiting)
-            waiting = following
-        if waiting is not None:
-            store(*waiting)
-    progress.finish(
-        state["documents"],
-        sum(output.text_bytes for output in outputs),
-        sum(output.writer.tokens for output in outputs),
-    )
-
-
-def _manifest(
-    recorded: dict[str, Any], report: ReadReport, tokenizer: Tokenizer, output: _KeyOutput, append_eod: bool
-) -> Manifest:
-    writer = output.writer
-    tokenizer_file = tokenizer.save(output.prefix)
-    files = {
-        f"{output.prefix.name}.{suffix}": {"bytes": writer.sizes[suffix], "sha256": writer.sha256[suffix]}
-        for suffix in ("bin", "idx")
-    }
-    if tokenizer_file is not None:
-        files[tokenizer_file.name] = {"bytes": tokenizer_file.stat().st_size, "sha256": tokenizer.fingerprint}
-    return Manifest(
-        tokenizer=TokenizerRecord(
-            kind=tokenizer.kind,
-            file=tokenizer_file.name if tokenizer_file is not None else None,
-            sha256=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            eod_id=tokenizer.eod_id,
-        ),
-        dtype=writer.dtype.name,
-        appended_eod=append_eod,
-        counts={
-            "documents": writer.documents,
-            "tokens": writer.tokens,
-            "text_bytes": output.text_bytes,
-            "empty_documents": output.empty_documents,
-            "unknown_tokens": output.unknown_tokens,
-            "blank_lines": report.blank_lines,
-            "rejected_documents": report.rejected,
-        },
-        options=recorded,
-        files=files,
-        rejects=report.rejects,
-    )
-
-
-def _commit(staging: Path, prefix: str, manifest: Manifest) -> PreprocessResult:
-    """Moves a finished data set to its name: an old manifest goes first, the new one comes last."""
-    target = Path(prefix).parent
-    written = manifest_path(staging / Path(prefix).name)
-    written.write_text(manifest.to_json(), encoding="utf-8")
-    for name in [*manifest.files, written.name]:
-        sync(staging / name)
-    manifest_path(prefix).unlink(missing_ok=True)
-    for suffix in (".tokenizer.json", ".tokenizer.model"):
-        stale = Path(f"{prefix}{suffix}")
-        if stale.name not in manifest.files:
-            stale.unlink(missing_ok=True)
-    for name in manifest.files:
-        os.replace(staging / name, target / name)
-    sync(target)
-    os.replace(written, manifest_path(prefix))
-    sync(target)
-    return PreprocessResult(prefix, manifest, already_there=False)
-
-
-def _say_nothing(line: str) -> None:
-    """Takes a line of news and drops it."""
-
-
-def summary(result: PreprocessResult) -> Sequence[str]:
-    """Lines that tell a user what a data set holds."""
-    counts, tokenizer = result.manifest.counts, result.manifest.tokenizer
-    lines = [
-        f"{result.prefix}: {'already there' if result.already_there else 'written'}: {counts['documents']:,} documents, "
-        f"{counts['tokens']:,} tokens of {result.manifest.dtype}, {counts['text_bytes'] / 1e6:.1f} MB of text, "
-        f"{counts['text_bytes'] / max(counts['tokens'], 1):.2f} bytes a token, {tokenizer.kind} vocabulary {tokenizer.vocab_size:,}"
-    ]
-    passed = {
-        "empty documents dropped": counts["empty_documents"],
-        "blank lines ignored": counts["blank_lines"],
-        "faulty documents skipped": counts["rejected_documents"],
-        "unknown tokens (text that this tokenizer cannot hold is lost)": counts["unknown_tokens"],
-    }
-    told = [f"{number:,} {what}" for what, number in passed.items() if number]
-    if told:
-        lines.append(f"  {', '.join(told)}")
-    lines += [f"  skipped {reject['place']}: {reject['reason']}" for reject in result.manifest.rejects[:3]]
-    if counts["documents"] == 1:
-        lines.append(
-            "  one document only: nothing can be held out for validation; --doc-separator cuts a text into documents"
-        )
-    return lines

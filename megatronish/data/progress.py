@@ -28,7 +28,9 @@ class Progress:
         """Seconds since the start."""
         return time.monotonic() - self.started
 
-    def update(self, documents: int, text_bytes: int, tokens: int | None, fraction: float | None) -> None:
+    def update(
+        self, documents: int, text_bytes: int, tokens: int | None, fraction: float | None, errors: int = 0
+    ) -> None:
         """Tells the state; prints at most five times a second on a terminal, every ten seconds in a log."""
         now = time.monotonic()
         due = self.log_interval > 0 and documents >= self._next_documents
@@ -37,19 +39,23 @@ class Progress:
         if not due and now - self._last_print < (0.2 if self.live else 10.0):
             return
         self._last_print = now
-        self._write(self._line(now, documents, text_bytes, tokens, fraction), end="\n" if due else "")
+        self._write(self._line(now, documents, text_bytes, tokens, fraction, errors), end="\n" if due else "")
 
-    def finish(self, documents: int, text_bytes: int, tokens: int | None) -> None:
+    def finish(self, documents: int, text_bytes: int, tokens: int | None, errors: int = 0) -> None:
         """Prints the final line."""
-        line = self._line(time.monotonic(), documents, text_bytes, tokens, None)
+        line = self._line(time.monotonic(), documents, text_bytes, tokens, None, errors)
         self._write(line, end="\n")
 
-    def _line(self, now: float, documents: int, text_bytes: int, tokens: int | None, fraction: float | None) -> str:
+    def _line(
+        self, now: float, documents: int, text_bytes: int, tokens: int | None, fraction: float | None, errors: int
+    ) -> str:
         seconds = max(now - self.started, 1e-6)
         parts = [f"{self.label}: {documents:,} documents", f"{text_bytes / 1e6:,.1f} MB"]
         parts.append(f"{text_bytes / 1e6 / seconds:.2f} MB/s")
         if tokens is not None:
             parts.append(f"{tokens / seconds:,.0f} tokens/s")
+        if errors:
+            parts.append(f"{errors:,} errors")
         if fraction is None:
             parts.append(f"{seconds:.1f} s")
         elif fraction > 0:

@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from megatronish.data.errors import DataError
 
 EOD_TOKEN = "<|endoftext|>"
 # Names under which published tokenizers keep their end-of-text token, tried in this order when no configuration says.
 KNOWN_EOD_TOKENS = (EOD_TOKEN, "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")
-# What one token may span before merges are learnt: a word with one leading character, up to three digits, a run of
-# punctuation with the line breaks after it, line breaks, other white space (the last blank goes to the next word).
-BPE_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# What one token may span before merges are learnt, as in GPT-4 and Llama 3 (so that fast back ends know it): an English
+# contraction, a word with one leading character, up to three digits, a run of punctuation with the line breaks after it,
+# line breaks, other white space (the last blank goes to the next word).
+BPE_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class Tokenizer(ABC):
@@ -113,7 +115,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values()) + 1
         self.fingerprint = hashlib.sha256(source.encode("utf-8")).hexdigest()
         self.eod_id = eod_id if eod_id is not None else _find_eod(vocabulary, eod_token, place)
-        spec = json.loads(source)
+        spec = orjson.loads(source)
         self.unknown_id = _find_unknown(spec["model"], vocabulary)
         for token in spec.get("added_tokens") or []:
             if token["id"] == self.eod_id and not token["special"]:
@@ -124,11 +126,32 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         added = self._tokenizer.get_added_tokens_decoder()
+        self.spec = spec
         self._special_ids: set[int] = {i for i, token in added.items() if token.special}
         if self.eod_id is not None:
             self._special_ids.add(self.eod_id)
         self.lossless = _is_byte_level(spec, vocabulary)
-        self._token_bytes = _byte_table(vocabulary, added, self._special_ids) if self.lossless else None
+        self._added = added
+        self._token_bytes: dict[int, bytes] | None = None
+
+    def plain_spec(self) -> dict[str, Any]:
+        """The JSON with nothing that could turn text into a special token, for libraries that cannot be told not to."""
+        kept = [token for token in self.spec.get("added_tokens") or [] if token["id"] not in self._special_ids]
+        return self.spec | {"added_tokens": kept, "post_processor": None, "truncation": None, "padding": None}
+
+    def byte_ranks(self) -> dict[bytes, int] | None:
+        """Bytes of each token of a byte-level BPE to its id, None where ids do not follow the order of the merges."""
+        model = self.spec["model"]
+        if not self.lossless or model.get("type") != "BPE" or any(i not in self._special_ids for i in self._added):
+            return None
+        vocabulary = model["vocab"]
+        pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
+        merged = [vocabulary["".join(pair)] for pair in pairs]
+        if merged != sorted(merged):
+            return None
+        alphabet = byte_alphabet()
+        special = {token["content"] for token in self.spec.get("added_tokens") or []}
+        return {bytes(alphabet[c] for c in token): i for token, i in vocabulary.items() if token not in special}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -136,9 +159,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         array = self._checked(ids)
-        if self._token_bytes is None:
+        if not self.lossless:
             kept = [i for i in array.tolist() if i not in self._special_ids]
             return self._tokenizer.decode(kept, skip_special_tokens=True).encode("utf-8")
+        if (
+            self._token_bytes is None
+        ):  # made when first needed: encoding, which starts many processes, has no use for it
+            vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+            self._token_bytes = _byte_table(vocabulary, self._added, self._special_ids)
         table = self._token_bytes
         return b"".join([table.get(i, b"") for i in array.tolist()])
 
@@ -162,7 +190,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor.LoadFromSerializedProto(model)
         except (RuntimeError, OSError) as error:
             raise DataError(f"{name or 'tokenizer'}: not a SentencePiece model: {error}") from None
-        self._model = model
+        self.model = model
         self._threads = threads
         self.vocab_size = int(self._processor.vocab_size())
         self.fingerprint = hashlib.sha256(model).hexdigest()
@@ -181,19 +209,23 @@ class SentencePieceTokenizer(Tokenizer):
 
     def save(self, path_without_suffix: str | os.PathLike[str]) -> Path | None:
         path = Path(f"{os.fspath(path_without_suffix)}.tokenizer.model")
-        path.write_bytes(self._model)
+        path.write_bytes(self.model)
         return path
 
 
 def load_tokenizer(
     source: str | os.PathLike[str], *, eod_token: str | None = None, eod_id: int | None = None, threads: int = 1
 ) -> Tokenizer:
-    """Opens `bytes`, a tokenizer.json or the folder that holds one, or a SentencePiece `.model`.
+    """Opens `bytes`, a tokenizer.json or the folder that holds one, a SentencePiece `.model`, or a `.tiktoken` file.
 
     The end-of-document token is `eod_id`, else `eod_token`, else the folder's tokenizer_config.json, else a well-known
     name. `threads` is for SentencePiece; `tokenizers` takes its own from RAYON_NUM_THREADS. Raises DataError.
     """
     name = os.fspath(source)
+    if name.endswith(".tiktoken"):
+        from megatronish.data.tokenizer_formats import tiktoken_tokenizer
+
+        return tiktoken_tokenizer(name, eod_token=eod_token)
     if name == "bytes":
         return ByteTokenizer()
     path = Path(name)
@@ -229,14 +261,37 @@ def train_bpe(texts: Iterable[str | list[str]], vocab_size: int) -> HuggingFaceT
     `vocab_size` counts the 256 bytes and the end-of-document token; a short text may fill less of it. Raises DataError
     below 257.
     """
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import models, pre_tokenizers, trainers
+
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    return _trained(models.BPE(), trainer, texts, vocab_size)
+
+
+def train_unigram(texts: Iterable[str | list[str]], vocab_size: int) -> HuggingFaceTokenizer:
+    """Trains a Unigram language model (Kudo 2018) over bytes whose last id is `<|endoftext|>`; else as `train_bpe`."""
+    from tokenizers import models, pre_tokenizers, trainers
+
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    return _trained(models.Unigram(), trainer, texts, vocab_size)
+
+
+def _trained(model: Any, trainer: Any, texts: Iterable[str | list[str]], vocab_size: int) -> HuggingFaceTokenizer:
+    from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
     from tokenizers import Tokenizer as RawTokenizer
 
     if vocab_size < 257:
         raise DataError(
-            f"--train-tokenizer {vocab_size}: at least 257 entries are needed (256 bytes and one token that ends documents)"
+            f"a vocabulary of {vocab_size}: at least 257 entries are needed (256 bytes and one token that ends documents)"
         )
-    raw = RawTokenizer(models.BPE())
+    raw = RawTokenizer(model)
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(BPE_PATTERN), behavior="isolated"),
@@ -244,11 +299,6 @@ def train_bpe(texts: Iterable[str | list[str]], vocab_size: int) -> HuggingFaceT
         ]
     )
     raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     raw.train_from_iterator(texts, trainer)
     raw.add_special_tokens([AddedToken(EOD_TOKEN, special=True, normalized=False)])
     return HuggingFaceTokenizer(raw.to_str(), eod_token=EOD_TOKEN, name="trained tokenizer")
@@ -288,7 +338,7 @@ def _find_unknown(model: dict[str, Any], vocabulary: dict[str, int]) -> int | No
 def _is_byte_level(spec: dict[str, Any], vocabulary: dict[str, int]) -> bool:
     """Whether every token is a string over a complete byte alphabet and nothing alters the text on its way to ids."""
     strips = any(token["lstrip"] or token["rstrip"] for token in spec.get("added_tokens") or [] if not token["special"])
-    if spec.get("normalizer") is not None or strips or not all(c in vocabulary for c in _byte_alphabet()):
+    if spec.get("normalizer") is not None or strips or not all(c in vocabulary for c in byte_alphabet()):
         return False
     decoder = spec.get("decoder") or {}
     steps = spec.get("pre_tokenizer") or {}
@@ -303,7 +353,7 @@ def _is_byte_level(spec: dict[str, Any], vocabulary: dict[str, int]) -> bool:
     return decoder.get("type") == "ByteLevel" and bool(byte_level) and keeps_text and not prefix_space
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """Character to byte as in GPT-2: printable Latin-1 stands for itself, the other bytes for U+0100 onwards."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
@@ -312,7 +362,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 def _byte_table(vocabulary: dict[str, int], added: dict[int, Any], special: set[int]) -> dict[int, bytes]:
     """Bytes of each id that is not special; added tokens are literal text."""
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     table = {}
     for token, i in vocabulary.items():
         if i in special:

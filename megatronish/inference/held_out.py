@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from megatronish.config.base import UserError
+from megatronish.config.data import DataConfig
 from megatronish.config.run import RunConfig
-from megatronish.data.dataset import Dataset, check_dataset_fits, open_dataset
-from megatronish.data.packing import split_documents
+from megatronish.data.dataset import Dataset, check_dataset_fits, combined_fingerprint, open_dataset
+from megatronish.data.sources import is_stream
+from megatronish.data.training_data import split_of
 from megatronish.inference.evaluate import ProgressLine, gzip_size, held_out_streams, score_streams, xz_size
 from megatronish.inference.load import CheckpointInfo, load_for_inference
 from megatronish.model.checkpoints import EVALUATION_FILE, RUN_FILE
@@ -103,8 +105,8 @@ def evaluate_run(
     run = _run_config(info, required=data is None)
     context = model.config.seq_length
     stride = max(1, context // 2) if stride is None else stride
-    prefix = data or (run.megatronish.data.path if run else "")
-    dataset = open_dataset(prefix)
+    prefix = data or (_only_corpus(run.megatronish.data) if run else "")
+    dataset = _open(prefix, run)
     check_dataset_fits(dataset.manifest, model.config.vocab_size, tokenizer.fingerprint, place=prefix)
     documents, held_out = _documents(dataset, info, run, named=data is not None)
     lengths = dataset.reader.document_lengths[documents]
@@ -162,13 +164,15 @@ def _run_config(info: CheckpointInfo, required: bool) -> RunConfig | None:
 def _documents(dataset: Dataset, info: CheckpointInfo, run: RunConfig | None, named: bool) -> tuple[np.ndarray, bool]:
     """Which documents to evaluate on, and whether they are a run's held-out ones."""
     reader = dataset.reader
-    if run is not None and info.data_identity in (reader.identity, dataset.fingerprint):
-        fraction = run.megatronish.data.validation_fraction
-        _, held_out = split_documents(reader.num_documents, fraction)
+    if run is not None and info.data_identity in (reader.identity, dataset.fingerprint, _blend_identity(dataset, run)):
+        settings = run.megatronish.data
+        held_out = split_of(settings, reader.num_documents).validation
         if not len(held_out):
+            split = f"data.split {settings.split}" if settings.split else ""
             raise UserError(
-                f"{dataset.prefix}: nothing is held out ({reader.num_documents} documents, data.validation_fraction "
-                f"{fraction}). Name another data set of the same tokenizer with --data PREFIX."
+                f"{dataset.prefix}: nothing is held out ({reader.num_documents} documents, "
+                f"{split or f'data.validation_fraction {settings.validation_fraction}'}). "
+                "Name another data set of the same tokenizer with --data PREFIX."
             )
         return held_out, True
     if not named:
@@ -178,3 +182,34 @@ def _documents(dataset: Dataset, info: CheckpointInfo, run: RunConfig | None, na
             f"{dataset.prefix} (the run may have been trained on some of them)."
         )
     return np.arange(reader.num_documents), False
+
+
+def _open(prefix: str, run: RunConfig | None) -> Dataset:
+    """The data set as the run opens it."""
+    if run is None:
+        return open_dataset(prefix)
+    settings = run.megatronish.data
+    return open_dataset(prefix, "sequence" if settings.order == "megatron" else "document", settings.tokenizer)
+
+
+def _only_corpus(settings: DataConfig) -> str:
+    """The prefix of a run's data set. Raises UserError if there are several."""
+    names = [corpus.path for corpus in settings.corpora]
+    if len(names) > 1:
+        raise UserError(f"the run trained on {len(names)} data sets: choose one with --data: {', '.join(names)}")
+    if is_stream(names[0]):
+        raise UserError(
+            f"the run was trained on streamed text ({names[0]}), of which nothing is held out: name an indexed data set of the "
+            "same tokenizer with --data PREFIX"
+        )
+    return names[0]
+
+
+def _blend_identity(dataset: Dataset, run: RunConfig) -> str | None:
+    """Fingerprint of a run's data sets together, if this is one of several, else None."""
+    names = [corpus.path for corpus in run.megatronish.data.corpora]
+    if any(map(is_stream, names)):
+        return None
+    if len(names) < 2 or dataset.prefix not in names:
+        return None
+    return combined_fingerprint([_open(name, run).fingerprint for name in names])

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from megatronish.config.model import ModelConfig
 from megatronish.model.kv_cache import KVCache
 from megatronish.model.layout import build_qkv, build_row, local_heads
-from megatronish.model.norm import build_norm
+from megatronish.model.norm import RMSNorm, build_norm
 from megatronish.ops.attention import attention
 from megatronish.ops.dispatch import Backends
+from megatronish.ops.qk_norm_rope import qk_norm_rope
 from megatronish.ops.rope import rope, rope_qkv_
 from megatronish.parallel.layers import TensorParallel
 from megatronish.parallel.mesh import Axis
@@ -96,6 +97,20 @@ class SelfAttention(nn.Module):
                 inputs.cos,
                 inputs.sin,
                 inputs.positions,
+                offset=inputs.offset,
+                interleaved=self.interleaved,
+                backend=self.backends.ops,
+            )
+        if self.rotates and isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+            return qk_norm_rope(
+                qkv,
+                self.q_norm.weight,
+                self.k_norm.weight,
+                inputs.cos,
+                inputs.sin,
+                inputs.positions,
+                heads=(1, self.heads, self.kv_heads, self.kv_heads),
+                eps=self.q_norm.eps,
                 offset=inputs.offset,
                 interleaved=self.interleaved,
                 backend=self.backends.ops,

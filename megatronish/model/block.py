@@ -20,6 +20,16 @@ Recompute = Literal["none", "full", "selective"]
 # The residual stream between blocks is the sum of two tensors (of one, where the second is None): the next norm adds them
 # up while it reads them.
 Stream = tuple[Tensor, Tensor | None]
+# What selective recomputation keeps, by the start of the operator's name.
+_EXPENSIVE = (
+    "aten.mm.",
+    "aten.addmm.",
+    "mkldnn._linear_pointwise",
+    "aten._scaled_dot_product_",
+    "megatronish.causal_attention_fwd",
+    "flash_attn",
+    "vllm_flash_attn",
+)
 
 
 class Block(nn.Module):
@@ -117,7 +127,6 @@ def _selective_contexts() -> Any:
 
 def _keep_expensive(_context: object, operator: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
     """Keep the outputs of linear layers and fused attention kernels; bmm (explicit scores) is not among them."""
-    name = str(operator)
-    if name.startswith(("aten.mm.", "aten.addmm.", "aten._scaled_dot_product_", "flash_attn", "vllm_flash_attn")):
+    if str(operator).startswith(_EXPENSIVE):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatronish.config.model import ModelConfig
 from megatronish.model.linear import Linear
+from megatronish.ops.cross_entropy import CrossEntropyBackend, token_losses
 from megatronish.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -25,7 +26,6 @@ from megatronish.parallel.layers import (
     shard_of,
     sharded_parameter,
 )
-from megatronish.parallel.loss import vocab_parallel_cross_entropy
 
 SINGLE = TensorParallel()
 
@@ -77,16 +77,24 @@ class DividedHead(nn.Module):
         super().__init__()
         self.tp = tp
         rows = part_of(config.vocab_size, tp.size, tp.rank)
-        self.start = rows[0]
+        self.start, self.vocab_size = rows[0], config.vocab_size
         self.weight = sharded_parameter(Shard((config.vocab_size, config.hidden_size), 0, (rows,)))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [b, s, hidden], or the rank's part of the sequence -> logits [b, s, V of the rank]."""
         return column_linear(hidden, self.weight, None, self.tp)
 
-    def loss(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, ignore_index: int, backend: CrossEntropyBackend) -> Tensor:
         """Sum over tokens of the cross-entropy, the same on every rank."""
-        return vocab_parallel_cross_entropy(logits, labels, self.start, self.tp.group, ignore_index)
+        return token_losses(
+            logits,
+            labels,
+            ignore_index,
+            backend=backend,
+            group=self.tp.group,
+            vocab_start=self.start,
+            vocab_size=self.vocab_size,
+        ).sum()
 
 
 def full_shapes(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:

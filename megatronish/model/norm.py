@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from megatronish.config.model import ModelConfig
 from megatronish.ops.dispatch import OpsBackend
-from megatronish.ops.rms_norm import add_rms_norm, rms_norm
+from megatronish.ops.rms_norm import add_rms_norm
 from megatronish.parallel.layers import TensorParallel, sum_gradient
 
 
@@ -34,8 +34,6 @@ class RMSNorm(Norm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See Norm."""
-        if residual is None:
-            return rms_norm(x, self.weight, self.eps, backend=self.backend), x
         return add_rms_norm(x, residual, self.weight, self.eps, backend=self.backend)
 
 

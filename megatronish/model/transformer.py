@@ -23,8 +23,9 @@ from megatronish.model.norm import build_norm
 from megatronish.model.rotary import RotaryTables
 from megatronish.ops.attention import needs_mask, uses_flash
 from megatronish.ops.attention_mask import attention_mask
-from megatronish.ops.cross_entropy import cross_entropy
+from megatronish.ops.cross_entropy import cross_entropy, resolve_cross_entropy
 from megatronish.ops.dispatch import Backends, resolve_attention, resolve_ops
+from megatronish.ops.linear import linear
 from megatronish.parallel.layers import TensorParallel
 from megatronish.parallel.mesh import Axis
 
@@ -44,16 +45,23 @@ class TokenEmbedding(nn.Module):
         return F.dropout(F.embedding(tokens, self.weight), self.dropout, self.training)
 
 
+# (hidden [b, s, hidden], weight [V, hidden], labels [b, s]) -> the sum of the cross-entropy over tokens, in fp32, without
+# logits; tokens labelled IGNORED_LABEL add nothing.
+LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 class Head(nn.Module):
-    """Logits of the next token. With tied embeddings `weight` becomes the embedding's."""
+    """Logits of the next token, or their loss. With tied embeddings `weight` becomes the embedding's."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [b, s, hidden] -> logits [b, s, V]."""
-        return F.linear(hidden, self.weight)
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, loss: LinearCrossEntropy | None = None) -> Tensor:
+        """hidden [b, s, hidden] -> logits [b, s, V]; with labels and a loss, that loss."""
+        if loss is not None and labels is not None:
+            return loss(hidden, self.weight, labels)
+        return linear(hidden, self.weight)
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,8 @@ class Transformer(nn.Module):
         self.sp = sp or Axis()
         self.kernels = kernels or KernelConfig()
         self.backends = Backends(resolve_attention(self.kernels.attention), resolve_ops(self.kernels.ops))
+        self.cross_entropy = resolve_cross_entropy(self.kernels.cross_entropy, self.backends.ops)
+        self.linear_cross_entropy: LinearCrossEntropy | None = None  # for kernels.cross_entropy "linear": see `loss`
         self.rotary = RotaryTables(config)
         specs = layer_specs(config, self.backends, tp)
         layers = {specs[layer].name: specs[layer].build() for layer in (stage or range(len(specs)))}
@@ -132,16 +142,28 @@ class Transformer(nn.Module):
         stays inside a document. max_seqlen: the longest document. cache: keys and values of earlier tokens, extended
         by these. Raises ValueError for shapes that do not fit and for documents behind a cache.
         """
+        assert self.head is not None, "only a last stage gives logits"
+        return self.head(self._hidden(tokens, positions, cu_seqlens, max_seqlen, cache))
+
+    def _hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """What the head reads: [b, s, hidden]."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be [batch, sequence], got shape {tuple(tokens.shape)}")
         if cu_seqlens is not None:
             _check_documents(cu_seqlens, tokens.shape[0], tokens.shape[1] * self.sp.size)
         if cache is not None:
             cache.check(tokens)
-        logits = self.run_stage(None, tokens, positions, cu_seqlens, max_seqlen, cache)
+        hidden = self.run_stage(None, tokens, positions, cu_seqlens, max_seqlen, cache)
         if cache is not None:
             cache.length += tokens.shape[1]
-        return logits
+        return hidden
 
     def run_stage(
         self,
@@ -152,9 +174,9 @@ class Transformer(nn.Module):
         max_seqlen: int | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """The layers held here, on the hidden states x of the stage before (None: this is the first).
+        """The layers held here but for the head, on the hidden states x of the stage before (unused by the first).
 
-        Returns hidden states [b, s, hidden] (of the rank's part of the sequence), or logits where the head is here.
+        tokens [b, s] and the rest as in `forward`. Returns [b, s, hidden], or the rank's part of the sequence.
         """
         if self.embedding is not None:
             x = self.embedding(tokens)
@@ -165,8 +187,6 @@ class Transformer(nn.Module):
             x, residual = block(x, residual, inputs)
         if self.final_norm is not None:
             x, residual = self.final_norm(x, residual)[0], None
-        if self.head is not None:
-            return self.head(x)
         return x if residual is None else x + residual
 
     @property
@@ -184,16 +204,28 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Sum of the cross-entropy over labelled tokens (fp32 scalar, nats) and their number (int64 scalar).
 
-        labels [b, s]: the token that should follow each of `tokens` (already shifted); -100 is left out.
+        labels [b, s]: the token that should follow each of `tokens` (already shifted); -100 is left out. With
+        kernels.cross_entropy "linear" the head and the loss are one, `linear_cross_entropy`, which the training engine sets;
+        raises ValueError where nobody has.
         """
-        logits = self(tokens, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        return self.logits_loss(logits, labels), (labels != IGNORED_LABEL).sum()
+        hidden = self._hidden(tokens, positions, cu_seqlens, max_seqlen, None)
+        return self.hidden_loss(hidden, labels), (labels != IGNORED_LABEL).sum()
 
-    def logits_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the cross-entropy of what the head gave; on tensor-parallel ranks all have the same."""
+    def hidden_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """The loss of `loss`, of what the head reads; tensor-parallel ranks all have the same."""
+        assert self.head is not None, "only a last stage gives a loss"
+        if self.kernels.cross_entropy == "linear":
+            if self.linear_cross_entropy is None:
+                raise ValueError(
+                    "kernels.cross_entropy is 'linear', but nobody has set Transformer.linear_cross_entropy: "
+                    "training.engine.Engine does, elsewhere choose 'auto'"
+                )
+            linear_loss: Tensor = self.head(hidden, labels, self.linear_cross_entropy)
+            return linear_loss
+        logits = self.head(hidden)
         if isinstance(self.head, DividedHead):
-            return self.head.loss(logits, labels, IGNORED_LABEL)
-        return cross_entropy(logits, labels, IGNORED_LABEL)
+            return self.head.loss(logits, labels, IGNORED_LABEL, self.cross_entropy)
+        return cross_entropy(logits, labels, IGNORED_LABEL, backend=self.cross_entropy)
 
     def _attention_inputs(
         self,

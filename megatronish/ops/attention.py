@@ -1,4 +1,4 @@
-"""Causal grouped-query attention behind one function: torch's SDPA, flash-attn, or the explicit reference."""
+"""Causal grouped-query attention behind one function: SDPA or our kernel on CPUs, flash-attn, or the explicit reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatronish.ops import reference
+from megatronish.ops import attention_cpu, reference
 from megatronish.ops.attention_mask import attention_mask
 from megatronish.ops.dispatch import AttentionBackend
 
@@ -22,7 +22,7 @@ def needs_mask(queries: int, keys: int, window: int | None, cu_seqlens: Tensor |
 
 def uses_flash(backend: AttentionBackend, like: Tensor, head_dim: int) -> bool:
     """Whether `backend` computes attention of tensors like this one (its dtype and device) by flash-attn."""
-    if backend.endswith("_or_sdpa"):
+    if backend.startswith("flash") and backend.endswith("_or_sdpa"):
         return like.is_cuda and like.dtype in (torch.float16, torch.bfloat16) and head_dim <= 256
     return backend.startswith("flash")
 
@@ -46,7 +46,8 @@ def attention(
     and window - 1 earlier keys. cu_seqlens: int32 [documents + 1] over the flattened b * queries tokens, with the end
     of every row among them; attention stays inside a document; max_seqlen is the longest one (used by flash-attn, b *
     queries by default). scale: 1 / sqrt(d) by default. mask: `attention_mask` of the same arguments, made once for
-    several layers; made here when needed and not given.
+    several layers; made here when needed and not given. "sdpa" is torch's; a backend that ends in "_or_sdpa" takes our kernel for
+    CPU tensors that it computes faster and at least as exactly (ops/attention_cpu.py).
     Raises ValueError if the shapes do not fit, or if flash-attn is forced on tensors that it does not take.
     """
     _check_shapes(q, k, v)
@@ -57,6 +58,11 @@ def attention(
             q, k, v, window=window, cu_seqlens=cu_seqlens, dropout_p=dropout_p, scale=scale, mask=mask
         )
     queries, keys = q.shape[1], k.shape[1]
+    if backend != "sdpa" and attention_cpu.takes(q, k, dropout_p, scale):
+        first_key = attention_cpu.first_keys(q.shape[0], queries, window, cu_seqlens)
+        scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
+        result: Tensor = attention_cpu.FusedCausalAttention.apply(q, k, v, first_key, scale)
+        return result
     if not needs_mask(queries, keys, window, cu_seqlens):
         mask = None
     elif mask is None:

@@ -13,12 +13,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatronish.ops import extension
+from megatronish.ops import extension, third_party
 
-# flash2 and flash3 are versions of flash-attn; "..._or_sdpa" takes SDPA for tensors that flash-attn does not take.
-AttentionBackend = Literal["sdpa", "reference", "flash2", "flash3", "flash2_or_sdpa", "flash3_or_sdpa"]
-# RMSNorm, SwiGLU and RoPE: the kernels of csrc/, torch.compile of ops/reference.py, or plain torch operations.
-OpsBackend = Literal["fused", "compiled", "reference"]
+# flash2 and flash3 are versions of flash-attn, fused is the CPU kernel of csrc/; "..._or_sdpa" takes SDPA for tensors that
+# they do not take.
+AttentionBackend = Literal["sdpa", "reference", "flash2", "flash3", "fused_or_sdpa", "flash2_or_sdpa", "flash3_or_sdpa"]
+# RMSNorm, SwiGLU and RoPE: the kernels of csrc/, torch.compile of ops/reference.py, plain torch operations, Liger's Triton
+# kernels, or NVIDIA Apex's ("apex_rms_norm": an Apex without its fused RoPE).
+OpsBackend = Literal["fused", "compiled", "reference", "liger", "apex", "apex_rms_norm"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,18 +34,23 @@ class Backends:
 
 
 def resolve_ops(requested: str) -> OpsBackend:
-    """The backend of RMSNorm, SwiGLU and RoPE for `requested` ("auto", "fused", "compiled", "reference") on this machine.
+    """The backend of RMSNorm, SwiGLU and RoPE for `requested` on this machine; see KernelConfig.ops for the names.
 
     "auto" takes the kernels of csrc/ on a machine without a GPU where they are built; else it says so and takes plain
     torch. The CUDA kernels compile but have not run on a GPU yet, so they are taken only when asked for by "fused".
-    Raises ValueError if "fused" is asked for and not built.
+    Raises ValueError if "fused", "liger" or "apex" is asked for and cannot be used here. What "liger" and "apex" leave to
+    plain torch is logged.
     """
     if requested == "compiled":
         return "compiled"
     if requested == "reference":
         return "reference"
+    if requested == "liger":
+        return _resolve_liger()
+    if requested == "apex":
+        return _resolve_apex()
     if requested not in ("auto", "fused"):
-        raise ValueError(f"unknown ops backend {requested!r}: choose auto, fused, compiled or reference")
+        raise ValueError(f"unknown ops backend {requested!r}: choose auto, fused, compiled, reference, liger or apex")
     built = extension.EXTENSION
     problem = built.cuda_problem if torch.cuda.is_available() and not built.cuda else built.cpu_problem
     if requested == "auto" and torch.cuda.is_available():
@@ -52,13 +59,42 @@ def resolve_ops(requested: str) -> OpsBackend:
     if not problem:
         return "fused"
     if requested == "fused":
-        raise ValueError(f"ops backend 'fused' was asked for, but {problem}; or set ops to 'auto' or 'reference'")
+        raise _missing("fused", problem)
     warnings.warn(
         f"RMSNorm, SwiGLU and RoPE run as plain torch operations, several times slower: {problem}",
         RuntimeWarning,
         stacklevel=2,
     )
     return "reference"
+
+
+def _resolve_liger() -> OpsBackend:
+    problem = third_party.liger_problem()
+    if problem:
+        raise _missing("liger", problem)
+    logger.info(
+        "ops: liger-kernel %s for RMSNorm, SwiGLU and half-rotated RoPE; plain torch for GeGLU, interleaved RoPE, float64 "
+        "and CPU tensors",
+        third_party.liger_version(),
+    )
+    return "liger"
+
+
+def _resolve_apex() -> OpsBackend:
+    problem = third_party.apex_problem()
+    if problem:
+        raise _missing("apex", problem)
+    no_rope = third_party.apex_rope_problem()
+    logger.info(
+        "ops: NVIDIA Apex for %s; plain torch for SwiGLU, GeGLU, %s, weights in another dtype, float64 and CPU tensors",
+        "RMSNorm" if no_rope else "RMSNorm and half-rotated RoPE without explicit positions",
+        f"RoPE ({no_rope})" if no_rope else "interleaved RoPE",
+    )
+    return "apex_rms_norm" if no_rope else "apex"
+
+
+def _missing(requested: str, problem: str) -> ValueError:
+    return ValueError(f"ops backend {requested!r} was asked for, but {problem}; or set ops to 'auto' or 'reference'")
 
 
 def check_floating(name: str, argument: str, tensor: Tensor) -> None:
@@ -105,8 +141,8 @@ def installed_flash(capability: tuple[int, int]) -> tuple[Literal["flash2", "fla
 def resolve_attention(requested: str) -> AttentionBackend:
     """The attention backend for `requested` ("auto", "sdpa", "flash" or "reference") on this machine.
 
-    "auto" takes flash-attn where it works, and still SDPA for tensors that flash-attn does not take (fp32, CPU); what it
-    chose on a machine with a GPU is logged. Raises ValueError if "flash" is asked for and does not work here.
+    "auto" takes flash-attn where it works and our kernel on CPUs, and SDPA for tensors that these do not take; what it chose
+    on a machine with a GPU is logged. "sdpa" is torch's alone. Raises ValueError if "flash" is asked for and does not work here.
     """
     if requested == "sdpa":
         return "sdpa"
@@ -127,5 +163,5 @@ def resolve_attention(requested: str) -> AttentionBackend:
     if torch.cuda.is_available():
         logger.info("attention: %s", f"SDPA ({found})" if version is None else f"{found} for fp16 and bf16, else SDPA")
     if version is None:
-        return "sdpa"
+        return "fused_or_sdpa"
     return "flash2_or_sdpa" if version == "flash2" else "flash3_or_sdpa"

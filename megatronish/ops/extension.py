@@ -6,6 +6,7 @@ says why and nothing is registered.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,63 @@ def _register_fakes() -> None:
     def rope_qkv_(qkv: Tensor, *_: Any) -> None:
         return None
 
-    for fake in (rms_norm_fwd, add_rms_norm_fwd, rms_norm_bwd, swiglu_fwd, swiglu_bwd, rope, rope_qkv_):
+    def qk_norm_rope_fwd(
+        qkv: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        offset: int,
+        heads: list[int],
+        *_: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        b, s, d = qkv.shape[0], qkv.shape[1], qkv.shape[3]
+        groups, q_heads, k_heads = heads[:3]
+        q, k = qkv.new_empty(b, s, groups * q_heads, d), qkv.new_empty(b, s, groups * k_heads, d)
+        return q, k, qkv.new_empty(b, s, groups * (q_heads + k_heads), dtype=wide(qkv))
+
+    def qk_norm_rope_bwd(
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        qkv: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        rstd: Tensor,
+        offset: int,
+        heads: list[int],
+        w_offset: float,
+        interleaved: bool,
+        need_dw: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        size = q_weight.shape[0] if need_dw else 0
+        return qkv.new_empty(qkv.shape), q_weight.new_empty(size), k_weight.new_empty(size)
+
+    def cross_entropy_fwd(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        max_, sum_, target_logit = (logits.new_empty(logits.shape[0], dtype=wide(logits)) for _ in range(3))
+        return max_, sum_, target_logit
+
+    def cross_entropy_bwd_(logits: Tensor, *_: Any) -> None:
+        return None
+
+    fakes: tuple[Callable[..., Any], ...] = (
+        rms_norm_fwd,
+        add_rms_norm_fwd,
+        rms_norm_bwd,
+        swiglu_fwd,
+        swiglu_bwd,
+        rope,
+        rope_qkv_,
+        qk_norm_rope_fwd,
+        qk_norm_rope_bwd,
+        cross_entropy_fwd,
+        cross_entropy_bwd_,
+    )
+    for fake in fakes:
         torch.library.register_fake(f"megatronish::{fake.__name__}", fake)
 
 
@@ -106,6 +163,28 @@ class FusedRMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         need_dw = ctx.needs_input_grad[1]
         dx, dw = torch.ops.megatronish.rms_norm_bwd(dy, None, x, weight, rstd, ctx.offset, need_dw)
+        return dx, dw if need_dw else None, None, None
+
+
+class FusedRMSNormThrough(torch.autograd.Function):
+    """norm(x) and x itself, whose gradient is added in the kernel as that of the sum in FusedAddRMSNorm is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+        y, rstd = torch.ops.megatronish.rms_norm_fwd(x, weight, eps, offset)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.offset = offset
+        ctx.set_materialize_grads(False)
+        return y, x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        if dy is None:
+            return dx, None, None, None
+        need_dw = ctx.needs_input_grad[1]
+        dx, dw = torch.ops.megatronish.rms_norm_bwd(dy, dx, x, weight, rstd, ctx.offset, need_dw)
         return dx, dw if need_dw else None, None, None
 
 
@@ -201,6 +280,46 @@ class FusedRopeQKV(torch.autograd.Function):
             packed, cos, sin, positions, 1, q_heads, kv_heads, kv_heads, ctx.interleaved, True
         )
         return packed, None, None, None, None, None
+
+
+class FusedQKNormRope(torch.autograd.Function):
+    """Keeps the packed projection, which v is a view of, and one number a head; heads: groups, and q, k, v of each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        offset: int,
+        heads: tuple[int, int, int, int],
+        eps: float,
+        w_offset: float,
+        interleaved: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, rstd = torch.ops.megatronish.qk_norm_rope_fwd(
+            qkv, q_weight, k_weight, cos, sin, positions, offset, heads, eps, w_offset, interleaved
+        )
+        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin, positions, rstd)
+        ctx.offset, ctx.heads, ctx.w_offset, ctx.interleaved = offset, heads, w_offset, interleaved
+        groups, q_heads, k_heads, _ = heads
+        grouped = qkv.detach().unflatten(2, (groups, qkv.shape[2] // groups))
+        return q, k, grouped[:, :, :, q_heads + k_heads :].flatten(2, 3)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, q_weight, k_weight, cos, sin, positions, rstd = ctx.saved_tensors
+        need_dw = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        dqkv, dq_weight, dk_weight = torch.ops.megatronish.qk_norm_rope_bwd(
+            dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, rstd,
+            ctx.offset, ctx.heads, ctx.w_offset, ctx.interleaved, need_dw,
+        )  # fmt: skip
+        grads: tuple[Tensor | None, ...] = (dq_weight, dk_weight) if need_dw else (None, None)
+        return dqkv, *grads, *(None,) * 8
 
 
 EXTENSION = _load()

@@ -86,6 +86,35 @@ def attention(
     return (probabilities @ v_bhsd).transpose(1, 2).to(q.dtype)
 
 
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    *,
+    heads: tuple[int, int, int, int],
+    eps: float,
+    offset: int = 0,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of a packed projection, q and k normalised and rotated with one rounding; see ops/qk_norm_rope.py."""
+    groups, *counts = heads
+    q, k, v = (part.flatten(2, 3) for part in qkv.unflatten(2, (groups, sum(counts))).split(counts, dim=3))
+    q, k = (
+        rope(rms_norm(_widen(x), weight, eps), cos, sin, positions, offset=offset, interleaved=interleaved).to(x.dtype)
+        for x, weight in ((q, q_weight), (k, k_weight))
+    )
+    return q, k, v
+
+
+def token_losses(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """-log softmax(logits)[label] of every token in fp32 or wider, 0 where the label is ignore_index."""
+    flat = F.cross_entropy(_widen(logits).flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="none")
+    return flat.view(labels.shape)
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Sum over tokens of -log softmax(logits)[label], in fp32."""
-    return F.cross_entropy(_widen(logits).flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="sum")
+    """The sum of `token_losses`."""
+    return token_losses(logits, labels, ignore_index).sum()

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.ops import reference
+from megatronish.ops import reference, third_party
 from megatronish.ops.dispatch import OpsBackend, check_floating, compiled
-from megatronish.ops.extension import FusedAddRMSNorm, FusedRMSNorm
+from megatronish.ops.extension import FusedAddRMSNorm, FusedRMSNorm, FusedRMSNormThrough
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -48,19 +48,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: OpsBackend = "re
         result = FusedRMSNorm.apply(x, weight, eps, 0.0)
     elif backend == "compiled":
         result = compiled(reference.rms_norm)(x, weight, eps)
+    elif backend == "liger" and third_party.liger_takes(x):
+        result = third_party.liger_rms_norm(x, weight, eps)
+    elif backend in ("apex", "apex_rms_norm") and third_party.apex_takes(x, weight):
+        result = third_party.apex_rms_norm(x, weight, eps)
     else:
         result = _RMSNorm.apply(x, weight, eps)
     return result
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, backend: OpsBackend = "reference"
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, backend: OpsBackend = "reference"
 ) -> tuple[Tensor, Tensor]:
     """rms_norm(x + residual) and x + residual, the sum rounded to x's dtype before the norm; see `rms_norm`.
 
-    Raises ValueError also if x and residual differ in shape or dtype.
+    Without a residual rms_norm(x) and x: the fused kernel then rounds the gradient of x as it would that of the sum, so that
+    summing beforehand changes nothing. Raises ValueError also if x and residual differ in shape or dtype.
     """
     _check("add_rms_norm", x, weight)
+    if residual is None:
+        if backend != "fused":
+            return rms_norm(x, weight, eps, backend=backend), x
+        y, total = FusedRMSNormThrough.apply(x, weight, eps, 0.0)
+        return y, total
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ValueError(
             f"add_rms_norm: residual is {residual.dtype} of shape {tuple(residual.shape)}, expected {x.dtype} of shape "
@@ -69,6 +79,8 @@ def add_rms_norm(
     if backend == "fused":
         y, total = FusedAddRMSNorm.apply(x, residual, weight, eps, 0.0)
         return y, total
+    if backend == "liger" and third_party.liger_takes(x):
+        return third_party.liger_add_rms_norm(x, residual, weight, eps)
     total = x + residual
     return rms_norm(total, weight, eps, backend=backend), total
 

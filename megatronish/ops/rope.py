@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.ops import reference
+from megatronish.ops import reference, third_party
 from megatronish.ops.dispatch import OpsBackend, check_floating, compiled
 from megatronish.ops.extension import FusedRope, FusedRopeQKV
 
@@ -63,20 +63,30 @@ def rope(
     neighbouring channels (2i, 2i + 1) instead of (i, i + rotary / 2).
     Raises ValueError for tables that are too narrow, too wide or too short.
     """
-    _check("rope", x, cos, sin, positions, offset)
+    check_rotation("rope", x, cos, sin, positions, offset)
     result: Tensor
     if backend == "fused":
         result = FusedRope.apply(x, cos, sin, _int32(positions), offset, interleaved)
     elif backend == "compiled":
         result = compiled(reference.rope)(x, cos, sin, positions, offset=offset, interleaved=interleaved)
+    elif backend == "liger" and not interleaved and third_party.liger_takes(x):
+        other = x.new_zeros(x.shape[0], x.shape[1], 1, x.shape[3])  # Liger's kernel rotates two tensors at a time
+        result, _ = third_party.liger_rope(x, other, *_angles(x, cos, sin, positions, offset))
+    elif backend == "apex" and positions is None and not interleaved and third_party.apex_takes(x, x):
+        cos, sin = _angles(x, cos, sin, None, offset)
+        result = third_party.apex_rope(x, cos[0], sin[0])
     else:
-        s = x.shape[1]
-        if positions is None:
-            cos, sin = cos[offset : offset + s].view(1, s, 1, -1), sin[offset : offset + s].view(1, s, 1, -1)
-        else:
-            cos, sin = cos[positions].unsqueeze(2), sin[positions].unsqueeze(2)
+        cos, sin = (table.unsqueeze(2) for table in _angles(x, cos, sin, positions, offset))
         result = _Rope.apply(x, cos, sin, interleaved)
     return result
+
+
+def _angles(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int) -> tuple[Tensor, Tensor]:
+    """The rows of the tables for each token of x [b, s, h, d]: [b or 1, s, rotary / 2]."""
+    if positions is not None:
+        return cos[positions], sin[positions]
+    part = slice(offset, offset + x.shape[1])
+    return cos[part].unsqueeze(0), sin[part].unsqueeze(0)
 
 
 def rope_qkv_(
@@ -96,7 +106,7 @@ def rope_qkv_(
     rest is as in `rope`. Raises ValueError for what `rope` refuses, for a leaf that requires a gradient, and for heads
     that do not add up.
     """
-    _check("rope_qkv_", qkv, cos, sin, positions, offset)
+    check_rotation("rope_qkv_", qkv, cos, sin, positions, offset)
     q_heads = qkv.shape[2] - 2 * kv_heads
     if q_heads < 0 or kv_heads < 0:
         raise ValueError(f"rope_qkv_: qkv has {qkv.shape[2]} heads, expected at least twice the {kv_heads} kv_heads")
@@ -110,6 +120,8 @@ def rope_qkv_(
         q, k, v = FusedRopeQKV.apply(qkv, cos, sin, _int32(positions), (q_heads, kv_heads), interleaved)
         return q, k, v
     q, k, v = qkv.split((q_heads, kv_heads, kv_heads), dim=2)
+    if backend == "liger" and not interleaved and q_heads > 0 and kv_heads > 0 and third_party.liger_takes(qkv):
+        return *third_party.liger_rope(q, k, *_angles(qkv, cos, sin, positions, offset)), v
     q = rope(q, cos, sin, positions, offset=offset, interleaved=interleaved, backend=backend)
     return q, rope(k, cos, sin, positions, offset=offset, interleaved=interleaved, backend=backend), v
 
@@ -118,7 +130,8 @@ def _int32(positions: Tensor | None) -> Tensor | None:
     return None if positions is None else positions.to(torch.int32)
 
 
-def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int) -> None:
+def check_rotation(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int) -> None:
+    """Raise ValueError, for operator `name`, unless these tables and positions rotate x [b, s, h, d]."""
     check_floating(name, "x", x)
     if x.ndim != 4:
         raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected [batch, seq, heads, head_dim]")

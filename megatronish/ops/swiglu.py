@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatronish.ops import reference
+from megatronish.ops import reference, third_party
 from megatronish.ops.dispatch import OpsBackend, check_floating, compiled
 from megatronish.ops.extension import FusedSwiGLU
 
@@ -58,13 +58,15 @@ def swiglu(gate_up: Tensor, *, backend: OpsBackend = "reference") -> Tensor:
         result = FusedSwiGLU.apply(gate_up)
     elif backend == "compiled":
         result = compiled(reference.swiglu)(gate_up)
+    elif backend == "liger" and third_party.liger_takes(gate_up):
+        result = third_party.liger_swiglu(gate_up)
     else:
         result = _SwiGLU.apply(gate_up)
     return result
 
 
 def geglu(gate_up: Tensor, *, backend: OpsBackend = "reference") -> Tensor:
-    """gelu(gate) * up for gate_up [..., 2F], the gate in the first half; returns [..., F]. There is no fused kernel.
+    """gelu(gate) * up for gate_up [..., 2F], the gate in the first half; returns [..., F]. No backend has a kernel of its own.
 
     Raises ValueError if the last dim is odd or the dtype is not a floating one.
     """

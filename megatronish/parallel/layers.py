@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatronish.ops.linear import linear
 from megatronish.parallel.collectives import (
     ranks_first,
     ranks_last,
@@ -260,7 +261,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, in / tp] -> [b, s, out], or the rank's part of the sequence."""
-        y = sum_shards(F.linear(x, self.weight), self.tp)
+        y = sum_shards(linear(x, self.weight), self.tp)
         return y if self.bias is None else y + self.bias
 
 

@@ -43,7 +43,7 @@ from torch import nn
 
 from megatronish.config.base import UserError
 from megatronish.config.run import BLOCK, BatchPlan, RunConfig
-from megatronish.model.transformer import Transformer
+from megatronish.model.transformer import IGNORED_LABEL, Transformer
 from megatronish.parallel.layers import is_copy
 from megatronish.parallel.mesh import Axis, ParallelMesh
 from megatronish.parallel.whole import collect_whole, parts_of
@@ -133,6 +133,8 @@ class Engine:
         self.device = device()
         self.mesh = mesh
         keys = engine_keys(config, plan)
+        if model.kernels.cross_entropy == "linear":
+            model.linear_cross_entropy = linear_cross_entropy
         module, mpu = self._wrap(model)
         groups = parameter_groups(model, config.deepspeed.optimizer)
         optimizer = build_optimizer(groups, config, self.device)
@@ -272,7 +274,7 @@ def own_part(batch: Batch, sp: Axis) -> Batch:
     """The rank's part of the sequences of a micro batch; documents stay those of the whole."""
     if sp.size == 1:
         return batch
-    parts = {
+    parts: Batch = {
         key: batch[key].chunk(sp.size, dim=1)[sp.rank] for key in ("tokens", "labels", "positions") if key in batch
     }
     return {**batch, **parts}
@@ -327,10 +329,10 @@ class _Stage(PipelineModule):
         """The next micro batch: stages meet them in the same order."""
         batch = next(self._waiting)
         labels, rest = batch["labels"], {key: value for key, value in batch.items() if key != "labels"}
-        y = self.model.run_stage(x, **rest)
+        hidden = self.model.run_stage(x, **rest)
         if self.model.head is None:
-            return y
-        loss = self.model.logits_loss(y, labels)
+            return hidden
+        loss = self.model.hidden_loss(hidden, labels)
         self.loss_sum += loss.detach()
         return loss * self._scale
 
@@ -384,6 +386,16 @@ class _ModelParallelUnit:
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self._data
+
+
+def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """DeepSpeed's sum of the cross-entropy of hidden weight^T, a part of the logits at a time, in fp32.
+
+    hidden [b, s, hidden], weight [V, hidden], labels int64 [b, s]. Saves the memory of the logits and computes them twice.
+    """
+    from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy  # not in every run
+
+    return vocab_parallel_linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORED_LABEL, reduction="sum")
 
 
 def partitioned_construction(config: RunConfig, plan: BatchPlan) -> AbstractContextManager[Any]:

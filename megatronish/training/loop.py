@@ -15,10 +15,10 @@ import torch.distributed as dist
 from megatronish.config.base import ConfigError, UserError
 from megatronish.config.parallel import ParallelConfig
 from megatronish.config.run import BatchPlan, RunConfig
-from megatronish.data.dataset import Dataset, check_dataset_fits, open_dataset
-from megatronish.data.loader import MicroBatchLoader, ValidationLoader
-from megatronish.data.packing import PackedDataset, split_documents
+from megatronish.data.dataset import Dataset, check_tokenizer_fits
+from megatronish.data.loader import MicroBatchLoader
 from megatronish.data.sampler import MicroBatchSampler
+from megatronish.data.training_data import TrainingData, open_training_data
 from megatronish.model.accounting import flops_per_token, layer_costs, parameter_counts
 from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
 from megatronish.model.init import init_weights
@@ -44,7 +44,7 @@ from megatronish.training.memory import fit_to_host
 from megatronish.training.monitor import Monitor, clock
 from megatronish.training.peak import Peak, find_peak
 from megatronish.training.schedules import rate_share
-from megatronish.training.state import TrainState
+from megatronish.training.state import TrainState, load_streams, save_streams
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_EFFICIENCY = 0.4  # of the measured matmul rate, for the first guess of a step's time
@@ -61,9 +61,7 @@ class Prepared:
 
     config: RunConfig
     plan: BatchPlan
-    dataset: Dataset
-    train: PackedDataset
-    held_out: torch.Tensor  # int64 document numbers
+    data: TrainingData
     run_dir: Path
     resume_from: Path | None
     state: TrainState
@@ -76,22 +74,26 @@ def prepare(config: RunConfig, rank: Rank) -> Prepared:
     if not has_gpu():
         kind, recompute = config.deepspeed.dtype, ours.train.activation_checkpointing
         plan = fit_to_host(plan, ours.model, kind, recompute, rank.local_world_size)
-    dataset = open_dataset(ours.data.path)
-    check_dataset_fits(dataset.manifest, ours.model.vocab_size, place=ours.data.path)
-    train_ids, held_out = split_documents(dataset.reader.num_documents, ours.data.validation_fraction)
-    train = PackedDataset(dataset.reader, train_ids, ours.model.seq_length, ours.train.seed)
+    data = open_training_data(
+        ours.data,
+        seq_length=ours.model.seq_length,
+        vocab_size=ours.model.vocab_size,
+        seed=ours.train.seed,
+        samples=ours.train.steps * plan.samples,
+        group=plan.samples,
+    )
     run_dir = Path(ours.train.save_dir)
     check_writable(run_dir)
-    state = TrainState.start(config, plan, dataset.fingerprint)
+    state = TrainState.start(config, plan, data.fingerprint, data.order)
     found = CheckpointStore(run_dir, ours.train.keep_last, rank.is_first, lambda: None).find(ours.train.resume)
     if found is not None:
         check_same_model(found, config)
-        check_same_tokenizer(found, dataset)
+        check_same_tokenizer(found, data)
         check_engine_state(found)
         saved = TrainState.load(found)
         saved.check_continues(state, found)
         state = saved
-    return Prepared(config, plan, dataset, train, torch.from_numpy(held_out), run_dir, found, state)
+    return Prepared(config, plan, data, run_dir, found, state)
 
 
 def check_same_model(checkpoint: Path, config: RunConfig) -> None:
@@ -113,14 +115,15 @@ def check_same_model(checkpoint: Path, config: RunConfig) -> None:
         )
 
 
-def check_same_tokenizer(checkpoint: Path, dataset: Dataset) -> None:
-    """Refuse a dataset whose token ids mean something else than those the checkpoint learned. Raises UserError."""
+def check_same_tokenizer(checkpoint: Path, data: TrainingData) -> None:
+    """Refuse data whose token ids mean something else than those the checkpoint learned. Raises UserError."""
     path = checkpoint / TOKENIZER_RECORD_FILE
     try:
         learned = json.loads(path.read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error!r}); use an older checkpoint.") from None
-    check_dataset_fits(dataset.manifest, dataset.manifest.tokenizer.vocab_size, learned, place=dataset.prefix)
+    record = data.tokenizer_record
+    check_tokenizer_fits(record, record.vocab_size, learned, place=data.sources[0].name)
 
 
 def check_engine_state(checkpoint: Path) -> None:
@@ -174,12 +177,13 @@ class _Trainer:
             self.state.samples, run.plan.samples, run.plan.micro, self.mesh.dp.rank, run.plan.data_size
         )
         self.loader = MicroBatchLoader(
-            run.train,
+            run.data.train,
             sampler,
-            document_mask=ours.data.document_mask,
+            document_mask=ours.data.document_mask and ours.data.pack,  # unpacked, a row is one document anyway
             num_workers=ours.data.num_workers,
             prefetch=2 * run.plan.accumulation,
             pin_memory=self.device.type == "cuda",
+            stream_states=load_streams(run.resume_from, rank.rank) if run.resume_from else None,
         )
         self.monitor = None
         if rank.is_first:
@@ -206,7 +210,7 @@ class _Trainer:
             losses.append(result.loss_sum)
             tokens.append(result.tokens)
             done, last = step + 1, step + 1 == config.steps
-            self.state = self.state.advance(plan.samples, plan.samples * self.run.train.seq_length)
+            self.state = self.state.advance(plan.samples, self.run.data.tokens_of(self.state.samples, plan.samples))
             if self.monitor and step == self.run.state.step:
                 self.monitor.first_step()
             if done % config.log_interval == 0 or last:
@@ -236,25 +240,17 @@ class _Trainer:
     def _validates_at(self, done: int) -> bool:
         interval = self.train_config.eval_interval
         at = interval and (done % interval == 0 or done == self.train_config.steps)
-        return bool(at and len(self.run.held_out))
+        return bool(at and self.run.data.num_held_out)
 
     def _validate(self, done: int) -> bool:
         """Loss on the held-out documents; returns whether it is the lowest so far."""
         ours, plan = self.run.config.megatronish, self.run.plan
         start = time.monotonic()
         windows = ours.train.eval_tokens and max(1, ours.train.eval_tokens // ours.model.seq_length)
-        loader = ValidationLoader(
-            self.run.dataset.reader,
-            self.run.held_out.numpy(),
-            ours.model.seq_length,
-            plan.micro,
-            self.mesh.dp.rank,
-            plan.data_size,
-            eod_id=self.run.dataset.manifest.tokenizer.eod_id,
-            document_mask=ours.data.document_mask,
-            max_windows=windows,
+        batches = self.run.data.validation_batches(
+            plan.micro, self.mesh.dp.rank, plan.data_size, ours.data.document_mask, windows
         )
-        loss_sum, count = self.engine.evaluate(to_device(batch, self.device) for batch in loader)
+        loss_sum, count = self.engine.evaluate(to_device(batch, self.device) for batch in batches)
         loss = (loss_sum / count).item()
         is_best = self.state.best_loss is None or loss < self.state.best_loss
         if is_best:
@@ -271,9 +267,10 @@ class _Trainer:
 
         def write(folder: Path) -> None:
             self.engine.save(str(folder), ENGINE_TAG)
+            save_streams(folder, self.rank.rank, self.loader.stream_states())
             if self.rank.is_first:
                 save_model(folder, weights, self.run.config.megatronish.model, metadata={"step": str(done)})
-                copy_tokenizer(self.run.dataset, folder)
+                copy_tokenizer(self.run.data, folder)
                 self.run.config.save(folder / RUN_FILE)
                 self.state.save(folder)
 
@@ -285,7 +282,7 @@ class _Trainer:
     def _announce(self, peak: Peak | None) -> None:
         """Say once what is about to be trained, on what, and write the resolved configuration."""
         config, run, plan = self.run.config, self.run, self.run.plan
-        ours, tokens = config.megatronish, plan.samples * run.train.seq_length
+        ours, tokens = config.megatronish, run.data.tokens_of(0, plan.samples)
         counts = parameter_counts(ours.model)
         if self.device.type == "cpu":
             step_seconds = tokens * self.flops / (peak.flops * CPU_EFFICIENCY) if peak else 0.0
@@ -306,14 +303,10 @@ class _Trainer:
         print(
             f"model {ours.model.preset or 'custom'}: {counts.total:,} parameters, {self.flops / 1e9:.3g} GFLOP a token; "
             f"{kind}, ZeRO-{stage}, {config.deepspeed.optimizer.type}; {tokens:,} tokens a step "
-            f"({plan.micro} micro x {plan.accumulation} accumulation x {plan.data_size} ranks x {run.train.seq_length})"
+            f"({plan.micro} micro x {plan.accumulation} accumulation x {plan.data_size} ranks x {ours.model.seq_length})"
             + describe(ours.parallel)
         )
-        epochs = ours.train.steps * plan.samples / run.train.samples_per_epoch
-        print(
-            f"data {ours.data.path}: {run.train.tokens_per_epoch:,} training tokens, {epochs:.2f} epochs in "
-            f"{ours.train.steps} steps; {len(run.held_out)} documents held out"
-        )
+        print("\n".join(run.data.describe(ours.train.steps * plan.samples)))
         if ours.schedule.warmup_steps >= ours.train.steps:
             print(
                 f"note: schedule.warmup_steps {ours.schedule.warmup_steps} lasts the whole run: lr stays below its peak"
@@ -363,11 +356,10 @@ def to_device(batch: Batch, target: torch.device) -> Batch:
     }
 
 
-def copy_tokenizer(dataset: Dataset, folder: Path) -> None:
-    """Put the dataset's tokenizer beside the weights, so that a checkpoint can be used alone."""
-    record = dataset.manifest.tokenizer
-    if record.file is not None:
-        source = Path(dataset.prefix).parent / record.file
+def copy_tokenizer(data: Dataset | TrainingData, folder: Path) -> None:
+    """Put the data's tokenizer beside the weights, so that a checkpoint can be used alone."""
+    record = data.tokenizer_record
+    if (source := data.tokenizer_file) is not None:
         suffix = ".model" if source.suffix == ".model" else ".json"
         shutil.copyfile(source, folder / f"tokenizer{suffix}")
     (folder / TOKENIZER_RECORD_FILE).write_text(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from megatronish.config.base import ConfigError
 from megatronish.config.run import BatchPlan, RunConfig
 from megatronish.model.checkpoints import STATE_FILE
+
+STREAMS_FILE = "streams-rank-{:05d}.json"
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,16 @@ class TrainState:
     optimizer: str
     dtype: str
     seed: int
-    data_identity: str  # of the dataset the samples are counted in
+    data_identity: str  # of the contents of the data that the samples are counted in
+    data_order: dict[str, str] = field(default_factory=dict)  # settings that fix the order; empty before they were kept
     tensor: int = 1  # ranks that share every matrix
     pipeline: int = 1  # ranks that share the layer list
     sequence: int = 1  # ranks that share every sample
 
     @classmethod
-    def start(cls, config: RunConfig, plan: BatchPlan, data_identity: str) -> TrainState:
+    def start(
+        cls, config: RunConfig, plan: BatchPlan, data_identity: str, data_order: dict[str, str] | None = None
+    ) -> TrainState:
         """The state before the first step."""
         ds = config.deepspeed
         return cls(
@@ -50,6 +56,7 @@ class TrainState:
             tensor=config.megatronish.parallel.tensor,
             pipeline=config.megatronish.parallel.pipeline,
             sequence=config.megatronish.parallel.sequence,
+            data_order=data_order or {},
         )
 
     def advance(self, samples: int, tokens: int) -> TrainState:
@@ -66,8 +73,7 @@ class TrainState:
         path = folder / STATE_FILE
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            known = [field.name for field in fields(cls) if field.default is MISSING or field.name in raw]
-            return cls(**{name: raw[name] for name in known})
+            return cls(**{"data_order": {}, **{item.name: raw[item.name] for item in fields(cls) if item.name in raw}})
         except FileNotFoundError:
             raise ConfigError(f"{folder}: no {STATE_FILE}; this is no checkpoint of megatronish.") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -97,6 +103,34 @@ class TrainState:
         if self.data_identity != fresh.data_identity:
             raise ConfigError(
                 f"{where} was saved on another dataset (SHA-256 {self.data_identity[:12]}..., this run reads "
-                f"{fresh.data_identity[:12]}...). Give that dataset's --data.path to continue it, or begin afresh with "
-                "--train.resume never and another --train.save_dir."
+                f"{fresh.data_identity[:12]}...): another --data.path, or files that were replaced under the same one. Give the old "
+                "data to continue it, or begin afresh with --train.resume never and another --train.save_dir."
             )
+        differing = [
+            f"{name} {self.data_order.get(name, 'not set')} (this run: {fresh.data_order.get(name, 'not set')})"
+            for name in {**self.data_order, **fresh.data_order}
+            if self.data_order.get(name) != fresh.data_order.get(name)
+        ]
+        if self.data_order and differing:
+            raise ConfigError(
+                f"{where} counted its samples in another order: {', '.join(differing)}. Set that back to continue it, or begin "
+                "afresh with --train.resume never and another --train.save_dir."
+            )
+
+
+def save_streams(folder: Path, rank: int, states: dict[str, Any] | None) -> None:
+    """Write where a rank's streamed text stands; nothing without any."""
+    if states is not None:
+        path = folder / STREAMS_FILE.format(rank)
+        path.write_text(json.dumps(states, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def load_streams(folder: Path, rank: int) -> dict[str, Any] | None:
+    """What `save_streams` wrote, None if nothing. Raises ConfigError when it cannot be read."""
+    path = folder / STREAMS_FILE.format(rank)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error!r}); use an older checkpoint.") from None

@@ -174,6 +174,13 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"megatronish": {"parallel": {"sequence": 2, "tensor": 2}}, "zero_optimization": {"stage": 1}},
         ["parallel.sequence 2 with tensor 2 and pipeline 1 is not part of this version"],
     ),
+    "stages and samples of different lengths": (
+        {
+            "megatronish": {"parallel": {"pipeline": 2}, "data": {"pack": False}},
+            "zero_optimization": {"stage": 1},
+        },
+        ["data.pack false gives micro batches of different lengths"],
+    ),
     "a sequence that does not divide": (
         {"megatronish": {"parallel": {"sequence": 4}, "model": {"seq_length": 30}}},
         ["model.seq_length 30 does not divide over 4 sequence-parallel ranks"],

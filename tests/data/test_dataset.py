@@ -94,7 +94,7 @@ def test_replaced_tokenizer_of_equal_size_is_refused(prefix):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d | {"version": 2}, "manifest version 2"),
+        (lambda d: d | {"version": 3}, "manifest version 3"),
         (lambda d: d | {"format": "other"}, "not a data set's manifest"),
         (lambda d: [d], "not a data set's manifest"),
         (lambda d: {k: v for k, v in d.items() if k != "counts"}, "incomplete"),
@@ -131,10 +131,12 @@ def test_replacement_cut_short_between_renames_is_not_taken_for_a_data_set(prefi
     renamed: list[str] = []
 
     def replace(source, target):
+        if ".unfinished" in str(target):
+            return real_replace(source, target)
         if len(renamed) == 1:
             raise OSError(5, "power cut", str(target))
         renamed.append(str(target))
-        real_replace(source, target)
+        return real_replace(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
     options = PreprocessOptions(
@@ -145,6 +147,12 @@ def test_replacement_cut_short_between_renames_is_not_taken_for_a_data_set(prefi
     assert renamed == [f"{prefix}.bin"]
     with pytest.raises(DataError, match="did not finish"):
         open_dataset(prefix)
+    monkeypatch.setattr(os, "replace", real_replace)
+    # The files were whole before the first rename, so going on needs no input any more.
+    (tmp_path / "in.jsonl").unlink()
+    (result,) = preprocess(dataclasses.replace(options, overwrite=False, resume=True), lambda line: None)
+    assert result.already_there and not list(tmp_path.glob(".out*"))
+    assert open_dataset(prefix).held_out_text([0]) == TEXTS[0][::-1].encode()
 
 
 def test_model_must_fit(prefix):

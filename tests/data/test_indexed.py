@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatronish.data.builder import IndexedWriter
 from megatronish.data.errors import DataError
-from megatronish.data.indexed import IndexedReader, IndexedWriter, best_dtype
+from megatronish.data.indexed import IndexedReader, best_dtype
 
 LIMITS = {"<u2": (0, 65535), "<i4": (-(2**31), 2**31 - 1), "u1": (0, 255), "<i8": (-(2**63), 2**63 - 1)}
 
@@ -78,7 +79,7 @@ def test_dtype_follows_megatrons_threshold():
 
 
 def test_writer_reports_hashes_and_sizes_of_its_files(tmp_path):
-    import hashlib
+    import xxhash
 
     writer = IndexedWriter(tmp_path / "d", "<i4")
     writer.add_document([1, 70_000])
@@ -86,7 +87,7 @@ def test_writer_reports_hashes_and_sizes_of_its_files(tmp_path):
     for suffix in ("bin", "idx"):
         raw = (tmp_path / f"d.{suffix}").read_bytes()
         assert writer.sizes[suffix] == len(raw)
-        assert writer.sha256[suffix] == hashlib.sha256(raw).hexdigest()
+        assert writer.xxh3[suffix] == xxhash.xxh3_128_hexdigest(raw)
 
 
 def test_tokens_outside_the_dtype_are_refused_not_wrapped(tmp_path):

@@ -9,12 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatronish.data.batches import batch_of
+from megatronish.data.builder import IndexedWriter
 from megatronish.data.errors import DataError
-from megatronish.data.indexed import IndexedReader, IndexedWriter
-from megatronish.data.loader import MicroBatchLoader, ValidationLoader, collate
+from megatronish.data.indexed import IndexedReader
+from megatronish.data.loader import MicroBatchLoader, to_tensors
 from megatronish.data.packing import PackedDataset
 from megatronish.data.sampler import MicroBatchSampler
+from megatronish.data.samples import Rows
 from megatronish.data.tokenizer import ByteTokenizer
+from megatronish.data.validation import ValidationLoader
 
 EOD = 99_999
 
@@ -98,7 +102,7 @@ def test_resuming_on_another_number_of_ranks_covers_the_same_samples(dataset):
 def test_document_mask_by_hand():
     one = (np.array([1, 2, 9, 3, 4]), np.array([0, 3]))  # a document begins at input 3
     two = (np.array([5, 6, 7, 9, 8]), np.array([0, 4]))  # one begins at the last label only
-    batch = collate([one, two], document_mask=True)
+    batch = to_tensors(batch_of(Rows.of([one, two]), document_mask=True))
     assert batch["tokens"].tolist() == [[1, 2, 9, 3], [5, 6, 7, 9]]
     assert batch["labels"].tolist() == [[2, 9, -100, 4], [6, 7, 9, -100]]
     assert batch["positions"].tolist() == [[0, 1, 2, 0], [0, 1, 2, 3]]
@@ -121,10 +125,10 @@ def test_document_mask_agrees_with_the_end_tokens(dataset):
 
 
 def test_failure_in_the_background_reaches_the_caller(dataset, monkeypatch):
-    def fail(number):
-        raise OSError(f"disk gone at sample {number}")
+    def fail(numbers):
+        raise OSError(f"disk gone at sample {numbers[0]}")
 
-    monkeypatch.setattr(dataset, "sample", fail)
+    monkeypatch.setattr(dataset, "rows", fail)
     with (
         MicroBatchLoader(dataset, MicroBatchSampler(0, 2, 2), prefetch=2) as loader,
         pytest.raises(OSError, match="disk gone at sample 0"),

@@ -1,21 +1,20 @@
-"""Packing, splitting and sampling: every sample once an epoch, whatever the ranks, batches, stops or length of the run."""
+"""Packing and sampling: every sample once an epoch, whatever the ranks, batches, stops or length of the run."""
+
+import pickle
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatronish.data.batches import batch_of, positions_in_documents
+from megatronish.data.builder import IndexedWriter
 from megatronish.data.errors import DataError
-from megatronish.data.indexed import IndexedReader, IndexedWriter
-from megatronish.data.packing import (
-    PackedDataset,
-    TokenStream,
-    keyed_permutation,
-    labels_within_documents,
-    positions_in_documents,
-    split_documents,
-)
+from megatronish.data.indexed import IndexedReader
+from megatronish.data.packing import GATHERED_TOKENS, PackedDataset, TokenStream, join_pieces
+from megatronish.data.permutation import keyed_permutation
 from megatronish.data.sampler import MicroBatchSampler
+from megatronish.data.samples import Rows
 
 
 def make(folder, lengths: list[int]) -> IndexedReader:
@@ -102,55 +101,65 @@ def test_permutation_is_uniform():
     assert max(abs(count - 250) for count in counts.values()) < 78
 
 
-@settings(max_examples=100, deadline=None)
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=30), data=st.data())
-def test_window_reads_what_concatenation_gives(tmp_path_factory, lengths, data):
-    """Both ways of reading (slices for few documents, one gather for many) against plain concatenation."""
+@settings(max_examples=150, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9) | st.integers(40, 60), min_size=1, max_size=30), data=st.data())
+def test_windows_read_what_concatenation_gives(tmp_path_factory, lengths, data):
+    """Both ways of reading (copied pieces, and a gather where they are short) against plain concatenation."""
     reader = make(tmp_path_factory.mktemp("stream"), lengths)
     order = np.array(data.draw(st.permutations(range(len(lengths)))))
     whole = np.concatenate([reader.document(int(d)) for d in order])
     starts = set(np.cumsum([0] + [lengths[d] for d in order])[:-1].tolist())
-    begin = data.draw(st.integers(0, len(whole) - 1))
-    length = data.draw(st.integers(1, len(whole) - begin))
-    tokens, marks = TokenStream(reader, order).window(begin, length)
-    assert tokens.dtype == np.int64
-    assert tokens.tolist() == whole[begin : begin + length].tolist()
-    assert marks.tolist() == sorted({0} | {s - begin for s in starts if begin < s < begin + length})
+    length = data.draw(st.integers(1, len(whole)))
+    begins = data.draw(st.lists(st.integers(0, len(whole) - length), min_size=1, max_size=4))
+    rows = TokenStream.of(reader, order).windows(np.array(begins), length)
+    assert rows.tokens.dtype == reader.dtype and rows.known is None
+    for row, begin in enumerate(begins):
+        tokens, marks = rows.sample(row)
+        assert tokens.tolist() == whole[begin : begin + length].tolist()
+        assert marks.tolist() == sorted({0} | {s - begin for s in starts if begin < s < begin + length})
+
+
+@pytest.mark.parametrize("mean", [5, GATHERED_TOKENS, 200])
+def test_pieces_are_joined_alike_however_long_they_are(mean):
+    draw = np.random.default_rng(mean)
+    tokens = draw.integers(0, 60_000, size=5000).astype("<u2")
+    lengths = draw.integers(0, 2 * mean, size=20)
+    begins = draw.integers(0, 5000 - 2 * mean, size=20)
+    joined = join_pieces(tokens, begins, lengths)
+    assert joined.dtype == tokens.dtype
+    assert joined.tolist() == [t for b, n in zip(begins, lengths, strict=True) for t in tokens[b : b + n].tolist()]
 
 
 def test_positions_and_labels_at_documents_by_hand():
-    tokens = np.array([10, 11, 20, 30, 31, 32, 40])
-    starts = np.array([0, 2, 3, 6])  # the last label, 40, begins a document
-    assert positions_in_documents(starts, 6).tolist() == [0, 1, 0, 0, 1, 2]
-    assert labels_within_documents(tokens, starts).tolist() == [11, -100, -100, 31, 32, -100]
-    assert labels_within_documents(tokens, np.array([0, 1, 5])).tolist() == [-100, 20, 30, 31, -100, 40]
-    assert labels_within_documents(tokens, np.array([0])).tolist() == [11, 20, 30, 31, 32, 40]
+    def masked(starts: list[int]) -> dict:
+        tokens = np.array([[10, 11, 20, 30, 31, 32, 40]])
+        return batch_of(Rows(tokens, np.array(starts)), document_mask=True)
+
+    assert positions_in_documents(np.array([2, 1, 3])).tolist() == [0, 1, 0, 0, 1, 2]
+    assert masked([0, 2, 3, 6])["positions"].tolist() == [[0, 1, 0, 0, 1, 2]]  # the last label, 40, begins a document
+    assert masked([0, 2, 3, 6])["labels"].tolist() == [[11, -100, -100, 31, 32, -100]]
+    assert masked([0, 1, 5])["labels"].tolist() == [[-100, 20, 30, 31, -100, 40]]
+    assert masked([0])["labels"].tolist() == [[11, 20, 30, 31, 32, 40]]
 
 
-@settings(max_examples=200, deadline=None)
-@given(count=st.integers(0, 400), fraction=st.floats(0, 0.999))
-def test_split_covers_every_document_once_and_is_never_empty_when_asked(count, fraction):
-    train, validation = split_documents(count, fraction)
-    assert sorted([*train.tolist(), *validation.tolist()]) == list(range(count))
-    assert train.tolist() == sorted(train.tolist()) and validation.tolist() == sorted(validation.tolist())
-    if fraction == 0:
-        assert validation.size == 0
-    elif count >= 2:
-        assert validation.size >= 1 and train.size >= 1
-        assert abs(validation.size - count * fraction) <= 1
-    again = split_documents(count, fraction)
-    assert np.array_equal(train, again[0]) and np.array_equal(validation, again[1])
+def test_an_epoch_ends_inside_a_batch(tmp_path):
+    dataset = PackedDataset(make(tmp_path, [7] * 40), np.arange(40), 5, 3)
+    end = dataset.samples_per_epoch
+    numbers = np.array([end - 2, end - 1, end, 3 * end, 0])
+    rows = dataset.rows(numbers)
+    for row, number in enumerate(numbers.tolist()):
+        alone = dataset.sample(number)
+        assert [part.tolist() for part in rows.sample(row)] == [part.tolist() for part in alone]
+    with pytest.raises(ValueError, match="sample number -1"):
+        dataset.sample(-1)
 
 
-def test_larger_validation_keeps_the_smaller_one():
-    small, large = (set(split_documents(1000, fraction)[1].tolist()) for fraction in (0.01, 0.1))
-    assert small < large
-
-
-@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
-def test_split_fraction_outside_is_refused(fraction):
-    with pytest.raises(ValueError, match="validation fraction"):
-        split_documents(10, fraction)
+def test_copies_of_a_data_set_for_other_processes_hold_no_order(tmp_path):
+    dataset = PackedDataset(make(tmp_path, [7] * 4000), np.arange(4000), 5, 3)
+    tokens = dataset.sample(77)[0].tolist()
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert not copy._epochs
+    assert copy.sample(77)[0].tolist() == tokens
 
 
 LAYOUT = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))  # micro batch, ranks, accumulation

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from megatronish.ops import reference
+from megatronish.ops.cross_entropy import token_losses
 from megatronish.ops.extension import EXTENSION
+from megatronish.ops.qk_norm_rope import qk_norm_rope
 from megatronish.ops.rms_norm import add_rms_norm, rms_norm
 from megatronish.ops.rope import rope, rope_qkv_
 from megatronish.ops.swiglu import swiglu
@@ -96,6 +98,60 @@ def test_rope(head_dim: int, half: int, interleaved: bool, dtype: torch.dtype) -
         q, k, v = rope_qkv_(packed.clone(), kv_heads, cos, sin, **where, interleaved=interleaved, backend="fused")
         assert torch.equal(torch.cat((q, k), dim=2), y)
         assert torch.equal(v, packed[:, :, q_heads + kv_heads :])
+
+
+@pytest.mark.parametrize("dtype", BARS, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("heads", [(1, 6, 2, 2), (2, 3, 1, 1), (1, 3, 0, 2)])
+@pytest.mark.parametrize(
+    ("head_dim", "half"), [(64, 32), (80, 40), (96, 48), (128, 64), (256, 128), (128, 16), (80, 10), (67, 16), (6, 3)]
+)
+def test_qk_norm_rope(
+    head_dim: int, half: int, heads: tuple[int, int, int, int], interleaved: bool, dtype: torch.dtype
+) -> None:
+    angles = torch.outer(torch.arange(80.0), 0.9 ** torch.arange(half))
+    cos, sin = angles.cos().cuda(), angles.sin().cuda()
+    packed = _leaf(_random(3, 50, heads[0] * sum(heads[1:]), head_dim, dtype=dtype))
+    weights = [_leaf(_random(head_dim, dtype=dtype, seed=seed) + 1) for seed in (1, 2)]
+    wide = [_leaf(x, torch.float64) for x in (packed, *weights)]
+    options = {"heads": heads, "eps": 0.1, "interleaved": interleaved}
+    for where in ({"offset": 5}, {"positions": torch.randint(80, (3, 50), device="cuda")}):
+        ours = qk_norm_rope(packed, *weights, cos, sin, **options, **where, backend="fused")
+        exact = reference.qk_norm_rope(*wide, cos.double(), sin.double(), **options, **where)
+        grads = [_random(*y.shape, dtype=dtype, seed=5 + i) for i, y in enumerate(exact)]
+        found = torch.autograd.grad(ours, (packed, *weights), grads, retain_graph=True)
+        wanted = torch.autograd.grad(exact, wide, [g.double() for g in grads])
+        for y, e in zip(ours, exact, strict=True):
+            assert e.numel() == 0 or _error(y, e) < BARS[dtype]
+        assert _error(found[0], wanted[0]) < BARS[dtype]
+        for dw, e in zip(found[1:], wanted[1:], strict=True):
+            assert e.norm() == 0 or _error(dw, e) < WEIGHT_BARS[dtype] * (1 if head_dim > 50 else 3)
+        again = torch.autograd.grad(ours, (packed, *weights), grads)
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", BARS, ids=str)
+@pytest.mark.parametrize("vocabulary", [1, 3, 7, 63, 1000, 4097, 32768, 50257])
+def test_cross_entropy(vocabulary: int, dtype: torch.dtype) -> None:
+    """Odd vocabularies begin every row at another place within 128 bits."""
+    leaf = _leaf(4 * _random(37, vocabulary, dtype=dtype))
+    labels = torch.randint(vocabulary, (37,), device="cuda")
+    labels[3] = -100
+    wide = _leaf(leaf, torch.float64)
+    losses, exact = token_losses(leaf, labels, backend="fused"), reference.token_losses(wide, labels)
+    torch.testing.assert_close(losses.double(), exact, rtol=1e-6, atol=1e-5 if dtype != torch.float64 else 1e-13)
+    grad = _random(37, dtype=losses.dtype, seed=1)
+    (ours,), (theirs,) = torch.autograd.grad(losses, leaf, grad), torch.autograd.grad(exact, wide, grad.double())
+    unit = torch.finfo(dtype).eps
+    # Exponents of up to some 40, of which each rounding is a relative error; one rounding at the store.
+    rtol = unit / 2 + 40 * torch.finfo(losses.dtype).eps
+    torch.testing.assert_close(ours.double(), theirs, rtol=rtol, atol=4 * torch.finfo(losses.dtype).eps + 6e-8 * unit)
+    assert not ours[3].any()
+
+
+def test_a_label_outside_the_vocabulary_gives_nan_for_its_token_only() -> None:
+    losses = token_losses(torch.zeros(3, 8, device="cuda"), torch.tensor([0, 8, -1], device="cuda"), backend="fused")
+    assert losses[0].isfinite() and losses[1:].isnan().all()
 
 
 def test_a_position_outside_the_tables_gives_nan_for_its_token_only() -> None:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatronish.config.base import UserError
-from megatronish.data.packing import split_documents
+from megatronish.data.splits import split_documents
 from megatronish.inference.evaluate import (
     ProgressLine,
     batched_by_length,
@@ -99,7 +99,7 @@ def test_streams(run):
 
 def test_run_equals_a_direct_computation(run, model):
     result, info = evaluate_run(run.folder, None, None, CPU, None)
-    _, held_out = split_documents(60, 0.1)
+    held_out = split_documents(60, 0.1).validation
     tokens = np.concatenate([run.dataset.reader.document(int(i)) for i in held_out]).astype(np.int64)
     text = bytes(tokens[tokens < 256].astype(np.uint8))
     nats = direct_nats(model, np.concatenate(([256], tokens)), 32, 16)
@@ -152,7 +152,7 @@ def test_document_mask_scores_documents_alone(run, model, tmp_path):
     )
     save_checkpoint(tmp_path / "m", masked, run.dataset, 2, seed=2, best=False)
     result, _ = evaluate_run(tmp_path / "m", None, 8, CPU, None)
-    _, held_out = split_documents(60, 0.1)
+    held_out = split_documents(60, 0.1).validation
     documents = [run.dataset.reader.document(int(i)).astype(np.int64) for i in held_out]
     nats = sum(direct_nats(model, document, 32, 8) + math.log(257) for document in documents)
     assert result.tokens == sum(len(document) for document in documents)

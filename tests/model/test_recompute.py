@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatronish.config.model import KernelConfig, ModelConfig
 from megatronish.model.transformer import Transformer
+from megatronish.ops.extension import EXTENSION
 
 SHAPE = {
     "vocab_size": 61,
@@ -38,24 +39,17 @@ def _gradients(
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
-@pytest.mark.parametrize("switches", [{"qk_norm": True}, {"residual_dropout": 0.2, "attention_dropout": 0.2}])
-def test_gradients_are_identical(switches: dict[str, object], backend: str, mode: str) -> None:
+@pytest.mark.parametrize("ops", ["reference", "fused"])
+@pytest.mark.parametrize(
+    "switches",
+    [{"qk_norm": True}, {"residual_dropout": 0.2, "attention_dropout": 0.2}, {"norm_position": "post"}],
+    ids=["qk_norm", "dropout", "post"],
+)
+def test_gradients_are_identical(switches: dict[str, object], ops: str, backend: str, mode: str) -> None:
     config = ModelConfig(**SHAPE, **switches)
-    kept, recomputed = _gradients(config, "none", backend), _gradients(config, mode, backend)
+    kept, recomputed = _gradients(config, "none", backend, ops=ops), _gradients(config, mode, backend, ops=ops)
     for name, gradient in kept.items():
         assert torch.equal(gradient, recomputed[name]), name
-
-
-@pytest.mark.parametrize("mode", ["full", "selective"])
-@pytest.mark.parametrize("switches", [{"qk_norm": True}, {"residual_dropout": 0.2, "attention_dropout": 0.2}])
-def test_gradients_agree_with_fused_operators(switches: dict[str, object], mode: str) -> None:
-    config = ModelConfig(**SHAPE, **switches)
-    kept, recomputed = _gradients(config, "none", ops="fused"), _gradients(config, mode, ops="fused")
-    for name, gradient in kept.items():
-        # Between blocks the residual sum is fused in one case only: other roundings (6e-8 each) over three blocks.
-        torch.testing.assert_close(
-            recomputed[name], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item(), msg=name
-        )
 
 
 def test_full_keeps_only_the_input_of_each_block() -> None:
@@ -76,11 +70,18 @@ def test_full_keeps_only_the_input_of_each_block() -> None:
 def test_selective_repeats_the_cheap_operations_only(ops: str, repeated: tuple[str, ...]) -> None:
     config = ModelConfig(**SHAPE)
     runs = {mode: _operators(config, mode, ops) for mode in ("none", "selective", "full")}
-    products, fused = "aten.mm.default", "aten._scaled_dot_product_flash_attention_for_cpu.default"
+    # By torch or by oneDNN (ops/linear.py); by torch or by our kernel (ops/attention_cpu.py): as the machine has it.
+    products, fused = "products", "fused attention"
+    for run in runs.values():
+        run[products] = run["aten.mm.default"] + run["mkldnn._linear_pointwise.default"]
+        run[fused] = run["aten._scaled_dot_product_flash_attention_for_cpu.default"]
+        run[fused] += run["megatronish.causal_attention_fwd.default"]
     # A block has 4 products forward and 8 backward, the head 1 and 2.
     assert runs["none"][products] == runs["selective"][products] == 3 * 12 + 3
-    # Repeating a block stops once all that its backward pass reads is there: before the last product.
-    assert runs["full"][products] == 3 * (12 + 3) + 3
+    # Repeating a block stops once all that its backward pass reads is there: before the last product, if that is torch's;
+    # an autograd function of our own hands over what it saves only when it has run.
+    again = 4 if runs["full"]["mkldnn._linear_pointwise.default"] else 3
+    assert runs["full"][products] == 3 * (12 + again) + 3
     assert runs["none"][fused] == runs["selective"][fused] == 3
     assert runs["full"][fused] == 6
     for cheap in repeated:
@@ -110,8 +111,10 @@ def _operators(config: ModelConfig, mode: str, ops: str) -> Counter[str]:
 
 
 def _outside_blocks(config: ModelConfig, tokens: int) -> int:
-    """Saved by embedding, final norm, head and loss: token ids, norm input and rstd, head input, logits, label indices, which count."""
-    return tokens * (8 + 4 * config.hidden_size + 4 + 4 * config.hidden_size + 4 * config.vocab_size + 8 + 1)
+    """Saved by embedding, final norm, head and loss: token ids, norm input and rstd, head input, logits, labels; and two
+    statistics of the fused loss, or which labels count."""
+    loss = 4 + 4 if EXTENSION.cpu else 1
+    return tokens * (8 + 4 * config.hidden_size + 4 + 4 * config.hidden_size + 4 * config.vocab_size + 8 + loss)
 
 
 def _saved_bytes(config: ModelConfig, mode: str) -> int:

@@ -24,6 +24,12 @@ NVCC = next(
 )
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")]
 ARCHITECTURES = ["75", "80", "86", "89", "90"]
+KERNELS = {"cross_entropy": 8}  # of one source; 16 or more elsewhere
+# Loads and stores of single numbers that a packed kernel may have. rms_norm, rope and swiglu: rstd, positions, the factors of
+# a single pair. cross_entropy: target, its logit, gradient and two statistics, and the ends of a row that vectors leave over.
+# qk_norm_rope: positions and rstd; backward the sums over a block for a channel, in a loop that the compiler unrolls.
+SINGLE_LOADS = {"cross_entropy": 7, "qk_norm_rope": 4}
+SINGLE_STORES = {"cross_entropy": 4, "qk_norm_rope": 4}
 
 
 def _nvcc(*arguments: str) -> str:
@@ -33,7 +39,7 @@ def _nvcc(*arguments: str) -> str:
 
 
 def test_there_is_one_file_an_operator() -> None:
-    assert [path.stem for path in SOURCES] == ["rms_norm", "rope", "swiglu"]
+    assert [path.stem for path in SOURCES] == ["cross_entropy", "qk_norm_rope", "rms_norm", "rope", "swiglu"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -50,9 +56,9 @@ def test_registers_and_spills(source: Path, architecture: str, tmp_path: Path) -
         report,
         re.DOTALL,
     )
-    assert len(kernels) >= 16
+    assert len(kernels) >= KERNELS.get(source.stem, 16)
     for name, stack, stores, loads, registers in kernels:
-        if not re.search(r"Id+E", name):  # double exists for gradcheck alone: 8 bytes spilled on sm_80 do not matter
+        if not re.search(r"Id+[EL]", name):  # double exists for gradcheck alone: 8 bytes spilled on sm_80 do not matter
             assert (stack, stores, loads) == ("0", "0", "0"), name
         # 65536 registers a multiprocessor: with 128 a thread, 512 threads still run at a time.
         assert int(registers) <= 128, name
@@ -66,16 +72,16 @@ def test_packed_kernels_move_128_bits(source: Path, tmp_path: Path) -> None:
     bodies = re.findall(r"\.entry (\S+)\((.*?)\n}\n", ptx.read_text(), re.DOTALL)
     packed = 0
     for name, body in bodies:
-        if "_plain" in name or "sum_partitions" in name or re.search(r"Li1E(Lb[01]E)?[jl]E", name):
+        if "_plain" in name or "sum_partitions" in name or re.search(r"Li1E((Lb[01]E)?[jl]E|Li32ELb[01]EE)", name):
             continue  # the kernels for any width and alignment
         if re.search(r"(forward|backward|rotate)Id", name):
             continue  # float64 is for checks of gradients, not for speed
         packed += 1
         loads = re.findall(r"ld\.global\.(\S+)", body)
         wide = [kind for kind in loads if kind.startswith("v4.") or kind == "v2.f64"]
-        # Beside these only rstd, positions and the factors of a single pair are read one by one.
-        assert len(wide) >= 2 and len(loads) - len(wide) <= 4, (name, loads)
+        assert len(wide) >= 1 + (source.stem != "cross_entropy"), (name, loads)
+        assert len(loads) - len(wide) <= SINGLE_LOADS.get(source.stem, 4), (name, loads)
         stores = re.findall(r"st\.global\.(\S+)", body)
         narrow = [kind for kind in stores if not kind.startswith(("v4.", "v2.f64"))]
-        assert stores and len(narrow) <= 1, (name, stores)  # rstd
-    assert packed >= 8
+        assert stores and len(narrow) <= SINGLE_STORES.get(source.stem, 1), (name, stores)
+    assert packed >= (6 if source.stem == "cross_entropy" else 8)

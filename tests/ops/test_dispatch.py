@@ -26,13 +26,13 @@ def _machine(monkeypatch: pytest.MonkeyPatch, gpu: tuple[int, int] | None, *modu
 @pytest.mark.parametrize(
     ("gpu", "modules", "chosen", "said"),
     [
-        (None, [], "sdpa", None),
-        (None, ["flash_attn"], "sdpa", None),
-        ((9, 0), [], "sdpa", "attention: SDPA (flash-attn is not installed)"),
+        (None, [], "fused_or_sdpa", None),
+        (None, ["flash_attn"], "fused_or_sdpa", None),
+        ((9, 0), [], "fused_or_sdpa", "attention: SDPA (flash-attn is not installed)"),
         (
             (7, 5),
             ["flash_attn"],
-            "sdpa",
+            "fused_or_sdpa",
             "attention: SDPA (flash-attn needs a GPU of compute capability 8.0, this one has 7.5)",
         ),
         ((8, 9), ["flash_attn"], "flash2_or_sdpa", "attention: flash_attn 2.9 for fp16 and bf16, else SDPA"),
@@ -76,5 +76,5 @@ def test_a_flash_attn_built_for_another_torch_is_said_and_passed_over(monkeypatc
 
     monkeypatch.setattr(dispatch.importlib, "import_module", broken)
     with caplog.at_level(logging.INFO):
-        assert dispatch.resolve_attention("auto") == "sdpa"
+        assert dispatch.resolve_attention("auto") == "fused_or_sdpa"
     assert caplog.messages == ["attention: SDPA (flash_attn does not load (undefined symbol: _ZN3c10))"]

@@ -16,6 +16,7 @@ from megatronish.config.model import KernelConfig, ModelConfig
 from megatronish.model.transformer import Transformer
 from megatronish.ops import dispatch, extension
 from megatronish.ops.extension import EXTENSION, Extension
+from megatronish.ops.qk_norm_rope import qk_norm_rope
 from megatronish.ops.rms_norm import add_rms_norm, rms_norm
 from megatronish.ops.rope import rope, rope_qkv_
 from megatronish.ops.swiglu import swiglu
@@ -34,6 +35,10 @@ def _samples(dtype: torch.dtype) -> list[tuple[str, tuple[object, ...]]]:
     x, w, gate_up = _x(3, 5, 12, dtype=dtype), _x(12, dtype=dtype, seed=1), _x(3, 5, 12, dtype=dtype, seed=2)
     rstd = x.new_ones(3, 5, 1, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     heads = _x(2, 5, 4, 10, dtype=dtype)
+    norms, parts = (_x(10, dtype=dtype), _x(10, dtype=dtype, seed=1)), heads.split((2, 1, 1), dim=2)
+    sizes = rstd.new_ones(2, 5, 3)
+    logits, labels = _x(5, 30, dtype=dtype), torch.tensor([0, 29, 3, -100, 7])
+    statistics = (rstd.new_ones(5), logits.amax(dim=1).to(rstd.dtype), rstd.new_full((5,), 9.0))
     return [
         ("rms_norm_fwd", (x, w, 1e-5, 0.0)),
         ("rms_norm_fwd", (x, None, 1e-5, 1.0)),
@@ -49,6 +54,14 @@ def _samples(dtype: torch.dtype) -> list[tuple[str, tuple[object, ...]]]:
         ("rope", (heads[:, :, 1:3], COS, SIN, None, 4, True, True)),
         ("rope_qkv_", (heads, COS, SIN, POSITIONS, 1, 2, 1, 1, False, False)),
         ("rope_qkv_", (heads, COS, SIN, None, 2, 1, 1, 0, True, True)),
+        ("qk_norm_rope_fwd", (heads, *norms, COS, SIN, POSITIONS, 0, [1, 2, 1, 1], 1e-6, 0.0, False)),
+        ("qk_norm_rope_fwd", (heads, *norms, COS, SIN, None, 4, [2, 1, 0, 1], 1e-6, 1.0, True)),
+        ("qk_norm_rope_bwd", (*parts, heads, *norms, COS, SIN, None, sizes, 3, [1, 2, 1, 1], 0.0, False, True)),
+        ("qk_norm_rope_bwd", (*parts, heads, *norms, COS, SIN, POSITIONS, sizes, 0, [1, 2, 1, 1], 1.0, True, False)),
+        ("cross_entropy_fwd", (logits, labels, 0, 30, -100)),
+        ("cross_entropy_fwd", (logits.t().contiguous().t(), labels, 15, 45, -100)),
+        ("cross_entropy_bwd_", (logits, labels, *statistics, 0, -100)),
+        ("cross_entropy_bwd_", (logits[:, 1:], labels, statistics[0][:1].expand(5), *statistics[1:], 7, -100)),
     ]
 
 
@@ -65,12 +78,26 @@ def test_opcheck(number: int, dtype: torch.dtype) -> None:
 def _public(backend: str) -> dict[str, tuple[Callable[..., object], list[Tensor]]]:
     """Every public function of the fused operators, with inputs to differentiate by."""
     x, y, w, heads = _x(3, 5, 12), _x(3, 5, 12, seed=1), _x(12, seed=2), _x(2, 5, 4, 10)
+    weights = [_x(10, seed=3) + 1, _x(10, seed=4) + 1]
     return {
         "rms_norm": (lambda x, w: rms_norm(x, w, 1e-5, backend=backend), [x, w]),
         "add_rms_norm": (lambda x, y, w: add_rms_norm(x, y, w, 1e-5, backend=backend), [x, y, w]),
         "swiglu": (lambda x: swiglu(x, backend=backend), [x]),
         "rope": (lambda x: rope(x, COS, SIN, POSITIONS, backend=backend), [heads]),
         "rope_pairs": (lambda x: rope(x, COS, SIN, offset=3, interleaved=True, backend=backend), [heads]),
+        "qk_norm_rope": (
+            lambda x, w, v: qk_norm_rope(
+                x * 1, w, v, COS, SIN, POSITIONS, heads=(1, 2, 1, 1), eps=1e-6, backend=backend
+            ),
+            [heads, *weights],
+        ),
+        "qk_norm_rope_pairs": (
+            lambda x, w, v: qk_norm_rope(
+                x * 1, w, v, COS, SIN, heads=(1, 2, 1, 1), eps=1e-6, offset=2, interleaved=True, backend=backend
+            ),
+            [heads, *weights],
+        ),
+        "rms_norm_of_a_sum": (lambda x, w: add_rms_norm(x * 1, None, w, 1e-5, backend=backend), [x, w]),
         "rope_qkv_": (lambda x: rope_qkv_(x * 1, 1, COS, SIN, POSITIONS, backend=backend), [heads]),
         "rope_qkv_pairs": (
             lambda x: rope_qkv_(x * 1, 1, COS, SIN, offset=2, interleaved=True, backend=backend),
@@ -116,7 +143,9 @@ def test_whole_graph_compiles_to_the_same_bits(name: str) -> None:
     for call in (function, compiled):
         leaves = [x.clone().requires_grad_() for x in inputs]
         outputs = _outputs(call(*leaves))
-        grads = torch.autograd.grad(outputs, leaves, [torch.ones_like(y).expand_as(y) for y in outputs])
+        grads = torch.autograd.grad(
+            outputs, leaves, [torch.ones_like(y).expand_as(y) for y in outputs], materialize_grads=True
+        )
         results.append([*outputs, *grads])
     assert all(torch.equal(eager, other) for eager, other in zip(*results, strict=True))
 
@@ -141,7 +170,8 @@ def test_a_kept_projection_is_not_rotated_unnoticed() -> None:
         q.sum().backward()
 
 
-X = _x(2, 5, 4, 10)
+X, W = _x(2, 5, 4, 10), torch.ones(10)
+LOGITS, LABELS = _x(3, 8), torch.zeros(3).long()
 REFUSED = [
     (lambda: rms_norm(X.int(), torch.ones(10), 1e-5), "rms_norm: x is torch.int32, expected float32, bfloat16"),
     (lambda: rms_norm(X, torch.ones(9), 1e-5), r"rms_norm: weight has shape \(9,\), expected \(10,\)"),
@@ -161,6 +191,22 @@ REFUSED = [
     (lambda: rope(X[..., :6], COS, SIN), "rope: .* rotary at most head_dim 6"),
     (lambda: rope(X, COS.bfloat16(), SIN), "rope: cos is torch.bfloat16 and sin torch.float32, expected torch.float32"),
     (lambda: rope(X, COS, SIN, offset=-1), "rope: positions -1 to 3 do not fit tables of 40"),
+    (
+        lambda: qk_norm_rope(X, W, W, COS, SIN, heads=(1, 2, 2, 2), eps=1e-6),
+        r"qk_norm_rope: qkv has 4 heads, expected groups \* \(q \+ k \+ v\) of heads \(1, 2, 2, 2\)",
+    ),
+    (
+        lambda: qk_norm_rope(X, W, W[:9], COS, SIN, heads=(1, 2, 1, 1), eps=1e-6),
+        r"k_weight is torch.float32 of shape \(9,\), expected torch.float32 or torch.float32 of shape \(10,\)",
+    ),
+    (
+        lambda: qk_norm_rope(X.half(), W, W.half(), COS, SIN, heads=(1, 2, 1, 1), eps=1e-6),
+        "k_weight is torch.float16, expected torch.float32, as q_weight",
+    ),
+    (
+        lambda: qk_norm_rope(X, W, W, COS, SIN, heads=(1, 2, 1, 1), eps=1e-6, offset=36),
+        "qk_norm_rope: positions 36 to 40 do not fit tables of 40",
+    ),
     (lambda: rope_qkv_(X, 3, COS, SIN), "rope_qkv_: qkv has 4 heads, expected at least twice the 3 kv_heads"),
     (lambda: rope_qkv_(X.clone().requires_grad_(), 1, COS, SIN), "rope_qkv_: qkv is a leaf that requires a gradient"),
 ]
@@ -193,6 +239,38 @@ OP_REFUSED = [
     ("rope", (X, COS, SIN, POSITIONS - 1, 0, False, False), "positions: expected numbers from 0 to 39, got -1"),
     ("rope", (X, COS.half(), SIN.half(), None, 0, False, False), "rope: cos: expected float32, got float16"),
     ("rope_qkv_", (X, COS, SIN, None, 1, 2, 1, 2, False, False), "qkv: expected groups .* = 5 heads, got 4"),
+    (
+        "qk_norm_rope_fwd",
+        (X, W, W, COS, SIN, None, 0, [1, 2, 1, 2], 1e-6, 0.0, False),
+        r"qk_norm_rope_fwd: qkv: expected groups \* \(q \+ k \+ v heads\) = 5 heads, got 4",
+    ),
+    (
+        "qk_norm_rope_fwd",
+        (X, W, W[:9], COS, SIN, None, 0, [1, 2, 1, 1], 1e-6, 0.0, False),
+        r"k_weight: expected shape \[10\]",
+    ),
+    (
+        "qk_norm_rope_bwd",
+        (X[:, :, :2], X[:, :, :1], X, X, W, W, COS, SIN, None, X, 0, [1, 2, 1, 1], 0.0, False, True),
+        r"qk_norm_rope_bwd: dv: expected shape \[2, 5, 1, 10\], got \[2, 5, 4, 10\]",
+    ),
+    ("cross_entropy_fwd", (LOGITS, LABELS.int(), 0, 8, -100), "cross_entropy_fwd: target: expected int64, got int32"),
+    (
+        "cross_entropy_fwd",
+        (LOGITS, LABELS + 8, 0, 8, -100),
+        "target: expected tokens from 0 to 7, or -100, got 8 in row 0",
+    ),
+    (
+        "cross_entropy_fwd",
+        (LOGITS, LABELS, 1, 8, -100),
+        "vocab_start: expected a shard of 8 columns within .* 8, got 1",
+    ),
+    ("cross_entropy_bwd_", (LOGITS.t(), LABELS[:1].expand(8), *[LOGITS[0]] * 3, 0, -100), "logits: expected strides"),
+    (
+        "cross_entropy_bwd_",
+        (LOGITS, LABELS, *[LOGITS[:, 0].double()] * 3, 0, -100),
+        "grad: expected float32, got float64",
+    ),
     ("rope_qkv_", (X.mT, COS[:, :2], SIN[:, :2], None, 1, 8, 1, 1, False, False), r"rope_qkv_: qkv: expected strides"),
 ]
 
@@ -244,7 +322,7 @@ def test_what_a_request_becomes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch.resolve_ops("auto") == dispatch.resolve_ops("fused") == "fused"
     assert dispatch.resolve_ops("compiled") == "compiled"
     assert dispatch.resolve_ops("reference") == "reference"
-    with pytest.raises(ValueError, match="unknown ops backend 'fast': choose auto, fused, compiled or reference"):
+    with pytest.raises(ValueError, match="unknown ops backend 'fast': choose auto, fused, compiled, reference,"):
         dispatch.resolve_ops("fast")
     monkeypatch.setattr(extension, "EXTENSION", Extension(False, False, "no compiler", "no compiler"))
     with pytest.warns(RuntimeWarning, match="run as plain torch operations, several times slower: no compiler"):
@@ -296,8 +374,11 @@ def _build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[st
 def test_a_build_without_a_compiler_is_no_failure(tmp_path: Path) -> None:
     result = _build(tmp_path, CXX="/nowhere/c++", MEGATRONISH_CUDA="off")
     assert result.returncode == 0, result.stderr
-    assert "megatronish: CPU kernels: not built: CXX=/nowhere/c++ is not there; WARNING: the operators" in result.stderr
-    assert "megatronish: CUDA kernels: not built: MEGATRONISH_CUDA=off" in result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("megatronish: ")]
+    assert line.startswith(
+        "megatronish: no CPU kernels: CXX=/nowhere/c++ is not there -- WARNING: RMSNorm, SwiGLU and RoPE run as plain torch, "
+        "several times slower; no CUDA kernels: MEGATRONISH_CUDA=off ("
+    )
     assert not list((tmp_path / "megatronish").glob("*.so"))
 
 

@@ -5,15 +5,12 @@ a weight gradient (a sum over rows) under 1e-6. bf16 and fp16: fp32 arithmetic a
 1.65e-3 and 2.07e-4; 5% above that is room for chance, with some 20,000 numbers in each norm.
 """
 
-import ctypes
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-import megatronish.ops
 from megatronish.ops import reference
 from megatronish.ops.extension import EXTENSION
 from megatronish.ops.rms_norm import add_rms_norm, rms_norm
@@ -26,19 +23,6 @@ BARS = {torch.float64: 1e-14, torch.float32: 3e-7, torch.bfloat16: 1.75e-3, torc
 WEIGHT_BARS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2.2e-3, torch.float16: 2.7e-4}
 DTYPES = list(BARS)
 WIDTHS = [1, 3, 7, 63, 100, 1023, 4097]
-LEVELS = ["scalar", "avx2", "avx512", "avx512_bf16"]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test with the kernels of one level, if this machine and build have them."""
-    library = ctypes.CDLL(str(Path(megatronish.ops.__file__).parents[1] / "_C.so"))
-    library.megatronish_cpu_level.restype = ctypes.c_char_p
-    before = library.megatronish_cpu_level()
-    if library.megatronish_set_cpu_level(request.param.encode()) != 0:
-        pytest.skip(f"this CPU or build has no {request.param} kernels")
-    yield request.param
-    assert library.megatronish_set_cpu_level(before) == 0
 
 
 def _random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 
 from megatronish.config.run import RunConfig
 from megatronish.data.dataset import open_dataset
-from megatronish.data.loader import ValidationLoader
-from megatronish.data.packing import split_documents
+from megatronish.data.splits import split_documents
+from megatronish.data.validation import ValidationLoader
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import load_model
 from tests.distributed import run_ranks
@@ -140,7 +140,7 @@ def held_out_loss(model: Transformer, config: RunConfig) -> float:
     """Mean loss over the held-out documents, in one process."""
     ours = config.megatronish
     dataset = open_dataset(ours.data.path)
-    _, held_out = split_documents(dataset.reader.num_documents, ours.data.validation_fraction)
+    held_out = split_documents(dataset.reader.num_documents, ours.data.validation_fraction).validation
     eod, length = dataset.manifest.tokenizer.eod_id, ours.model.seq_length
     loader = ValidationLoader(dataset.reader, held_out, length, 2, 0, 1, eod_id=eod, document_mask=True)
     sums = [model.loss(**batch) for batch in loader]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatronish.config.base import ConfigError
 from megatronish.config.parallel import ParallelConfig
+from megatronish.ops.cross_entropy import token_losses
 from megatronish.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -22,7 +23,6 @@ from megatronish.parallel.layers import (
     part_of,
     shard_of,
 )
-from megatronish.parallel.loss import vocab_parallel_cross_entropy
 from megatronish.parallel.mesh import Axis, ParallelMesh, build_mesh
 from tests.distributed import run_ranks
 
@@ -107,7 +107,8 @@ def parallel(rank: int, size: int, sequence: bool) -> dict[str, Tensor]:
     tokens, labels = batch()
     y = layers["down"](gated(layers["up"](x + layers["table"](tokens))))
     start, _ = part_of(V, size, rank)
-    loss = vocab_parallel_cross_entropy(layers["head"](y), labels, start, tp.group)
+    logits = layers["head"](y)
+    loss = token_losses(logits, labels, group=tp.group, vocab_start=start, vocab_size=V).sum()
     local = HEADS // size
     qkv = layers["qkv"](x).view(B, S, local + 2, HEAD_DIM)
     heads = shared_kv_sum(qkv, local)

@@ -46,7 +46,7 @@ def test_unreadable_states(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"state.json: cannot be read \(.*\); use an older checkpoint"):
             TrainState.load(tmp_path)
     raw = json.loads(whole)
-    for field in (field for field in fields(TrainState) if field.default is MISSING):
+    for field in (field for field in fields(TrainState) if field.default is MISSING and field.name != "data_order"):
         (tmp_path / STATE_FILE).write_text(json.dumps({key: value for key, value in raw.items() if key != field.name}))
         with pytest.raises(ConfigError, match=f"cannot be read .*{field.name}"):
             TrainState.load(tmp_path)
@@ -81,11 +81,34 @@ def test_another_dataset() -> None:
         START.check_continues(fresh, Path("runs/x"))
     message = str(error.value)
     assert "runs/x was saved on another dataset (SHA-256 abc..., this run reads 0123456789ab...)" in message
-    assert "Give that dataset's --data.path to continue it, or begin afresh" in message
+    assert (
+        "another --data.path, or files that were replaced under the same one. Give the old data to continue it, or begin afresh"
+        in message
+    )
 
 
 def test_what_may_differ() -> None:
     """Where the run stands is not compared: that is what it goes on from."""
     replace(START, step=5, samples=40, tokens=4000, best_loss=2.0).check_continues(START, Path("x"))
-    compared = {name for name, _, _ in OTHERS} | {"data_identity"}
+    compared = {name for name, _, _ in OTHERS} | {"data_identity", "data_order"}
     assert {field.name for field in fields(TrainState)} == compared | {"step", "samples", "tokens", "best_loss"}
+
+
+def test_another_order_of_the_data(tmp_path: Path) -> None:
+    """Both values of each setting; a checkpoint from before the settings were kept goes on."""
+    saved = replace(START, data_order={"data.order": "shuffled", "data.split": "99,1,0"})
+    fresh = replace(
+        START, data_order={"data.order": "megatron", "data.split": "99,1,0", "samples of the whole run": "64"}
+    )
+    with pytest.raises(ConfigError) as error:
+        saved.check_continues(fresh, Path("runs/x"))
+    assert str(error.value).startswith(
+        "runs/x counted its samples in another order: data.order shuffled (this run: megatron), "
+        "samples of the whole run not set (this run: 64). Set that back"
+    )
+    saved.save(tmp_path)
+    raw = json.loads((tmp_path / STATE_FILE).read_text())
+    assert len(json.dumps(raw)) < 1024, "the state of a run's data is a few numbers and names"
+    del raw["data_order"]
+    (tmp_path / STATE_FILE).write_text(json.dumps(raw))
+    TrainState.load(tmp_path).check_continues(fresh, Path("runs/x"))

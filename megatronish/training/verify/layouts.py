@@ -11,8 +11,23 @@ from megatronish.config.parallel import ParallelConfig
 from megatronish.config.run import BLOCK, RunConfig
 
 SAMPLES, ACCUMULATION = 12, 3  # of an optimizer step, the same in every layout: 4 samples a micro batch over all ranks
-DEFAULT_LAYOUTS = tuple(
-    "tp2 tp2s tp4 tp2dp2z0 tp2dp2z1 tp2dp2z2 tp2sdp2z2 dp2z3 pp2 pp4 tp2pp2 tp2spp2 pp2dp2 sp2 sp2dp2z3 sp4z0".split()
+DEFAULT_LAYOUTS = (
+    "tp2",
+    "tp2s",
+    "tp4",
+    "tp2dp2z0",
+    "tp2dp2z1",
+    "tp2dp2z2",
+    "tp2sdp2z2",
+    "dp2z3",
+    "pp2",
+    "pp4",
+    "tp2pp2",
+    "tp2spp2",
+    "pp2dp2",
+    "sp2",
+    "sp2dp2z3",
+    "sp4z0",
 )
 MODEL: dict[str, Any] = {
     "vocab_size": 131,

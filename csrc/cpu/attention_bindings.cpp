@@ -1,0 +1,193 @@
+// torch.ops.megatronish.causal_attention_fwd and _bwd, on the CPU only: schemas, checks, allocation. Like bindings.cpp it
+// talks to torch through its stable ABI.
+#include <string.h>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "attention.h"
+#include "levels.h"
+
+namespace megatronish {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+[[noreturn]] void refuse(const char* op, const char* argument, const std::string& expected, const std::string& got) {
+  throw std::runtime_error(std::string(op) + ": " + argument + ": expected " + expected + ", got " + got);
+}
+
+std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+DType dtype_of(const char* op, const Tensor& q) {
+  switch (q.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: refuse(op, "q", "float32, bfloat16 or float16", "another dtype");
+  }
+}
+
+// A [b, s, heads, d] tensor like q, its channels side by side; made so where they are not (an expanded gradient).
+Tensor checked(const char* op, const char* argument, const Tensor& t, const Tensor& q, int64_t heads) {
+  if (!t.is_cpu() || t.scalar_type() != q.scalar_type()) refuse(op, argument, "the dtype and device of q", "another");
+  if (t.dim() != 4 || t.size(0) != q.size(0) || t.size(1) != q.size(1) || t.size(2) != heads || t.size(3) != q.size(3)) {
+    refuse(op, argument,
+           "[" + std::to_string(q.size(0)) + ", " + std::to_string(q.size(1)) + ", " + std::to_string(heads) + ", " +
+               std::to_string(q.size(3)) + "]",
+           shape_text(t));
+  }
+  return t.stride(3) == 1 ? t : torch::stable::contiguous(t);
+}
+
+int64_t check_shapes(const char* op, const Tensor& q, const Tensor& k) {
+  if (q.dim() != 4 || k.dim() != 4) refuse(op, "q and k", "[batch, seq, heads, head_dim]", shape_text(q) + " and " + shape_text(k));
+  if (q.size(3) <= 0 || q.size(3) % 32 != 0) refuse(op, "q", "a head_dim that is a multiple of 32", std::to_string(q.size(3)));
+  const int64_t kv_heads = k.size(2);
+  if (kv_heads <= 0 || q.size(2) % kv_heads != 0) {
+    refuse(op, "q", "a multiple of k's " + std::to_string(kv_heads) + " heads", std::to_string(q.size(2)));
+  }
+  return kv_heads;
+}
+
+Tensor make(const std::vector<int64_t>& sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = stride;
+  const int32_t code = type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                       : type == ScalarType::Half   ? aoti_torch_dtype_float16()
+                                                    : aoti_torch_dtype_float32();
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                         code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+const int32_t* first_keys(const char* op, const std::optional<Tensor>& t, const Tensor& q) {
+  if (!t) return nullptr;
+  if (!t->is_cpu() || t->scalar_type() != ScalarType::Int || !t->is_contiguous() || t->dim() != 2 || t->size(0) != q.size(0) ||
+      t->size(1) != q.size(1)) {
+    refuse(op, "first_key", "contiguous int32 [batch, seq]", shape_text(*t));
+  }
+  const auto* keys = static_cast<const int32_t*>(t->data_ptr());
+  for (int64_t i = 0; i < t->numel(); ++i) {
+    if (keys[i] < 0 || keys[i] > i % q.size(1)) refuse(op, "first_key", "0 to the query's own position", std::to_string(keys[i]));
+  }
+  return keys;
+}
+
+Heads heads_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+
+template <class Args>
+using Kernel = bool (*)(const Args&, int64_t, int64_t);
+
+// The kernel of the level that levels.cpp chose.
+template <class Args>
+Kernel<Args> pick(Kernel<Args> scalar, Kernel<Args> avx2, Kernel<Args> avx512, Kernel<Args> avx512_bf16) {
+  const char* level = megatronish_cpu_level();
+  if (strcmp(level, "avx512_bf16") == 0) return avx512_bf16;
+  if (strcmp(level, "avx512") == 0) return avx512;
+  return strcmp(level, "avx2") == 0 ? avx2 : scalar;
+}
+
+#ifdef MEGATRONISH_HAS_avx2
+#define MEGATRONISH_AVX2(f) avx2::f
+#else
+#define MEGATRONISH_AVX2(f) nullptr
+#endif
+#ifdef MEGATRONISH_HAS_avx512
+#define MEGATRONISH_AVX512(f) avx512::f
+#else
+#define MEGATRONISH_AVX512(f) nullptr
+#endif
+#ifdef MEGATRONISH_HAS_avx512_bf16
+#define MEGATRONISH_AVX512_BF16(f) avx512_bf16::f
+#else
+#define MEGATRONISH_AVX512_BF16(f) nullptr
+#endif
+#define MEGATRONISH_PICK(f) pick(scalar::f, MEGATRONISH_AVX2(f), MEGATRONISH_AVX512(f), MEGATRONISH_AVX512_BF16(f))
+
+template <class Args>
+void run(const char* op, const Args& a, Kernel<Args> kernel) {
+  if (a.seq == 0) return;
+  std::atomic<bool> good{true};
+  torch::stable::parallel_for(0, a.batch * a.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    if (!kernel(a, begin, end)) good = false;
+  });
+  if (!good) throw std::runtime_error(std::string(op) + ": out of memory for the packed blocks of " + std::to_string(a.seq) + " tokens");
+}
+
+std::tuple<Tensor, Tensor> causal_attention_fwd(Tensor q, Tensor k, Tensor v, std::optional<Tensor> first_key, double scale) {
+  const char* op = "causal_attention_fwd";
+  const int64_t kv_heads = check_shapes(op, q, k);
+  AttentionFwd a{};
+  a.dtype = dtype_of(op, q);
+  q = checked(op, "q", q, q, q.size(2)), k = checked(op, "k", k, q, kv_heads), v = checked(op, "v", v, q, kv_heads);
+  a.batch = q.size(0), a.seq = q.size(1), a.heads = q.size(2), a.kv_heads = kv_heads, a.head_dim = q.size(3);
+  a.scale = static_cast<float>(scale);
+  if (!(scale > 0)) refuse(op, "scale", "a positive number", std::to_string(scale));
+  a.first_key = first_keys(op, first_key, q);
+  const Tensor out = make({a.batch, a.seq, a.heads, a.head_dim}, q.scalar_type());
+  const Tensor log2_sum = make({a.batch, a.heads, a.seq}, ScalarType::Float);
+  a.q = heads_of(q), a.k = heads_of(k), a.v = heads_of(v), a.out = heads_of(out);
+  a.log2_sum = static_cast<float*>(log2_sum.data_ptr());
+  run<AttentionFwd>(op, a, MEGATRONISH_PICK(attention_fwd));
+  return {out, log2_sum};
+}
+
+std::tuple<Tensor, Tensor, Tensor> causal_attention_bwd(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log2_sum, std::optional<Tensor> first_key,
+    double scale) {
+  const char* op = "causal_attention_bwd";
+  const int64_t kv_heads = check_shapes(op, q, k);
+  AttentionBwd a{};
+  a.dtype = dtype_of(op, q);
+  a.batch = q.size(0), a.seq = q.size(1), a.heads = q.size(2), a.kv_heads = kv_heads, a.head_dim = q.size(3);
+  q = checked(op, "q", q, q, a.heads), k = checked(op, "k", k, q, kv_heads), v = checked(op, "v", v, q, kv_heads);
+  dout = checked(op, "dout", dout, q, a.heads), out = checked(op, "out", out, q, a.heads);
+  if (log2_sum.scalar_type() != ScalarType::Float || !log2_sum.is_contiguous() ||
+      log2_sum.numel() != a.batch * a.heads * a.seq) {
+    refuse(op, "log2_sum", "what causal_attention_fwd returned", shape_text(log2_sum));
+  }
+  a.scale = static_cast<float>(scale);
+  if (!(scale > 0)) refuse(op, "scale", "a positive number", std::to_string(scale));
+  a.first_key = first_keys(op, first_key, q);
+  const Tensor dq = make({a.batch, a.seq, a.heads, a.head_dim}, q.scalar_type());
+  const Tensor dk = make({a.batch, a.seq, kv_heads, a.head_dim}, q.scalar_type());
+  const Tensor dv = make({a.batch, a.seq, kv_heads, a.head_dim}, q.scalar_type());
+  a.dout = heads_of(dout), a.q = heads_of(q), a.k = heads_of(k), a.v = heads_of(v), a.out = heads_of(out);
+  a.dq = heads_of(dq), a.dk = heads_of(dk), a.dv = heads_of(dv);
+  a.log2_sum = static_cast<const float*>(log2_sum.data_ptr());
+  run<AttentionBwd>(op, a, MEGATRONISH_PICK(attention_bwd));
+  return {dq, dk, dv};
+}
+
+}  // namespace
+}  // namespace megatronish
+
+STABLE_TORCH_LIBRARY_FRAGMENT(megatronish, m) {
+  m.def("causal_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? first_key, float scale) -> (Tensor out, Tensor log2_sum)");
+  m.def(
+      "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log2_sum, Tensor? first_key, "
+      "float scale) -> "
+      "(Tensor dq, Tensor dk, Tensor dv)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(megatronish, CPU, m) {
+  m.impl("causal_attention_fwd", TORCH_BOX(&megatronish::causal_attention_fwd));
+  m.impl("causal_attention_bwd", TORCH_BOX(&megatronish::causal_attention_bwd));
+}

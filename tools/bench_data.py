@@ -1,0 +1,457 @@
+"""Time the data path beside its peers, against the bars it is held to: a table, JSON and a picture.
+
+Parts (--parts): tokenise (the Hugging Face back end, raw `encode_batch_fast`, Megatron's standard tool, `datasets.map`),
+fast (the gigatoken back end, raw gigatoken, Megatron's fast tool), memory (peak at one and four times the input), start
+(process start to a data set of one document), reads (packed samples a second beside GPTDataset), index (10M documents:
+build, seek, state), stream (samples straight from text) and hash (the same bytes for any number of workers, and after kill -9 with --resume).
+
+Every contestant runs in a process of its own and they take turns, so that a busy machine slows them alike; medians of
+--repeats rounds. Peak memory is the proportional set size of the whole process tree (shared pages count once), sampled
+every 20 ms. Peers that are missing are named and left out. Megatron's tools come from a checkout (--megatron) and run, as
+megatron-core does, in --peer-python, where it, torch and transformers can be imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run from a checkout that is not installed
+
+from megatronish.data.builder import IndexedWriter  # noqa: E402
+from megatronish.data.indexed import HEADER, MAGIC, VERSION, bin_path  # noqa: E402
+from tools.bench_data_stage import EOD, Bench, Contestant, Failed, Row, line  # noqa: E402
+
+SEQ_LENGTH = 2048
+MICRO_BATCH = 8
+
+
+def part_tokenise(bench: Bench) -> None:
+    """The Hugging Face back end beside its raw tokenizer, Megatron's standard tool and `datasets.map`."""
+    corpus = bench.corpus(bench.options.mb)
+    text = text_bytes(corpus)
+    raw = Contestant(bench, "encode_hf", {"tokenizer": str(bench.tokenizer()), "corpus": str(corpus)})
+    peaks: dict[str, float] = {}
+    calls: dict[str, Callable[[], float]] = {
+        "ours": lambda: rate(bench, peaks, "ours", bench.ours(corpus, "hf", *backend(bench, "hf")), text),
+        "raw encode_batch_fast": lambda: per_second(raw.go(), text),
+    }
+    if bench.options.megatron:
+        extra = ("--workers", str(bench.options.threads), "--log-interval", "1000000")
+        standard = bench.megatron("preprocess_data.py", corpus, "standard", *extra)
+        calls["Megatron's standard tool"] = lambda: rate(bench, peaks, "Megatron's standard tool", standard, text)
+    else:
+        bench.missing("tokenise", "Megatron's standard tool: give --megatron CHECKOUT")
+    if importlib.util.find_spec("datasets"):
+        calls["datasets.map"] = lambda: map_rate(bench, peaks, corpus, text)
+    else:
+        bench.missing("tokenise", "datasets.map: pip install datasets")
+    found = bench.take_turns(calls)
+    raw.close()
+    for name, figures in found.items():
+        bench.row("tokenise", f"{name}, {text / 1e6:.0f} MB", figures, "MB/s")
+    bars = {"raw encode_batch_fast": ">= 0.85", "Megatron's standard tool": ">= 2.5"}
+    for name in [name for name in calls if name != "ours"]:
+        bench.ratio("tokenise", "Hugging Face back end", found["ours"], name, found[name], bars.get(name, ""))
+    for name, peak in peaks.items():
+        bench.row("tokenise", f"peak memory of {name}", [peak], "MB", "<= 250" if name == "ours" else "")
+    if "Megatron's standard tool" in calls:
+        same_bytes(bench, "tokenise", "hf", "standard")
+
+
+def part_fast(bench: Bench) -> None:
+    """The gigatoken back end beside raw gigatoken and both of Megatron's tools."""
+    if importlib.util.find_spec("gigatoken") is None or not backend(bench, "gigatoken"):
+        return bench.missing("fast", "all of it: gigatoken is not installed, or this tool has no --backend gigatoken")
+    corpus = bench.corpus(bench.options.fast_mb)
+    text = text_bytes(corpus)
+    raw = Contestant(bench, "encode_gigatoken", {"tokenizer": str(bench.tokenizer()), "corpus": str(corpus)})
+    peaks: dict[str, float] = {}
+    calls: dict[str, Callable[[], float]] = {
+        "ours": lambda: rate(bench, peaks, "ours", bench.ours(corpus, "fast", *backend(bench, "gigatoken")), text),
+        "raw gigatoken": lambda: per_second(raw.go(), text),
+    }
+    if bench.options.megatron:
+        fast = bench.megatron("preprocess_data_fast.py", corpus, "their_fast", "--use-gigatoken")
+        calls["Megatron's fast tool"] = lambda: rate(bench, peaks, "Megatron's fast tool", fast, text)
+    else:
+        bench.missing("fast", "Megatron's tools: give --megatron CHECKOUT")
+    if bench.options.megatron and bench.options.standard_in_fast:
+        extra = ("--workers", str(bench.options.threads), "--log-interval", "1000000")
+        standard = bench.megatron("preprocess_data.py", corpus, "standard", *extra)
+        calls["Megatron's standard tool"] = lambda: rate(bench, peaks, "Megatron's standard tool", standard, text)
+    found = bench.take_turns(calls)
+    raw.close()
+    for name, figures in found.items():
+        bench.row("fast", f"{name}, {text / 1e6:.0f} MB", figures, "MB/s")
+    bars = {"raw gigatoken": ">= 0.30", "Megatron's fast tool": ">= 5", "Megatron's standard tool": ">= 40"}
+    for name in [name for name in calls if name != "ours"]:
+        bench.ratio("fast", "gigatoken back end", found["ours"], name, found[name], bars[name])
+    for name, peak in peaks.items():
+        bench.row("fast", f"peak memory of {name}", [peak], "MB", "<= 500" if name == "ours" else "")
+    if "Megatron's fast tool" in calls:
+        same_bytes(bench, "fast", "fast", "their_fast")
+
+
+def part_memory(bench: Bench) -> None:
+    """Our peak memory at one and at four times the input: flat means that it does not follow the input.
+
+    The smaller input has to fill every worker's batch, as 20 MB do; less than 1.25 times is counted as flat.
+    """
+    cases = {"hf": (bench.options.mb, "<= 250"), "gigatoken": (bench.options.fast_mb / 4, "<= 500")}
+    for name, (size, bar) in cases.items():
+        if name == "gigatoken" and not backend(bench, name):
+            bench.missing("memory", "gigatoken: this tool has no --backend gigatoken")
+            continue
+        small, large = (bench.corpus(size * factor) for factor in (1, 4))
+        peaks = bench.take_turns(
+            {
+                "small": lambda: bench.run(bench.ours(small, "memory", *backend(bench, name))).peak_mb,  # noqa: B023
+                "large": lambda: bench.run(bench.ours(large, "memory", *backend(bench, name))).peak_mb,  # noqa: B023
+            }
+        )
+        bench.row("memory", f"peak of the {name} back end, {size * 4:g} MB", peaks["large"], "MB", bar)
+        bench.ratio("memory", f"peak at {size * 4:g} MB", peaks["large"], f"at {size:g} MB", peaks["small"], "<= 1.25")
+
+
+def part_start(bench: Bench) -> None:
+    """Process start to the finished data set of a single document."""
+    corpus = bench.work / "one.jsonl"
+    corpus.write_text(json.dumps({"text": "One document."}) + "\n")
+    calls = {"ours": lambda: bench.run(bench.ours(corpus, "one")).seconds}
+    if bench.options.megatron:
+        extra = ("--workers", str(bench.options.threads))
+        command = bench.megatron("preprocess_data.py", corpus, "their_one", *extra)
+        calls["Megatron's standard tool"] = lambda: bench.run(command).seconds
+    found = bench.take_turns(calls)
+    for name, seconds in found.items():
+        bench.row("start", f"one document, {name}", seconds, "s", "<= 1" if name == "ours" else "")
+
+
+def part_reads(bench: Bench) -> None:
+    """Packed samples of 2048 tokens a second from documents of 100 and of 1000 tokens, alone and as micro batches.
+
+    GPTDataset resets positions and loss mask at document ends without building its s x s attention mask, which would
+    make it ten times slower still. Its samples make a batch by torch's default_collate, as in Megatron's loader.
+    """
+    theirs = has_megatron_core(bench, "reads")
+    for length, bar in ((100, ">= 4"), (1000, ">= 8")):
+        common = {"prefix": random_tokens(bench, length), "seq_length": SEQ_LENGTH, "eod": EOD, "batch": MICRO_BATCH}
+        common |= {"cache": str(bench.work / f"cache-{length}")}
+        plans = {"plain": ("reads_ours", False, 4000), "positions and cu_seqlens": ("reads_ours", True, 4000)}
+        if theirs:
+            plans |= {
+                "GPTDataset": ("reads_megatron", False, 2000),
+                "GPTDataset, resets": ("reads_megatron", True, 400),
+            }
+        players = {
+            name: Contestant(bench, role, common | {"mask": mask, "samples": count})
+            for name, (role, mask, count) in plans.items()
+        }
+        found = bench.take_turns({name: player.go for name, player in players.items()})
+        for player in players.values():
+            player.close()
+        for unit, words in (("alone", "single samples"), ("batch", f"batches of {MICRO_BATCH}")):
+            rates = {name: [answer[unit] for answer in answers] for name, answers in found.items()}
+            what = f"{length}-token documents, {words}"
+            for name, figures in rates.items():
+                bench.row("reads", f"{name}, {what}", figures, "samples/s")
+            if theirs:
+                one, two = "positions and cu_seqlens", "GPTDataset, resets"
+                bench.ratio("reads", f"plain, {what}", rates["plain"], "GPTDataset", rates["GPTDataset"], bar)
+                bench.ratio("reads", f"{one}, {what}", rates[one], two, rates[two], ">= 10")
+
+
+def part_index(bench: Bench) -> None:
+    """Ten million documents: from the path to the first sample, and to any other."""
+    prefix = many_documents(bench, bench.options.index_documents)
+    common = {"prefix": prefix, "seq_length": SEQ_LENGTH, "eod": EOD, "cache": str(bench.work / "cache-index")}
+    ours = Contestant(bench, "index_ours", common)
+    theirs = Contestant(bench, "index_megatron", common) if has_megatron_core(bench, "index") else None
+    answers: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
+    for _ in range(bench.options.repeats):
+        answers["ours"].append(ours.go())
+        if theirs:
+            answers["theirs"].append(theirs.go())
+    ours.close()
+
+    def each(key: str, who: str = "ours", factor: float = 1.0) -> list[float]:
+        return [answer[key] * factor for answer in answers[who]]
+
+    bench.row(
+        "index", f"open to first sample, {bench.options.index_documents:,} documents", each("seconds"), "s", "<= 1.5"
+    )
+    bench.row("index", "of that, opening", each("open_seconds"), "s")
+    bench.row("index", "seek within an epoch, worst of 200", each("worst_seek_seconds", factor=1e3), "ms", "<= 10")
+    bench.row("index", "first sample of another epoch", each("other_epoch_seconds", factor=1e3), "ms")
+    bench.row("index", "state to resume from", each("state_bytes"), "bytes", "<= 1024")
+    if theirs:
+        theirs.close()
+        bench.row("index", "GPTDataset, cold cache", each("seconds", "theirs"), "s")
+        bench.row("index", "its cache on the disk", each("cache_bytes", "theirs", 1e-6), "MB")
+        bench.ratio("index", "GPTDataset's build", each("seconds", "theirs"), "ours", each("seconds"))
+
+
+def part_stream(bench: Bench) -> None:
+    """Packed samples a second straight from text, tokenised on the way, beside `datasets`.
+
+    A round of ours takes ten times as many samples, so that it too is long enough to read windows of the corpus anew.
+    """
+    corpus = bench.corpus(bench.options.mb)
+    common = {"tokenizer": str(bench.tokenizer()), "corpus": str(corpus), "seq_length": SEQ_LENGTH}
+    players = {"ours": Contestant(bench, "stream_ours", common | {"samples": 10 * bench.options.stream_samples})}
+    if importlib.util.find_spec("datasets"):
+        arguments = common | {"samples": bench.options.stream_samples}
+        players["datasets, streaming"] = Contestant(bench, "stream_datasets", arguments)
+    else:
+        bench.missing("stream", "datasets: pip install datasets")
+    found = bench.take_turns({name: player.go for name, player in players.items()})
+    for player in players.values():
+        player.close()
+    rates = {name: [answer["samples_per_second"] for answer in answers] for name, answers in found.items()}
+    for name, figures in rates.items():
+        bench.row("stream", f"{name}, samples of {SEQ_LENGTH}", figures, "samples/s")
+        bench.row("stream", f"{name}, first sample", [found[name][0]["first_seconds"]], "s")
+    for name in list(rates)[1:]:
+        bench.ratio("stream", "ours", rates["ours"], name, rates[name])
+
+
+def part_hash(bench: Bench) -> None:
+    """The same files for 1, 2, 3 and 7 workers, and after kill -9 at random moments with --resume."""
+    corpus = bench.corpus(bench.options.mb / 4)
+    shards = ("--shard-size", "1MB") if "--shard-size" in bench.help() else ()
+    hashes, seconds = set(), 0.0
+    for workers in (1, 2, 3, 7):
+        seconds = bench.run(bench.ours(corpus, "hash", *shards, workers=workers)).seconds
+        hashes.add(hash_of(bench, "hash"))
+    bench.row("hash", "different outputs of 1, 2, 3 and 7 workers", [len(hashes)], "", "<= 1")
+    if "--resume" not in bench.help():
+        return bench.missing("hash", "kill and resume: this tool has no --resume")
+    order = random.Random(1)
+    killed = 0
+    for number in range(bench.options.kills):
+        prefix = f"killed-{number}"
+        command = [part for part in bench.ours(corpus, prefix, *shards) if part != "--overwrite"]
+        killed += kill_after(bench, command, seconds * order.uniform(0.1, 0.9))
+        done = bench.work / f"{prefix}_text_document.manifest.json"
+        if not done.exists():
+            bench.run([*command, "--resume"])
+        hashes.add(hash_of(bench, prefix))
+    bench.row("hash", f"different outputs with {killed} killed and resumed runs", [len(hashes)], "", "<= 1")
+
+
+def kill_after(bench: Bench, command: Sequence[str], seconds: float) -> bool:
+    """Starts a command and kills its whole process group after so long; whether it was still running."""
+    environment = bench.environment | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
+    ) as process:
+        time.sleep(seconds)
+        if process.poll() is not None:
+            return False
+        os.killpg(process.pid, signal.SIGKILL)
+    return True
+
+
+def hash_of(bench: Bench, prefix: str) -> str:
+    """SHA-256 over a data set's .bin and .idx."""
+    digest = hashlib.sha256()
+    for suffix in ("bin", "idx"):
+        digest.update((bench.work / f"{prefix}_text_document.{suffix}").read_bytes())
+    return digest.hexdigest()
+
+
+def same_bytes(bench: Bench, part: str, ours: str, theirs: str) -> None:
+    """A row that says whether Megatron's tool wrote the same .bin and .idx."""
+    different = float(hash_of(bench, ours) != hash_of(bench, theirs))
+    bench.row(part, "different bytes from Megatron's tool (0 no, 1 yes)", [different], "", "<= 0")
+
+
+def backend(bench: Bench, name: str) -> tuple[str, ...]:
+    """The option that chooses a back end, where this tool has one."""
+    return ("--backend", name) if "--backend" in bench.help() else ()
+
+
+def text_bytes(corpus: Path) -> int:
+    """UTF-8 bytes of the texts of a corpus: what every rate is counted in."""
+    with open(corpus, encoding="utf-8") as file:
+        return sum(len(json.loads(text)["text"].encode("utf-8")) for text in file)
+
+
+def rate(bench: Bench, peaks: dict[str, float], name: str, command: list[str], text: int) -> float:
+    """MB/s of a command from process start to its end; notes its peak memory."""
+    run = bench.run(command)
+    peaks[name] = max(peaks.get(name, 0.0), run.peak_mb)
+    return text / 1e6 / run.seconds
+
+
+def map_rate(bench: Bench, peaks: dict[str, float], corpus: Path, text: int) -> float:
+    """MB/s of `datasets.map` to the disk, with an empty cache, process start included."""
+    with tempfile.TemporaryDirectory(dir=bench.work) as folder:
+        arguments = {"corpus": str(corpus), "tokenizer": str(bench.tokenizer())}
+        arguments |= {"cache": f"{folder}/cache", "output": f"{folder}/tokens"}
+        run = bench.run(bench.rounds("hf_map", arguments), stdin="go\n")
+    peaks["datasets.map"] = max(peaks.get("datasets.map", 0.0), run.peak_mb)
+    return text / 1e6 / run.seconds
+
+
+def per_second(answer: dict[str, Any], text: int) -> float:
+    """MB/s of a raw tokenizer's round."""
+    assert answer["bytes"] == text, (answer["bytes"], text)
+    return text / 1e6 / answer["seconds"]
+
+
+def has_megatron_core(bench: Bench, part: str) -> bool:
+    """Whether --peer-python can import megatron-core's data sets; says so if it cannot."""
+    check = [bench.peer_python, "-c", "import megatron.core.datasets.gpt_dataset"]
+    found = subprocess.run(check, capture_output=True, env=bench.environment, check=False).returncode == 0
+    if not found:
+        bench.missing(part, "GPTDataset: --peer-python cannot import megatron-core")
+    return found
+
+
+def random_tokens(bench: Bench, length: int) -> str:
+    """A data set of random tokens in documents of about `length`, each with its end-of-document token."""
+    prefix = bench.work / f"random-{length}"
+    if not prefix.with_suffix(".idx").exists():
+        draw = np.random.default_rng(0)
+        writer = IndexedWriter(prefix, "<u2")
+        for size in draw.integers(length // 5, 2 * length - length // 5, bench.options.read_tokens // length):
+            tokens = draw.integers(0, EOD, size, dtype=np.uint16)
+            tokens[-1] = EOD
+            writer.add_document(tokens)
+        writer.finalize()
+    return str(prefix)
+
+
+def many_documents(bench: Bench, count: int) -> str:
+    """An index of that many documents of about 100 tokens; the tokens themselves are a hole in the .bin."""
+    prefix = bench.work / f"index-{count}"
+    if not prefix.with_suffix(".idx").exists():
+        lengths = np.random.default_rng(0).integers(20, 181, count).astype("<i4")
+        offsets = np.zeros(count, dtype="<i8")
+        np.cumsum(2 * lengths[:-1].astype(np.int64), out=offsets[1:])
+        with open(bin_path(prefix), "wb") as tokens:
+            tokens.truncate(2 * int(lengths.sum(dtype=np.int64)))
+        with open(prefix.with_suffix(".idx"), "wb") as index:
+            index.write(HEADER.pack(MAGIC, VERSION, 8, count, count + 1))
+            for values in (lengths, offsets, np.arange(count + 1, dtype="<i8")):
+                index.write(values.tobytes())
+    return str(prefix)
+
+
+def plot(rows: Sequence[Row], path: str) -> None:
+    """Every figure that has a bar, as a multiple of it: right of 1 holds."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    barred = [row for row in rows if row.bar and float(row.bar.split()[1]) > 0][::-1]
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.35 * len(barred)), layout="constrained")
+    margins = []
+    for row in barred:
+        sign, limit = row.bar.split()
+        figure_of_row = max(row.value if row.ratio is None else row.ratio, 1e-9)
+        margins.append(figure_of_row / float(limit) if sign == ">=" else float(limit) / figure_of_row)
+    axes.barh(range(len(barred)), margins, color=["tab:green" if row.holds else "tab:red" for row in barred])
+    axes.set_yticks(
+        range(len(barred)), [f"{row.what}{' / ' + row.peer if row.peer else ''}  ({row.bar})" for row in barred]
+    )
+    axes.set_xscale("log")
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xlabel("times better than its bar")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "tokenise": part_tokenise,
+    "fast": part_fast,
+    "memory": part_memory,
+    "start": part_start,
+    "reads": part_reads,
+    "index": part_index,
+    "hash": part_hash,
+    "stream": part_stream,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="bench_data.py", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add(
+        "--parts",
+        nargs="+",
+        choices=tuple(PARTS),
+        default=list(PARTS),
+        metavar="PART",
+        help=f"of {', '.join(PARTS)} (all)",
+    )
+    add("--megatron", type=Path, metavar="FOLDER", help="a checkout of Megatron-LM, for its tools")
+    add("--peer-python", metavar="PYTHON", help="the interpreter with megatron-core (this one)")
+    add("--corpus", type=Path, metavar="FILE", help='JSON lines with "text" (Python sources and docs of this machine)')
+    add("--mb", type=float, default=20.0, help="megabytes of text in tokenise; memory and hash take from it (20)")
+    add("--fast-mb", type=float, default=100.0, help="megabytes of text in fast (100)")
+    add("--standard-in-fast", action="store_true", help="also run Megatron's standard tool in fast (minutes a round)")
+    add("--threads", type=int, default=2, help="threads or workers of every contestant (2)")
+    add("--repeats", type=int, default=3, help="rounds; medians are reported (3)")
+    add("--read-tokens", type=int, default=20_000_000, help="tokens of the data set in reads (20 million)")
+    add("--index-documents", type=int, default=10_000_000, help="documents in index (10 million)")
+    add("--stream-samples", type=int, default=400, help="samples a round in stream (400)")
+    add("--kills", type=int, default=5, help="killed runs in hash (5)")
+    add("--work", type=Path, metavar="FOLDER", help="where corpora and outputs go, and stay (a temporary folder)")
+    add("--json", type=Path, metavar="FILE", help="write the rows and the options")
+    add("--plot", metavar="FILE", help="write a PNG of every figure against its bar")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the parts: 0 when every bar that was measured holds, 1 when one does not, 2 when a contestant failed."""
+    options = build_parser().parse_args(argv)
+    failed = False
+    loads: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="bench-data-") as temporary:
+        work = options.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        bench = Bench(options, work.resolve())
+        for part in options.parts:
+            loads.append(f"{part} {os.getloadavg()[0]:.1f}")
+            try:
+                PARTS[part](bench)
+            except Failed as error:
+                failed = True
+                print(f"{part}: {error}", file=sys.stderr, flush=True)
+    if options.json:
+        rows = [asdict(row) | {"holds": row.holds} for row in bench.rows]
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+        options.json.write_text(json.dumps({"options": settings, "load": loads, "rows": rows}, indent=2) + "\n")
+    if options.plot:
+        plot(bench.rows, options.plot)
+    print(f"load average (1 minute) at the start of each part: {', '.join(loads)}")
+    missed = [row for row in bench.rows if row.holds is False]
+    print(f"{sum(row.holds is True for row in bench.rows)} bars hold, {len(missed)} do not", flush=True)
+    for row in missed:
+        print(f"missed: {line(row)}")
+    return 2 if failed else int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
