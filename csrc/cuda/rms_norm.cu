@@ -28,8 +28,8 @@ __device__ __forceinline__ S offset_of(const Args& a) {
 template <class T, class W, int THREADS, int VECTORS, int ROWS>
 __global__ void __launch_bounds__(THREADS* ROWS) forward(RmsNormFwd a) {
   constexpr int n = kPerVector<T>;
-  // 1024 threads have 64 registers each: too few for fp32 weights beside 16-bit elements.
-  constexpr bool weights_first = THREADS < 1024 || sizeof(W) == sizeof(T);
+  // Where registers are left for them: 1024 threads have 64 each, and fp32 weights of 16-bit elements take twice as many.
+  constexpr bool weights_first = THREADS <= (sizeof(W) <= sizeof(T) ? 256 : 128);
   using S = Wide<T>;
   __shared__ S scratch[32];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * ROWS + threadIdx.y;
