@@ -102,8 +102,8 @@ def _register_fakes() -> None:
         heads: list[int],
         *rest: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        b, s, _, d = qkv.shape
-        groups, q_heads, k_heads, _ = heads
+        b, s, d = qkv.shape[0], qkv.shape[1], qkv.shape[3]
+        groups, q_heads, k_heads = heads[:3]
         q, k = qkv.new_empty(b, s, groups * q_heads, d), qkv.new_empty(b, s, groups * k_heads, d)
         return q, k, qkv.new_empty(b, s, groups * (q_heads + k_heads), dtype=wide(qkv))
 
