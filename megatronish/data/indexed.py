@@ -184,6 +184,10 @@ def _read_index(path: Path) -> tuple[int, np.ndarray, np.ndarray]:
         known = {c: str(DTYPES[c]) for c in sorted(INTEGER_CODES)}
         raise DataError(f"{path}: dtype code {code} is not a token type; known: {known}")
     expected = HEADER.size + 12 * sequences + 8 * boundaries
+    if size == expected + sequences and sequences:
+        raise DataError(
+            f"{path}: has a mode for each sequence, as Megatron's multimodal data sets do; this reads text only"
+        )
     if size != expected:
         raise DataError(
             f"{path}: {size:,} bytes, but its header ({sequences:,} sequences, {boundaries:,} document boundaries) "

@@ -47,7 +47,12 @@ def test_wrong_columns_and_damaged_files_are_named(tmp_path):
     with pytest.raises(DataError, match="column 'n' holds int64, not text"):
         texts(DocumentReader([path], keys=("n",)))
     whole = path.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"PAR1", b"nothing of the kind", whole.replace(b"text text", b"text\x00text")):
+    for damaged in (
+        whole[: len(whole) // 2],
+        b"PAR1",
+        b"nothing of the kind",
+        whole.replace(b"text text", b"text\x00text"),
+    ):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match="truncated or corrupt parquet") as caught:
             texts(DocumentReader([path], keys=("body",), on_error="skip"))

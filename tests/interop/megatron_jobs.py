@@ -40,8 +40,8 @@ def read(prefix):
     sequences = [data[i] for i in range(len(data))]
     tokens = np.concatenate(sequences) if sequences else np.empty(0)
     return {
-        "lengths": data.sequence_lengths,
-        "boundaries": data.document_indices,
+        "lengths": data.sequence_lengths.copy(),  # the data set takes its map along
+        "boundaries": data.document_indices.copy(),
         "tokens": tokens,
         "dtype": str(data.index.dtype),
     }

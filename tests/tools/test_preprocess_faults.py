@@ -89,7 +89,9 @@ def test_text_that_is_not_utf8_and_byte_order_mark(tmp_path, packed):
     (tmp_path / f"d.txt{packed}").write_bytes(PACK[packed](raw))
     given = ["--input", f"d.txt{packed}", "--tokenizer-model", "bytes", "--doc-separator", ";", "--shard-size", 40]
     done = run(tmp_path, *given)
-    assert f"d.txt{packed}, byte {raw.index(b'bad')}: not UTF-8 at byte 3 (0xff)" in done.stderr and done.returncode == 2
+    assert (
+        f"d.txt{packed}, byte {raw.index(b'bad')}: not UTF-8 at byte 3 (0xff)" in done.stderr and done.returncode == 2
+    )
     assert run(tmp_path, *given, "--on-error", "skip", "--overwrite").returncode == 0
     assert contents(tmp_path) == ["first", *(f"t{i}" for i in range(50)), "last"]
     assert run(tmp_path, *given, "--on-error", "replace", "--overwrite").returncode == 0
@@ -151,7 +153,15 @@ def test_literal_special_token_is_text_and_eod_is_an_id(tmp_path):
     for backend in ("hf", "gigatoken", "tiktoken"):
         pytest.importorskip({"hf": "tokenizers"}.get(backend, backend))
         done = run(
-            tmp_path, "--input", "d.jsonl", "--tokenizer-model", path, "--append-eod", "--backend", backend, "--overwrite"
+            tmp_path,
+            "--input",
+            "d.jsonl",
+            "--tokenizer-model",
+            path,
+            "--append-eod",
+            "--backend",
+            backend,
+            "--overwrite",
         )
         assert done.returncode == 0, done.stderr
         ids = open_dataset(tmp_path / "o_text_document").reader.document(0).tolist()
@@ -177,9 +187,11 @@ def test_truncated_file_is_named_finished_units_are_kept_and_the_mended_one_give
     assert contents(tmp_path) == texts * 2 and not list(tmp_path.glob(".o*"))
 
 
-@pytest.mark.parametrize(("backend", "megabytes", "limit"), [("auto", 30, 600), ("hf", 6, 350)])
-def test_long_line_in_bounded_memory(tmp_path, backend, megabytes, limit):
-    """`tokenizers` given a text whole takes some 140 bytes for each of its bytes: 4.2 GB, and 840 MB, for these."""
+@pytest.mark.parametrize(
+    ("backend", "megabytes", "longest", "limit"), [("auto", 30, "1M", 600), ("hf", 6, "128K", 300)]
+)
+def test_long_line_in_bounded_memory(tmp_path, backend, megabytes, longest, limit):
+    """`tokenizers` given a text whole takes 140 bytes for each of its bytes, 600 with a vocabulary as small as this."""
     tokenizer = train_bpe(["some words to merge " * 50], 280).save(tmp_path / "t")
     words = "some words to merge " * (megabytes * 50_000)
     (tmp_path / "d.jsonl").write_bytes(line("before") + line(words) + line("after"))
@@ -189,6 +201,7 @@ def test_long_line_in_bounded_memory(tmp_path, backend, megabytes, limit):
         "finally: print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     )
     given = ["--input", "d.jsonl", "--tokenizer-model", str(tokenizer), "--backend", backend, "--output-prefix", "o"]
+    given += ["--max-doc-bytes", longest]
     done = subprocess.run(
         [sys.executable, "-c", program, str(TOOL), *given, "--workers", "1"],
         cwd=tmp_path, capture_output=True, text=True, timeout=200,
@@ -196,7 +209,7 @@ def test_long_line_in_bounded_memory(tmp_path, backend, megabytes, limit):
     assert done.returncode == 0, done.stderr
     assert "1 documents above --max-doc-bytes" in done.stdout
     assert contents(tmp_path) == ["before", words, "after"]
-    # Program and tokenizer 100 MB, line, text and ids 9 bytes a byte, 1 MB of text at a time in the library 150 MB.
+    # Program and tokenizer 100 MB; line, text, parts and ids 10 bytes a byte; a part in `tokenizers` 80 MB.
     assert int(done.stdout.split("PEAK")[1]) < limit
     (tmp_path / "d.jsonl").write_bytes(line("before") + line("x" * 5000) + line("after"))
     more = ["--input", "d.jsonl", "--tokenizer-model", "bytes", "--overwrite", "--max-doc-bytes", "4K"]
