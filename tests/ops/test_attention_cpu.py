@@ -15,7 +15,6 @@ from megatronish.ops import attention_cpu
 from megatronish.ops.attention import attention
 from megatronish.ops.attention_mask import attention_mask
 from megatronish.ops.extension import EXTENSION
-from tests.ops.test_fused import level  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not EXTENSION.cpu, reason=EXTENSION.cpu_problem or "built")
 FLOOR = {torch.float32: 4e-7, torch.bfloat16: 0.0, torch.float16: 0.0}
