@@ -147,6 +147,7 @@ def test_dry_run_writes_nothing(folder):
     assert sorted(path.name for path in folder.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_hugging_face_data_set_from_a_folder(folder):
     """The library's own streaming, on local files; the hub only changes where they come from."""
     pytest.importorskip("datasets")
