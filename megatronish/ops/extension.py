@@ -100,7 +100,7 @@ def _register_fakes() -> None:
         positions: Tensor | None,
         offset: int,
         heads: list[int],
-        *rest: Any,
+        *_: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         b, s, d = qkv.shape[0], qkv.shape[1], qkv.shape[3]
         groups, q_heads, k_heads = heads[:3]
