@@ -221,7 +221,7 @@ def test_a_connection_that_falls_silent(tmp_path: Path) -> None:
     with shard_server(tmp_path) as (url, behaviour):
         stream = open_stream(f"{url}/part-0.jsonl", options(retry=retry))
         calm = samples(stream.open(0, 1), 40)
-        behaviour.faults, behaviour.kinds = 0.6, ("stall",)
+        behaviour.faults, behaviour.kinds = 0.9, ("stall",)
         assert samples(stream.open(0, 1), 40) == calm
         assert any(asked for _, asked, _ in behaviour.requests), "nothing was asked for again"
 
