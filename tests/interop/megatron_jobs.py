@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 class Tokenizer:
     """What GPTDataset asks of a tokenizer."""
 
-    eod, pad, vocab_size, unique_identifiers = 256, -1, 257, {}  # noqa: RUF012
+    eod, pad, vocab_size, unique_identifiers = 256, -1, 257, {}
 
 
 def write(prefix, dtype, documents):
@@ -70,10 +70,8 @@ def order(prefixes, weights, split, seed, seq_length, samples):
         create_attention_mask=False,
         mid_level_dataset_surplus=0.005,
     )
-    train = BlendedMegatronDatasetBuilder(GPTDataset, [samples, None, None], lambda: True, config)
-    if weights is not None:
-        train.sizes = [samples, 0, 0]
-    dataset = train.build()[0]
+    others = None if weights is None else 4
+    dataset = BlendedMegatronDatasetBuilder(GPTDataset, [samples, others, others], lambda: True, config).build()[0]
     rows = []
     for n in range(min(len(dataset), samples + 50)):
         item = dataset[n]
