@@ -273,8 +273,16 @@ OP_REFUSED = [
         (LOGITS, LABELS, *[LOGITS[:, 0].double()] * 3, 0, -100),
         "grad: expected float32, got float64",
     ),
-    ("rope_qkv_bwd", (X, X[:, 1:], X, COS, SIN, None, 1, False), r"dk: expected shape \[2, 5, 4, 10\], got \[2, 4, 4, 10\]"),
-    ("rope_qkv_bwd", (X, X, X[:, :, :3], COS, SIN, None, 2, False), "groups: expected a divisor of the q, k and v heads"),
+    (
+        "rope_qkv_bwd",
+        (X, X[:, 1:], X, COS, SIN, None, 1, False),
+        r"dk: expected shape \[2, 5, 4, 10\], got \[2, 4, 4, 10\]",
+    ),
+    (
+        "rope_qkv_bwd",
+        (X, X, X[:, :, :3], COS, SIN, None, 2, False),
+        "groups: expected a divisor of the q, k and v heads",
+    ),
     ("rope_qkv_bwd", (X, X, X.double(), COS, SIN, None, 1, False), "dv: expected"),
     ("rope_qkv_", (X.mT, COS[:, :2], SIN[:, :2], None, 1, 8, 1, 1, False, False), r"rope_qkv_: qkv: expected strides"),
 ]
