@@ -92,11 +92,6 @@ CHECKS: dict[str, Any] = {
     "type": _type,
     "$ref": _reference,
     "anyOf": _any_of,
-    "items": lambda value, wanted, schema, root, place: (
-        [found for i, item in enumerate(value) for found in violations(item, wanted, root, f"{place}[{i}]")]
-        if isinstance(value, list)
-        else []
-    ),
     "properties": _properties,
     "additionalProperties": _additional,
     "required": _required,

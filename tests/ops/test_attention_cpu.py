@@ -56,7 +56,7 @@ def _error(x: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("form", ["causal", "window", "documents", "both"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_is_within_twice_that_of_sdpa(
-    level: str,  # noqa: F811
+    level: str,
     shape: tuple[int, int, int, int, int],
     form: str,
     dtype: torch.dtype,
@@ -81,7 +81,7 @@ def test_error_is_within_twice_that_of_sdpa(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_scores_and_values_that_are_no_numbers(level: str, dtype: torch.dtype) -> None:  # noqa: F811
+def test_large_scores_and_values_that_are_no_numbers(level: str, dtype: torch.dtype) -> None:
     q, k, v = (_packed(1, 130, 1, 0, 32, dtype) * factor for factor in (90, 90, 1))
     scores = (q[0, :, 0].double() @ k[0, :, 0].double().T * 32**-0.5).masked_fill(
         ~torch.ones(130, 130).tril().bool(), -1e9
