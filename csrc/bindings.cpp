@@ -1,4 +1,4 @@
-// The operators of torch.ops.megatronish: schemas, checks, allocation, and the way to the CPU and CUDA kernels. With its two
+// The operators of torch.ops.megatronish: schemas, checks, allocation, and the way to the CPU and CUDA kernels. With its three
 // headers the only file that talks to torch's dispatcher, and only through torch's stable ABI, so that one binary serves torch
 // 2.10 and later. Compiled twice: plainly for the schemas and the CPU, with -DMEGATRONISH_CUDA for CUDA.
 #include <torch/csrc/stable/library.h>
@@ -7,7 +7,7 @@
 #include <tuple>
 #include <utility>
 
-#include "run.h"
+#include "rope_operators.h"
 
 namespace megatronish {
 namespace {
@@ -140,112 +140,6 @@ std::tuple<Tensor, Tensor> swiglu_bwd(Tensor dy_in, Tensor gate_up_in, bool reco
   return {dgate_up, y};
 }
 
-// ---- RoPE.
-
-// cos or sin in the type of the arithmetic; float64 elements take fp32 tables too.
-Tensor table(const char* op, const char* argument, const Tensor& t, const Tensor& x, DType dtype) {
-  check_device(op, argument, t, x);
-  if (dtype == DType::f64 && t.scalar_type() == ScalarType::Float) return dense(torch::stable::to(t, ScalarType::Double));
-  check_dtype(op, argument, t, wide_type(dtype));
-  return dense(t);
-}
-
-// Tables and positions of a rotation of x [b, s, heads, head_dim], checked; the tensors that own the memory are kept.
-struct Angles {
-  Tensor cos, sin;
-  MaybeTensor positions;
-};
-
-template <class Args>
-Angles angles(const char* op, const Tensor& x, const Tensor& cos, const Tensor& sin, const MaybeTensor& positions,
-              int64_t offset, Args& a) {
-  if (x.dim() != 4) refuse(op, "x", "shape [batch, seq, heads, head_dim]", shape_text(x.sizes()));
-  a.dtype = dtype_of(op, "x", x);
-  if (cos.dim() != 2 || 2 * cos.size(1) > x.size(3)) {
-    refuse(op, "cos", "shape [positions, rotary / 2] with rotary at most head_dim " + std::to_string(x.size(3)),
-           shape_text(cos.sizes()));
-  }
-  check_shape(op, "sin", sin, shape(cos));
-  Angles kept{table(op, "cos", cos, x, a.dtype), table(op, "sin", sin, x, a.dtype), positions};
-  a.batch = x.size(0);
-  a.seq = x.size(1);
-  a.head_dim = x.size(3);
-  a.half = cos.size(1);
-  a.table_rows = cos.size(0);
-  a.offset = offset;
-  a.cos = kept.cos.data_ptr();
-  a.sin = kept.sin.data_ptr();
-  if (!positions) {
-    if (offset < 0 || offset + a.seq > a.table_rows) {
-      refuse(op, "offset", "0 <= offset and offset + seq " + std::to_string(a.seq) + " <= the tables' " +
-                               std::to_string(a.table_rows) + " rows", std::to_string(offset));
-    }
-    return kept;
-  }
-  check_device(op, "positions", *positions, x);
-  check_dtype(op, "positions", *positions, ScalarType::Int);
-  check_shape(op, "positions", *positions, {a.batch, a.seq});
-  kept.positions = dense(positions);
-  a.positions = static_cast<const int32_t*>(kept.positions->data_ptr());
-#ifndef MEGATRONISH_CUDA  // on CUDA a look would stall the stream: the kernel writes NaN for such a token
-  for (int64_t i = 0; i < a.batch * a.seq; ++i) {
-    if (a.positions[i] < 0 || a.positions[i] >= a.table_rows) {
-      refuse(op, "positions", "numbers from 0 to " + std::to_string(a.table_rows - 1), std::to_string(a.positions[i]));
-    }
-  }
-#endif
-  return kept;
-}
-
-Tensor rope(Tensor x_in, Tensor cos, Tensor sin, MaybeTensor positions, int64_t offset, bool interleaved, bool inverse) {
-  Rope a{};
-  const DeviceGuard guard(x_in);
-  const Angles kept = angles("rope", x_in, cos, sin, positions, offset, a);
-  const Tensor x = x_in.stride(3) == 1 ? x_in : dense(x_in);
-  const Tensor out = make(shape(x), x.scalar_type(), x);
-  a.in = x.data_ptr();
-  a.out = out.data_ptr();
-  a.groups = 1;
-  a.heads = x.size(2);
-  a.in_batch = x.stride(0);
-  a.in_seq = x.stride(1);
-  a.in_head = x.stride(2);
-  a.out_batch = out.stride(0);
-  a.out_seq = out.stride(1);
-  a.out_head = out.stride(2);
-  a.interleaved = interleaved;
-  a.inverse = inverse;
-  run(a, x);
-  return out;
-}
-
-void rope_qkv_(Tensor qkv, Tensor cos, Tensor sin, MaybeTensor positions, int64_t groups, int64_t q_per_group,
-               int64_t k_per_group, int64_t v_per_group, bool interleaved, bool inverse) {
-  const char* op = "rope_qkv_";
-  Rope a{};
-  const DeviceGuard guard(qkv);
-  const Angles kept = angles(op, qkv, cos, sin, positions, 0, a);
-  const int64_t heads = q_per_group + k_per_group + v_per_group;
-  if (std::min({groups, q_per_group, k_per_group, v_per_group}) < 0 || groups * heads != qkv.size(2)) {
-    refuse(op, "qkv", "groups * (q_per_group + k_per_group + v_per_group) = " + std::to_string(groups * heads) + " heads",
-           std::to_string(qkv.size(2)));
-  }
-  if (qkv.numel() > 0 && (qkv.stride(3) != 1 || qkv.stride(2) != a.head_dim)) {
-    refuse(op, "qkv", "strides [..., " + std::to_string(a.head_dim) + ", 1]", shape_text(qkv.strides()));
-  }
-  a.in = qkv.data_ptr();
-  a.out = qkv.data_ptr();
-  a.groups = groups;
-  a.heads = q_per_group + k_per_group;
-  a.in_batch = a.out_batch = qkv.stride(0);
-  a.in_seq = a.out_seq = qkv.stride(1);
-  a.in_group = a.out_group = heads * a.head_dim;
-  a.in_head = a.out_head = a.head_dim;
-  a.interleaved = interleaved;
-  a.inverse = inverse;
-  run(a, qkv);
-}
-
 // ---- QK-norm and RoPE.
 
 // What forward and backward share: weights, angles, and how the heads of qkv lie. Returns what owns the memory.
@@ -310,14 +204,6 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_fwd(Tensor qkv, Tensor q_weight,
   return {q, k, rstd};
 }
 
-// A gradient of [batch, seq, heads, head_dim] whose heads may lie anywhere.
-Tensor head_grads(const char* op, const char* argument, const Tensor& grad, const Tensor& qkv, int64_t heads) {
-  check_device(op, argument, grad, qkv);
-  check_dtype(op, argument, grad, qkv.scalar_type());
-  check_shape(op, argument, grad, {qkv.size(0), qkv.size(1), heads, qkv.size(3)});
-  return grad.numel() == 0 || grad.stride(3) == 1 ? grad : dense(grad);
-}
-
 std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor dq_in, Tensor dk_in, Tensor dv_in, Tensor qkv, Tensor q_weight,
                                                     Tensor k_weight, Tensor cos, Tensor sin, MaybeTensor positions,
                                                     Tensor rstd_in, int64_t offset, std::vector<int64_t> heads,
@@ -326,9 +212,10 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor dq_in, Tensor dk_in, 
   QkNormRopeBwd a{};
   const DeviceGuard guard(qkv);
   const QkKept kept = qk_heads(op, qkv, q_weight, k_weight, cos, sin, positions, offset, heads, a);
-  const Tensor dq = head_grads(op, "dq", dq_in, qkv, a.groups * a.q_heads);
-  const Tensor dk = head_grads(op, "dk", dk_in, qkv, a.groups * a.k_heads);
-  const Tensor dv = head_grads(op, "dv", dv_in, qkv, a.groups * a.v_heads);
+  const auto grad_shape = [&](int64_t each) { return std::vector<int64_t>{a.batch, a.seq, a.groups * each, a.head_dim}; };
+  const Tensor dq = head_grads(op, "dq", dq_in, grad_shape(a.q_heads), qkv);
+  const Tensor dk = head_grads(op, "dk", dk_in, grad_shape(a.k_heads), qkv);
+  const Tensor dv = head_grads(op, "dv", dv_in, grad_shape(a.v_heads), qkv);
   check_device(op, "rstd", rstd_in, qkv);
   check_dtype(op, "rstd", rstd_in, wide_type(a.dtype));
   check_shape(op, "rstd", rstd_in, {a.batch, a.seq, a.groups * (a.q_heads + a.k_heads)});
@@ -458,6 +345,9 @@ STABLE_TORCH_LIBRARY(megatronish, m) {
       "rope_qkv_(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor? positions, int groups, int q_per_group, "
       "int k_per_group, int v_per_group, bool interleaved, bool inverse) -> ()");
   m.def(
+      "rope_qkv_bwd(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin, Tensor? positions, int groups, "
+      "bool interleaved) -> Tensor");
+  m.def(
       "qk_norm_rope_fwd(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor? positions, int offset, "
       "int[] heads, float eps, float w_offset, bool interleaved) -> (Tensor q, Tensor k, Tensor rstd)");
   m.def(
@@ -482,6 +372,7 @@ STABLE_TORCH_LIBRARY_IMPL(megatronish, CUDA, m) {
   m.impl("swiglu_bwd", TORCH_BOX(&megatronish::swiglu_bwd));
   m.impl("rope", TORCH_BOX(&megatronish::rope));
   m.impl("rope_qkv_", TORCH_BOX(&megatronish::rope_qkv_));
+  m.impl("rope_qkv_bwd", TORCH_BOX(&megatronish::rope_qkv_bwd));
   m.impl("qk_norm_rope_fwd", TORCH_BOX(&megatronish::qk_norm_rope_fwd));
   m.impl("qk_norm_rope_bwd", TORCH_BOX(&megatronish::qk_norm_rope_bwd));
   m.impl("cross_entropy_fwd", TORCH_BOX(&megatronish::cross_entropy_fwd));

@@ -378,7 +378,10 @@ def plot_profile(found: dict[str, dict[str, float]], path: Path) -> None:
         for i, kind in enumerate(KINDS):
             axes.bar(x, row[kind], 0.7, bottom=bottom, color=f"C{i}" if i < 10 else "black")
             bottom += row[kind]
-    axes.legend(handles=[_patch(f"C{i}" if i < 10 else "black", kind) for i, kind in enumerate(KINDS)], fontsize=7)
+    handles = [_patch(f"C{i}" if i < 10 else "black", kind) for i, kind in enumerate(KINDS)]
+    axes.legend(
+        handles=handles[::-1], fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0)
+    )  # as the bars are stacked
     axes.set_xticks(range(len(found)), list(found), rotation=30, ha="right", fontsize=7)
     axes.set_ylabel("ms a step")
     figure.tight_layout()

@@ -53,7 +53,15 @@ def size(text: str) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The command line; names that Megatron's tool has mean the same here."""
     parser = argparse.ArgumentParser(prog="preprocess_data.py", description=__doc__, allow_abbrev=False)
-    add = parser.add_argument_group("input").add_argument
+    _add_input(parser.add_argument_group("input"))
+    _add_tokenizer(parser.add_argument_group("tokenizer"))
+    _add_output(parser.add_argument_group("output"))
+    _add_running(parser.add_argument_group("running"))
+    return parser
+
+
+def _add_input(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--input",
         action="extend",
@@ -90,7 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="encode in parts, as one document, or skip (split)",
     )
     add("--keep-empty", action="store_true", help="keep empty documents, as documents without tokens")
-    add = parser.add_argument_group("tokenizer").add_argument
+
+
+def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--tokenizer-model",
         metavar="PATH",
@@ -105,13 +116,19 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--backend", choices=BACKENDS, default="auto", help="library that encodes; auto: gigatoken if its ids are right"
     )
-    add = parser.add_argument_group("output").add_argument
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add("--output-prefix", metavar="PREFIX", help=f"writes PREFIX_KEY_document.* (bare: {DEFAULT_OUTPUT_PREFIX})")
     add("--dtype", choices=TOKEN_DTYPES, default="auto", help="of a token; auto: Megatron's choice")
     add("--overwrite", action="store_true", help="replace a data set, or an unfinished run, that is already there")
     add("--resume", action="store_true", help="go on after the finished part of a run that was stopped")
     add("--dry-run", action="store_true", help="encode a sample, say what the run would give, write nothing")
-    add = parser.add_argument_group("running").add_argument
+
+
+def _add_running(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     cores = len(os.sched_getaffinity(0))
     add(
         "--workers",
@@ -129,7 +146,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="accepted for Megatron's sake: all input is worked on at once",
     )
     add("--log-interval", type=int, default=0, metavar="N", help="a line every N documents (by time)")
-    return parser
 
 
 def options_from(arguments: argparse.Namespace) -> PreprocessOptions:

@@ -48,25 +48,28 @@ struct Angles {
   }
 };
 
-// Rotates what get(channel, Whole or Part) gives and hands it to put(channel, Whole or Part, vector).
-template <class V, class S, class Get, class Put>
+// Rotates what get(channel, How or Part) gives and hands it to put(channel, How or Part, vector).
+template <class V, class How = Whole, class S, class Get, class Put>
 inline void rotate(const QkHeads& a, const Angles<S>& angles, Get get, Put put) {
-  const int64_t half = a.half, rotated = 2 * half;
+  // By value all of it: a vector store may alias anything, and what is read through a reference is read again after each.
+  const int64_t half = a.half, rotated = 2 * half, width = a.head_dim;
   if (!a.interleaved) {
     const V turn = fill(angles.turn, V{});
-    each_vector<V>(half, [&](int64_t i, auto n) {
-      const V c = load(angles.cos + i, n, V{}), s = load(angles.sin + i, n, V{}) * turn;
+    const S *cos = angles.cos, *sin = angles.sin;
+    each_vector<V, How>(half, [=](int64_t i, auto n) {
+      const V c = load(cos + i, n, V{}), s = load(sin + i, n, V{}) * turn;
       const V x = get(i, n), y = get(half + i, n);
       put(i, n, fnma(y, s, x * c));
       put(half + i, n, fma(x, s, y * c));
     });
   } else {
-    each_vector<V>(rotated, [&](int64_t i, auto n) {
+    const S *cos = angles.spread_cos, *sin = angles.spread_sin;
+    each_vector<V, How>(rotated, [=](int64_t i, auto n) {
       const V x = get(i, n);
-      put(i, n, fma(swap_pairs(x), load(angles.spread_sin + i, n, V{}), x * load(angles.spread_cos + i, n, V{})));
+      put(i, n, fma(swap_pairs(x), load(sin + i, n, V{}), x * load(cos + i, n, V{})));
     });
   }
-  each_vector<V>(a.head_dim - rotated, [&](int64_t i, auto n) { put(rotated + i, n, get(rotated + i, n)); });
+  each_vector<V, How>(width - rotated, [=](int64_t i, auto n) { put(rotated + i, n, get(rotated + i, n)); });
 }
 
 // Calls head(number among all heads, number among q and k heads, whether it is a q head, number among its kind).
@@ -81,7 +84,7 @@ inline void each_head(const QkHeads& a, Head head) {
   }
 }
 
-template <class T>
+template <class T, class How>
 void forward(const QkNormRopeFwd& a, int64_t begin, int64_t end) {
   using V = typename VecOf<T>::type;
   using S = typename V::Scalar;
@@ -97,6 +100,9 @@ void forward(const QkNormRopeFwd& a, int64_t begin, int64_t end) {
     // All heads' sums before the first rotation: none then waits for the square root of its own.
     each_head(a, [&](int64_t head, int64_t number, bool, int64_t) {
       const T* x = in + head * width;
+      if constexpr (__is_same(How, Streamed)) {
+        for (int64_t i = 0; i < width; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(x + a.qkv_seq + i, 0, 2);
+      }
       const S squares = sum_vectors<V>(width, [=](int64_t i, auto n, V total) {
         const V h = load(x + i, n, V{});
         return fma(h, h, total);
@@ -109,9 +115,9 @@ void forward(const QkNormRopeFwd& a, int64_t begin, int64_t end) {
       T* y = (is_q ? q : k) + of_kind * width;
       const S* w = (is_q ? q_factors : k_factors).of;
       const V factor = fill(rstd[number], V{});
-      rotate<V>(
-          a, angles, [&](int64_t i, auto n) { return load(x + i, n, V{}) * factor * load(w + i, n, V{}); },
-          [&](int64_t i, auto n, V value) { store(y + i, n, value); });
+      rotate<V, How>(
+          a, angles, [=](int64_t i, auto n) { return load(x + i, n, V{}) * factor * load(w + i, n, V{}); },
+          [=](int64_t i, auto n, V value) { store(y + i, n, value); });
     });
   }
 }
@@ -121,18 +127,19 @@ void forward(const QkNormRopeFwd& a, int64_t begin, int64_t end) {
 template <class T, class V, class S>
 inline void backward_head(const QkHeads& a, const Angles<S>& angles, const T* dy, const T* x, const S* w, S rstd, T* dx,
                           S* partial) {
-  S grad[kMaxNormedHeadDim];
+  S buffer[kMaxNormedHeadDim];
+  S* const grad = buffer;
   rotate<V>(
-      a, angles, [&](int64_t i, auto n) { return load(dy + i, n, V{}); },
-      [&](int64_t i, auto n, V value) { store(grad + i, n, value); });
+      a, angles, [=](int64_t i, auto n) { return load(dy + i, n, V{}); },
+      [=](int64_t i, auto n, V value) { store(grad + i, n, value); });
   const V factor = fill(rstd, V{});
-  const S dot = sum_vectors<V>(a.head_dim, [&](int64_t i, auto n, V total) {
+  const S dot = sum_vectors<V>(a.head_dim, [=](int64_t i, auto n, V total) {
     const V product = load(grad + i, n, V{}) * (load(x + i, n, V{}) * factor);
     if (partial != nullptr) store(partial + i, n, load(partial + i, n, V{}) + product);
     return fma(product, load(w + i, n, V{}), total);
   });
   const V mean = fill(dot / S(a.head_dim), V{});
-  each_vector<V>(a.head_dim, [&](int64_t i, auto n) {
+  each_vector<V>(a.head_dim, [=](int64_t i, auto n) {
     const V normed = load(x + i, n, V{}) * factor;
     store(dx + i, n, fnma(normed, mean, load(grad + i, n, V{}) * load(w + i, n, V{})) * factor);
   });
@@ -185,7 +192,13 @@ void backward(const QkNormRopeBwd& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void qk_norm_rope_fwd(const QkNormRopeFwd& a, int64_t begin, int64_t end) {
-  with_type(a.dtype, [&](auto t) { forward<decltype(t)>(a, begin, end); });
+  with_type(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    constexpr int64_t size = sizeof(T);
+    const int64_t moved = 2 * a.batch * a.seq * a.groups * (a.q_heads + a.k_heads) * a.head_dim * size;
+    const bool streamed = beyond_caches(moved) && aligned(a.q, a.head_dim * size) && aligned(a.k, a.half * size);
+    with_stores(streamed, [&](auto how) { forward<T, decltype(how)>(a, begin, end); });
+  });
 }
 
 void qk_norm_rope_bwd(const QkNormRopeBwd& a, int64_t begin, int64_t end) {

@@ -75,17 +75,25 @@ void rotate(const Rope& a, int64_t begin, int64_t end) {
       each_head(a, in, out, [=](const T* p, T* q) { rotate_halves<How, T, V>(p, q, cos, sin, half, turn, a.in_seq); });
     }
     if (rest > 0 && a.in != a.out) {
-      each_head(a, in, out, [=](const T* p, T* q) { memcpy(q + 2 * half, p + 2 * half, rest * sizeof(T)); });
+      each_head(a, in, out, [=](const T* p, T* q) {
+        copy_bytes(p + 2 * half, q + 2 * half, rest * static_cast<int64_t>(sizeof(T)), How{});
+      });
     }
   }
 }
 
-// Whether the results can and should go past the caches; in place, a line has just been read.
+// Whether the operator moves more than the caches hold.
 template <class T>
-bool is_streamed(const Rope& a) {
+bool is_large(const Rope& a) {
+  const int64_t moved = a.batch * a.seq * a.groups * a.heads * a.head_dim * static_cast<int64_t>(sizeof(T));
+  return beyond_caches(a.in == a.out ? moved : 2 * moved);
+}
+
+// Whether the results can go past the caches; in place, a line has just been read.
+template <class T>
+bool is_streamable(const Rope& a) {
   constexpr int64_t size = sizeof(T);
-  const int64_t rotated = a.batch * a.seq * a.groups * a.heads * a.head_dim;
-  return a.in != a.out && beyond_caches(2 * rotated * size) && aligned(a.out, a.half * size) &&
+  return a.in != a.out && aligned(a.out, a.head_dim * size) && aligned(a.out, a.half * size) &&
          aligned(a.out, a.out_batch * size) && aligned(a.out, a.out_seq * size) && aligned(a.out, a.out_group * size) &&
          aligned(a.out, a.out_head * size);
 }
@@ -95,7 +103,9 @@ bool is_streamed(const Rope& a) {
 void rope(const Rope& a, int64_t begin, int64_t end) {
   with_type(a.dtype, [&](auto t) {
     using T = decltype(t);
-    with_stores(is_streamed<T>(a), [&](auto how) { rotate<T, decltype(how)>(a, begin, end); });
+    if (!is_large<T>(a)) return rotate<T, Whole>(a, begin, end);
+    if (!is_streamable<T>(a)) return rotate<T, Fetched>(a, begin, end);
+    with_stores(true, [&](auto how) { rotate<T, decltype(how)>(a, begin, end); });
   });
 }
 

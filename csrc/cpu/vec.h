@@ -325,9 +325,10 @@ struct VecOf<double> {
   using type = Lanes<double, 4>;
 };
 
-// What a loop body is given to load and store by: a whole vector, a whole vector that goes past the caches when stored, or
-// the `n` elements left at the end of a row.
+// What a loop body is given to load and store by: a whole vector, one of a row whose later one is fetched meanwhile, one that
+// goes past the caches when stored as well, or the `n` elements left at the end of a row.
 struct Whole {};
+struct Fetched : Whole {};
 struct Streamed {};
 struct Part {
   int64_t n;
@@ -349,12 +350,12 @@ inline void store(T* p, Streamed, V a) { stream(p, a); }
 template <class T, class V>
 inline void store(T* p, Part part, V a) { store(p, part.n, a); }
 
-// body(i, Whole or Part) for every vector of a row. With Streamed, body(i, Streamed or Part), and what `later` points to
-// comes into the second-level cache meanwhile, a line at a time: the hardware fetches ahead within a page only.
+// body(i, Whole or Part) for every vector of a row. With Streamed or Fetched, body(i, that or Part), and what `later` points
+// to comes into the second-level cache meanwhile, a line at a time: the hardware fetches ahead within a page only.
 template <class V, class How = Whole, class Body, class... T>
 inline void each_vector(int64_t width, Body body, const T*... later) {
   int64_t i = 0;
-  if constexpr (__is_same(How, Streamed) && sizeof...(T) > 0) {
+  if constexpr (!__is_same(How, Whole) && sizeof...(T) > 0) {
     constexpr int64_t line = 64 / (sizeof(T), ...);
     for (; i + line <= width; i += line) {
       (__builtin_prefetch(later + i, 0, 2), ...);
@@ -364,6 +365,18 @@ inline void each_vector(int64_t width, Body body, const T*... later) {
   }
   for (; i + V::size <= width; i += V::size) body(i, How{});
   if (i < width) body(i, Part{width - i});
+}
+
+// `bytes` bytes as they are; with Streamed past the caches, for `to` at a line's beginning and whole lines.
+inline void copy_bytes(const void* from, void* to, int64_t bytes, Whole) { memcpy(to, from, bytes); }
+inline void copy_bytes(const void* from, void* to, int64_t bytes, Streamed) {
+#if defined(__AVX2__)
+  const __m256i* source = static_cast<const __m256i*>(from);
+  __m256i* target = static_cast<__m256i*>(to);
+  for (int64_t i = 0; i < bytes / 32; ++i) _mm256_stream_si256(target + i, _mm256_loadu_si256(source + i));
+#else
+  memcpy(to, from, bytes);
+#endif
 }
 
 // The sum over a row of what body(i, Whole or Part, accumulator) adds up: four sums side by side, so that one addition

@@ -121,6 +121,14 @@ int with_type(DType dtype, Run run) {
 
 inline int last_error() { return static_cast<int>(cudaGetLastError()); }
 
+// Calls launch(blocks), unless a grid may not have so many: cut to 32 bits, the number would be another one.
+template <class Launch>
+int on_grid(int64_t blocks, Launch launch) {
+  if (blocks > 0x7FFFFFFF) return static_cast<int>(cudaErrorInvalidConfiguration);
+  launch(static_cast<unsigned>(blocks));
+  return last_error();
+}
+
 }  // namespace
 }  // namespace cuda
 }  // namespace megatronish

@@ -293,6 +293,7 @@ __global__ void __launch_bounds__(kThreads) backward(QkNormRopeBwd a) {
       }
     }
     __syncthreads();
+#pragma unroll 1
     for (int channel = threadIdx.x; channel < width; channel += kThreads) {
       S total = S(0);
       for (int other = 0; other < kTeams; ++other) total += sums[other][channel];

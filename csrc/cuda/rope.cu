@@ -54,13 +54,13 @@ int launch(const Rope& a, cudaStream_t stream) {
   const int64_t copied = a.in == a.out ? 0 : (a.head_dim - 2 * a.half) / N;
   const int64_t items = a.batch * a.seq * a.groups * a.heads * (a.half / N + copied);
   if (items == 0) return 0;
-  const auto blocks = static_cast<unsigned>((items + kThreads - 1) / kThreads);
-  if (items <= 0x7FFFFFFF - kThreads) {
-    rotate<T, N, INTERLEAVED, uint32_t><<<blocks, kThreads, 0, stream>>>(a, static_cast<uint32_t>(items));
-  } else {
-    rotate<T, N, INTERLEAVED, int64_t><<<blocks, kThreads, 0, stream>>>(a, items);
-  }
-  return last_error();
+  return on_grid((items + kThreads - 1) / kThreads, [&](unsigned blocks) {
+    if (items <= 0x7FFFFFFF - kThreads) {
+      rotate<T, N, INTERLEAVED, uint32_t><<<blocks, kThreads, 0, stream>>>(a, static_cast<uint32_t>(items));
+    } else {
+      rotate<T, N, INTERLEAVED, int64_t><<<blocks, kThreads, 0, stream>>>(a, items);
+    }
+  });
 }
 
 }  // namespace

@@ -71,13 +71,13 @@ int choose(int64_t rows, int64_t width, bool all_aligned, Run run) {
   const bool packed = all_aligned && width % kPerVector<T> == 0;
   const int64_t items = rows * (packed ? width / kPerVector<T> : width);
   if (items == 0) return 0;
-  const auto blocks = static_cast<unsigned>((items + kThreads - 1) / kThreads);
-  const bool small = items <= 0x7FFFFFFF - kThreads;
-  if (packed && small) run(Size<kPerVector<T>>{}, static_cast<uint32_t>(items), blocks);
-  if (packed && !small) run(Size<kPerVector<T>>{}, items, blocks);
-  if (!packed && small) run(Size<1>{}, static_cast<uint32_t>(items), blocks);
-  if (!packed && !small) run(Size<1>{}, items, blocks);
-  return last_error();
+  return on_grid((items + kThreads - 1) / kThreads, [&](unsigned blocks) {
+    const bool small = items <= 0x7FFFFFFF - kThreads;
+    if (packed && small) run(Size<kPerVector<T>>{}, static_cast<uint32_t>(items), blocks);
+    if (packed && !small) run(Size<kPerVector<T>>{}, items, blocks);
+    if (!packed && small) run(Size<1>{}, static_cast<uint32_t>(items), blocks);
+    if (!packed && !small) run(Size<1>{}, items, blocks);
+  });
 }
 
 }  // namespace

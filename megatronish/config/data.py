@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, GetJsonSchemaHandler, ValidationError, field_validator, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from megatronish.config.base import ConfigError, Frozen, explain
 
@@ -119,6 +121,14 @@ class DataConfig(Frozen):
     def corpora(self) -> tuple[Corpus, ...]:
         """The datasets, one or several."""
         return (Corpus(path=self.path),) if isinstance(self.path, str) else self.path
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The short forms of `path` are no error in an editor."""
+        schema = handler(core)
+        listed = handler.resolve_ref_schema(schema)["properties"]["path"]["anyOf"][1]
+        listed["items"] = {"anyOf": [listed["items"], {"type": "string"}, {"type": "number"}]}
+        return schema
 
 
 def _is_number(item: Any) -> bool:

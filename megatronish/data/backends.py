@@ -35,7 +35,7 @@ class Encoder(ABC):
 
     name: str
     checked = False
-    batch_bytes = 1 << 18
+    batch_bytes = 1 << 17
 
     def __init__(self, reference: Tokenizer) -> None:
         self.reference = reference

@@ -309,7 +309,7 @@ def split_text(text: str, limit: int) -> Iterator[str]:
                 end -= 1
             if end == start:
                 end = start + limit
-                while raw[end] & 0xC0 == 0x80:
+                while end < len(raw) and raw[end] & 0xC0 == 0x80:
                     end += 1
         yield raw[start:end].decode("utf-8")
         start = end

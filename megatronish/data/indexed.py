@@ -185,9 +185,10 @@ def _read_index(path: Path) -> tuple[int, np.ndarray, np.ndarray]:
         raise DataError(f"{path}: dtype code {code} is not a token type; known: {known}")
     expected = HEADER.size + 12 * sequences + 8 * boundaries
     if size != expected:
+        other = ", or a multimodal data set's (a mode for each sequence), which this does not read"
         raise DataError(
             f"{path}: {size:,} bytes, but its header ({sequences:,} sequences, {boundaries:,} document boundaries) "
-            f"describes {expected:,}; it is truncated or corrupt; make the data set again"
+            f"describes {expected:,}; it is truncated or corrupt{other if size == expected + sequences else ''}; make the data set again"
         )
     lengths = np.fromfile(path, dtype="<i4", count=sequences, offset=HEADER.size)
     document_boundaries = np.fromfile(path, dtype="<i8", count=boundaries, offset=HEADER.size + 12 * sequences)

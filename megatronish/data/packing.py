@@ -66,7 +66,8 @@ class TokenStream:
 
     def _few_windows(self, begins: list[int], length: int) -> Rows:
         """The same, row by row in plain Python: for a few rows faster than the fixed cost of the array operations."""
-        starts, sources = [], []
+        starts: list[int] = []
+        sources: list[int] = []
         for row, begin in enumerate(begins):
             first = int(self.stream_starts.searchsorted(begin, "right")) - 1
             last = int(self.stream_starts.searchsorted(begin + length, "left"))

@@ -126,7 +126,6 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         added = self._tokenizer.get_added_tokens_decoder()
-        self.spec = spec
         self._special_ids: set[int] = {i for i, token in added.items() if token.special}
         if self.eod_id is not None:
             self._special_ids.add(self.eod_id)
@@ -134,14 +133,21 @@ class HuggingFaceTokenizer(Tokenizer):
         self._added = added
         self._token_bytes: dict[int, bytes] | None = None
 
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The JSON, parsed anew: as Python objects it would take tens of megabytes in every worker."""
+        return orjson.loads(self._source)
+
     def plain_spec(self) -> dict[str, Any]:
         """The JSON with nothing that could turn text into a special token, for libraries that cannot be told not to."""
-        kept = [token for token in self.spec.get("added_tokens") or [] if token["id"] not in self._special_ids]
-        return self.spec | {"added_tokens": kept, "post_processor": None, "truncation": None, "padding": None}
+        spec = self.spec
+        kept = [token for token in spec.get("added_tokens") or [] if token["id"] not in self._special_ids]
+        return spec | {"added_tokens": kept, "post_processor": None, "truncation": None, "padding": None}
 
     def byte_ranks(self) -> dict[bytes, int] | None:
         """Bytes of each token of a byte-level BPE to its id, None where ids do not follow the order of the merges."""
-        model = self.spec["model"]
+        spec = self.spec
+        model = spec["model"]
         if not self.lossless or model.get("type") != "BPE" or any(i not in self._special_ids for i in self._added):
             return None
         vocabulary = model["vocab"]
@@ -150,7 +156,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if merged != sorted(merged):
             return None
         alphabet = byte_alphabet()
-        special = {token["content"] for token in self.spec.get("added_tokens") or []}
+        special = {token["content"] for token in spec.get("added_tokens") or []}
         return {bytes(alphabet[c] for c in token): i for token, i in vocabulary.items() if token not in special}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:

@@ -82,6 +82,7 @@ def tiktoken_tokenizer(path: str | os.PathLike[str], eod_token: str | None = Non
         if len(token) > 1:
             left, right = _last_merge(ranks, token, path)
             merges.append(["".join(letters[b] for b in part) for part in (left, right)])
+    vocabulary[EOD_TOKEN] = end  # its id may leave a gap, which an added token alone would not keep
     spec = _bpe_spec(vocabulary, merges, pattern, {EOD_TOKEN: end})
     return HuggingFaceTokenizer(json.dumps(spec, ensure_ascii=False), eod_token=eod_token, name=str(path))
 

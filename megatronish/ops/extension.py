@@ -87,6 +87,10 @@ def _register_fakes() -> None:
     def rope_qkv_(qkv: Tensor, *_: Any) -> None:
         return None
 
+    def rope_qkv_bwd(dq: Tensor, dk: Tensor, dv: Tensor, *_: Any) -> Tensor:
+        b, s, heads, d = dq.shape
+        return dq.new_empty(b, s, heads + dk.shape[2] + dv.shape[2], d)
+
     def qk_norm_rope_fwd(
         qkv: Tensor,
         q_weight: Tensor,
@@ -138,6 +142,7 @@ def _register_fakes() -> None:
         swiglu_bwd,
         rope,
         rope_qkv_,
+        rope_qkv_bwd,
         qk_norm_rope_fwd,
         qk_norm_rope_bwd,
         cross_entropy_fwd,
@@ -262,7 +267,7 @@ class FusedRopeQKV(torch.autograd.Function):
         interleaved: bool,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin, positions)
-        ctx.heads, ctx.interleaved = heads, interleaved
+        ctx.interleaved = interleaved
         packed = qkv.detach()
         torch.ops.megatronish.rope_qkv_(
             packed, cos, sin, positions, 1, heads[0], heads[1], heads[1], interleaved, False
@@ -274,12 +279,8 @@ class FusedRopeQKV(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin, positions = ctx.saved_tensors
-        q_heads, kv_heads = ctx.heads
-        packed = torch.cat((dq, dk, dv), dim=2)
-        torch.ops.megatronish.rope_qkv_(
-            packed, cos, sin, positions, 1, q_heads, kv_heads, kv_heads, ctx.interleaved, True
-        )
-        return packed, None, None, None, None, None
+        dqkv = torch.ops.megatronish.rope_qkv_bwd(dq, dk, dv, cos, sin, positions, 1, ctx.interleaved)
+        return dqkv, None, None, None, None, None
 
 
 class FusedQKNormRope(torch.autograd.Function):

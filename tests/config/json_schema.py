@@ -80,6 +80,14 @@ def _prefix_items(value: Any, wanted: Any, schema: Any, root: Any, place: str) -
     return [error for n, (item, kind) in pairs for error in violations(item, kind, root, f"{place}.{n}")]
 
 
+def _items(value: Any, wanted: Any, schema: Any, root: Any, place: str) -> list[str]:
+    if not isinstance(value, list):
+        return []
+    first = len(schema.get("prefixItems", []))
+    pairs = list(enumerate(value))[first:]
+    return [error for n, item in pairs for error in violations(item, wanted, root, f"{place}.{n}")]
+
+
 CHECKS: dict[str, Any] = {
     "type": _type,
     "$ref": _reference,
@@ -98,4 +106,5 @@ CHECKS: dict[str, Any] = {
     "minItems": lambda value, n, *rest: [f"{rest[-1]}: too few"] if isinstance(value, list) and len(value) < n else [],
     "maxItems": lambda value, n, *rest: [f"{rest[-1]}: too many"] if isinstance(value, list) and len(value) > n else [],
     "prefixItems": _prefix_items,
+    "items": _items,
 }

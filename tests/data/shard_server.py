@@ -7,11 +7,14 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+STALL_SECONDS = 0.5
 
 
 @dataclass
@@ -106,6 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         cut = self.served.random.randrange(len(body) + 1) if fault else len(body)
         self.wfile.write(body[:cut])
+        if fault == "stall":
+            self.wfile.flush()
+            time.sleep(STALL_SECONDS)
         self.close_connection = True
         if fault == "reset later":
             self._reset()

@@ -1,5 +1,7 @@
 """Unpacked samples: every token learnt once an epoch, little padding, and an order that ranks and batches do not change."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -69,7 +71,7 @@ def test_windows_permute_the_samples_and_groups_are_of_like_length(tmp_path):
         assert sorted(places.tolist()) == list(range(first, first + window))
         lengths = source.lengths(np.arange(first, first + window)).reshape(GROUPS_A_WINDOW, 8)
         edges = sorted((int(group.min()), int(group.max())) for group in lengths)
-        assert all(left[1] <= right[0] for left, right in zip(edges[:-1], edges[1:], strict=True))
+        assert all(left[1] <= right[0] for left, right in itertools.pairwise(edges))
         firsts = lengths[:, 0].tolist()
         assert firsts != sorted(firsts), "the groups themselves come in random order"
 

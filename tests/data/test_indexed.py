@@ -185,3 +185,36 @@ def test_numbers_outside_are_index_errors(tmp_path):
             reader.document(number)
         with pytest.raises(IndexError, match="1 sequences"):
             reader.sequence(number)
+
+
+def test_sequences_can_be_taken_for_documents(tmp_path):
+    writer = IndexedWriter(tmp_path / "d", "<u2")
+    for sequences in ([[1, 2], [3]], [], [[4, 5, 6]]):
+        for sequence in sequences:
+            writer.add_sequence(sequence)
+        writer.end_document()
+    writer.finalize()
+    reader = IndexedReader(tmp_path / "d", "sequence")
+    assert [reader.document(i).tolist() for i in range(reader.num_documents)] == [[1, 2], [3], [4, 5, 6]]
+    assert reader.identity != IndexedReader(tmp_path / "d").identity
+    copy = pickle.loads(pickle.dumps(reader))
+    assert copy.unit == "sequence" and copy.document_starts.tolist() == [0, 2, 3, 6]
+
+
+def test_multimodal_index_is_refused_as_what_it_is(tmp_path):
+    write(tmp_path / "d", [[1, 2, 3], [4]])
+    with open(tmp_path / "d.idx", "ab") as file:
+        file.write(b"\x00\x01")
+    with pytest.raises(DataError, match="multimodal"):
+        IndexedReader(tmp_path / "d")
+
+
+def test_a_fault_far_in_the_offsets_is_found(tmp_path):
+    """Offsets are compared in pieces; the fault lies in the second."""
+    from megatronish.data.indexed import CHECKED_AT_ONCE
+
+    count = CHECKED_AT_ONCE + 10
+    write(tmp_path / "d", [[1]] * count)
+    damage(tmp_path / "d.idx", 34 + 4 * count + 8 * (count - 3), struct.pack("<q", 7))
+    with pytest.raises(DataError, match=f"sequence {count - 3} is at byte 7 of the .bin, expected {2 * (count - 3)}"):
+        IndexedReader(tmp_path / "d")

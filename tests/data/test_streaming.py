@@ -32,7 +32,7 @@ from megatronish.data.remote import Retry
 from megatronish.data.sampler import MicroBatchSampler
 from megatronish.data.sources import NAMED, expand_counts, is_stream, parse_hub, resolve
 from megatronish.data.streaming import DocumentStream, PackedReader, StreamOptions, open_stream
-from tests.data.shard_server import shard_server
+from tests.data.shard_server import STALL_SECONDS, shard_server
 
 EOD = 256  # of the byte tokenizer
 QUICK = Retry(attempts=25, first_wait=0.001, longest_wait=0.004, timeout=5.0)
@@ -212,6 +212,18 @@ def test_a_large_body_cut_many_times_is_read_once_through(tmp_path: Path) -> Non
         assert sum(0 < offset < size for offset in offsets) >= 2, "the body was never cut"
         # It goes back only where a new epoch begins: the window behind the 60 documents is of the next one.
         assert sum(later < offset for offset, later in itertools.pairwise(offsets)) <= 1
+
+
+def test_a_connection_that_falls_silent(tmp_path: Path) -> None:
+    """A body that stops coming is dropped after the timeout and asked for again from where it stopped."""
+    make_corpus(tmp_path, "jsonl", (40,))
+    retry = Retry(attempts=25, first_wait=0.001, longest_wait=0.004, timeout=STALL_SECONDS / 5)
+    with shard_server(tmp_path) as (url, behaviour):
+        stream = open_stream(f"{url}/part-0.jsonl", options(retry=retry))
+        calm = samples(stream.open(0, 1), 40)
+        behaviour.faults, behaviour.kinds = 0.9, ("stall",)
+        assert samples(stream.open(0, 1), 40) == calm
+        assert any(asked for _, asked, _ in behaviour.requests), "nothing was asked for again"
 
 
 def test_a_server_without_ranges(tmp_path: Path) -> None:

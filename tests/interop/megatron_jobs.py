@@ -40,8 +40,8 @@ def read(prefix):
     sequences = [data[i] for i in range(len(data))]
     tokens = np.concatenate(sequences) if sequences else np.empty(0)
     return {
-        "lengths": data.sequence_lengths,
-        "boundaries": data.document_indices,
+        "lengths": data.sequence_lengths.copy(),  # the data set takes its map along
+        "boundaries": data.document_indices.copy(),
         "tokens": tokens,
         "dtype": str(data.index.dtype),
     }
@@ -70,10 +70,8 @@ def order(prefixes, weights, split, seed, seq_length, samples):
         create_attention_mask=False,
         mid_level_dataset_surplus=0.005,
     )
-    train = BlendedMegatronDatasetBuilder(GPTDataset, [samples, None, None], lambda: True, config)
-    if weights is not None:
-        train.sizes = [samples, 0, 0]
-    dataset = train.build()[0]
+    others = None if weights is None else 4
+    dataset = BlendedMegatronDatasetBuilder(GPTDataset, [samples, others, others], lambda: True, config).build()[0]
     rows = []
     for n in range(min(len(dataset), samples + 50)):
         item = dataset[n]

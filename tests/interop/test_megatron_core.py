@@ -121,7 +121,8 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs.append({"do": "order", **run, **blend, "out": f"single-{i}.npz"})
     for i, case in enumerate(BLENDS):
         prefixes = [f"trained/{name}" for name in case["prefixes"]]
-        run = {"seed": 5, "seq_length": 16, "split": SPLIT, "samples": case["samples"], "weights": case["weights"]}
+        run = {"seed": 5, "seq_length": 16, "samples": case["samples"], "weights": case["weights"]}
+        run["split"] = split_of_blend(case)
         jobs.append({"do": "order", **run, "prefixes": prefixes, "out": f"blend-{i}.npz"})
     inputs = []
     for seed in (0, 1, 2):
@@ -184,11 +185,16 @@ def test_merging_is_adding_indexes(peer: Path) -> None:
         assert Path(f"{merged}.{suffix}").read_bytes() == (peer / "merged" / f"theirs.{suffix}").read_bytes()
 
 
+def split_of_blend(case: dict[str, Any]) -> str:
+    """Without weights megatron-core fails on a part of less than one sample, such as the validation of these small sets."""
+    return SPLIT if case["weights"] else "100,0,0"
+
+
 def training_rows(
-    peer: Path, path: Any, seed: int, seq_length: int, samples: int, count: int
+    peer: Path, path: Any, seed: int, seq_length: int, samples: int, count: int, split: str = SPLIT
 ) -> tuple[np.ndarray, Any]:
     """Our first `count` samples as token rows [count, s + 1], read as a training run does."""
-    config = DataConfig(path=path, order="megatron", split=SPLIT, tokenizer="bytes")
+    config = DataConfig(path=path, order="megatron", split=split, tokenizer="bytes")
     data = open_training_data(config, seq_length=seq_length, vocab_size=257, seed=seed, samples=samples, group=4)
     return data.train.rows(np.arange(count)).tokens, data
 
@@ -212,7 +218,7 @@ def test_order_and_counts_of_a_blend(peer: Path, number: int) -> None:
     prefixes = [str(peer / "trained" / name) for name in case["prefixes"]]
     weights = case["weights"]
     path = prefixes if weights is None else [{"path": p, "weight": w} for p, w in zip(prefixes, weights, strict=True)]
-    rows, data = training_rows(peer, path, 5, 16, case["samples"], len(theirs["rows"]))
+    rows, data = training_rows(peer, path, 5, 16, case["samples"], len(theirs["rows"]), split_of_blend(case))
     assert isinstance(data.train, MegatronBlend)
     source_of, number_of = data.train.places(np.arange(data.train.size))
     assert source_of.tolist() == theirs["source_of"].tolist()

@@ -15,7 +15,6 @@ from megatronish.ops import attention_cpu
 from megatronish.ops.attention import attention
 from megatronish.ops.attention_mask import attention_mask
 from megatronish.ops.extension import EXTENSION
-from tests.ops.test_fused import level  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not EXTENSION.cpu, reason=EXTENSION.cpu_problem or "built")
 FLOOR = {torch.float32: 4e-7, torch.bfloat16: 0.0, torch.float16: 0.0}
@@ -57,7 +56,7 @@ def _error(x: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("form", ["causal", "window", "documents", "both"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_is_within_twice_that_of_sdpa(
-    level: str,  # noqa: F811
+    level: str,
     shape: tuple[int, int, int, int, int],
     form: str,
     dtype: torch.dtype,
@@ -82,7 +81,7 @@ def test_error_is_within_twice_that_of_sdpa(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_scores_and_values_that_are_no_numbers(level: str, dtype: torch.dtype) -> None:  # noqa: F811
+def test_large_scores_and_values_that_are_no_numbers(level: str, dtype: torch.dtype) -> None:
     q, k, v = (_packed(1, 130, 1, 0, 32, dtype) * factor for factor in (90, 90, 1))
     scores = (q[0, :, 0].double() @ k[0, :, 0].double().T * 32**-0.5).masked_fill(
         ~torch.ones(130, 130).tril().bool(), -1e9

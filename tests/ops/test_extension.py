@@ -54,6 +54,8 @@ def _samples(dtype: torch.dtype) -> list[tuple[str, tuple[object, ...]]]:
         ("rope", (heads[:, :, 1:3], COS, SIN, None, 4, True, True)),
         ("rope_qkv_", (heads, COS, SIN, POSITIONS, 1, 2, 1, 1, False, False)),
         ("rope_qkv_", (heads, COS, SIN, None, 2, 1, 1, 0, True, True)),
+        ("rope_qkv_bwd", (*parts, COS, SIN, POSITIONS, 1, False)),
+        ("rope_qkv_bwd", (parts[0].transpose(1, 2).contiguous().transpose(1, 2), *parts[1:], COS, SIN, None, 1, True)),
         ("qk_norm_rope_fwd", (heads, *norms, COS, SIN, POSITIONS, 0, [1, 2, 1, 1], 1e-6, 0.0, False)),
         ("qk_norm_rope_fwd", (heads, *norms, COS, SIN, None, 4, [2, 1, 0, 1], 1e-6, 1.0, True)),
         ("qk_norm_rope_bwd", (*parts, heads, *norms, COS, SIN, None, sizes, 3, [1, 2, 1, 1], 0.0, False, True)),
@@ -271,6 +273,17 @@ OP_REFUSED = [
         (LOGITS, LABELS, *[LOGITS[:, 0].double()] * 3, 0, -100),
         "grad: expected float32, got float64",
     ),
+    (
+        "rope_qkv_bwd",
+        (X, X[:, 1:], X, COS, SIN, None, 1, False),
+        r"dk: expected shape \[2, 5, 4, 10\], got \[2, 4, 4, 10\]",
+    ),
+    (
+        "rope_qkv_bwd",
+        (X, X, X[:, :, :3], COS, SIN, None, 2, False),
+        "groups: expected a divisor of the q, k and v heads",
+    ),
+    ("rope_qkv_bwd", (X, X, X.double(), COS, SIN, None, 1, False), "dv: expected"),
     ("rope_qkv_", (X.mT, COS[:, :2], SIN[:, :2], None, 1, 8, 1, 1, False, False), r"rope_qkv_: qkv: expected strides"),
 ]
 

@@ -171,6 +171,33 @@ def test_rope_qkv_in_groups(level: str, interleaved: bool) -> None:
     torch.testing.assert_close(back, _random(2, 7, 12, 16, dtype=torch.float32), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_qkv_backward_takes_gradients_wherever_they_lie(level: str, interleaved: bool, dtype: torch.dtype) -> None:
+    """Of attention: heads before tokens, channels apart, or one number for all; in groups as in Megatron's layout."""
+    cos, sin = _tables(8)
+    positions = torch.arange(14, dtype=torch.int32).view(2, 7).flip(1).contiguous()
+    dq, dk, dv = (_random(2, 7, heads, 24, dtype=dtype, seed=heads) for heads in (6, 3, 2 * 3))
+    grouped = [part.unflatten(2, (3, part.shape[2] // 3)) for part in (dq, dk, dv)]
+    rotate = torch.ops.megatronish.rope
+    expected = torch.cat(
+        [rotate(part.flatten(2, 3), cos, sin, positions, 0, interleaved, True).view_as(part) for part in grouped[:2]]
+        + [grouped[2]],
+        dim=3,
+    ).flatten(2, 3)
+    backward = torch.ops.megatronish.rope_qkv_bwd
+    heads_first = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in (dq, dk, dv)]
+    apart = [torch.stack((part, part), dim=-1)[..., 0] for part in (dq, dk, dv)]
+    for parts in ((dq, dk, dv), heads_first, apart):
+        assert torch.equal(backward(*parts, cos, sin, positions, 3, interleaved), expected)
+    one = torch.ones((), dtype=dtype)
+    same = backward(one.expand_as(dq), one.expand_as(dk), one.expand_as(dv), cos, sin, positions, 3, interleaved)
+    full = [torch.ones_like(part) for part in (dq, dk, dv)]
+    assert torch.equal(same, backward(*full, cos, sin, positions, 3, interleaved))
+    empty = backward(dq[:, :0], dk[:, :0], dv[:, :0], cos, sin, None, 3, interleaved)
+    assert empty.shape == (2, 0, 15, 24)
+
+
 def _run_all(x: Tensor, weight: Tensor, call: Callable[[Tensor], Tensor] = lambda y: y) -> list[Tensor]:
     """Every operator forward on x [b, s, h, d] and backward from `call(output)`."""
     cos, sin = _tables(x.shape[-1] // 2)

@@ -68,6 +68,14 @@ def _all_results(width: int, dtype: torch.dtype, rows: int = 37) -> list[Tensor]
             results += [
                 OPS.rope(part, cos, sin, None, 0, interleaved, interleaved) for part in (heads, heads[:, :, 1:3])
             ]
+            packed = heads.clone()
+            OPS.rope_qkv_(packed, cos, sin, None, 1, 2, 1, 1, interleaved, False)
+            gradients = heads.split((2, 1, 1), dim=2)
+            results += [packed, OPS.rope_qkv_bwd(*gradients, cos, sin, None, 1, interleaved)]
+            if width > 1024:  # the widest head of QK-norm
+                continue
+            norms = (_random(width, dtype=dtype, seed=5), _random(width, dtype=dtype, seed=6))
+            results += OPS.qk_norm_rope_fwd(heads, *norms, cos, sin, None, 0, [1, 2, 1, 1], 1e-6, 0.0, interleaved)
     return results
 
 

@@ -14,6 +14,7 @@ from megatronish.config.base import UserError
 from megatronish.config.run import RunConfig
 from megatronish.data.training_data import open_training_data
 from megatronish.parallel.startup import Rank
+from megatronish.training.state import load_streams, save_streams
 from tests.data.test_streaming import make_texts, write_shard
 from tests.distributed import run_ranks
 from tests.runs import make_dataset, small_run
@@ -92,3 +93,14 @@ def test_what_a_stream_cannot_do_is_said(tmp_path: Path) -> None:
             "unused", tmp_path / "run", {"megatronish": {"data": {"path": text, "tokenizer": "bytes"}}}
         ).megatronish
         open_training_data(run.data, seq_length=32, vocab_size=100, seed=1, samples=100, group=4)
+
+
+def test_stream_states_on_the_disk(tmp_path: Path) -> None:
+    """None without streams; a file that cannot be read ends the run before it would read other text."""
+    save_streams(tmp_path, 0, None)
+    assert not list(tmp_path.iterdir()) and load_streams(tmp_path, 0) is None
+    save_streams(tmp_path, 3, {"parts": {"0": {"byte": 7}}})
+    assert load_streams(tmp_path, 3) == {"parts": {"0": {"byte": 7}}} and load_streams(tmp_path, 2) is None
+    next(tmp_path.iterdir()).write_text("{")
+    with pytest.raises(UserError, match="streams-rank-00003.json: cannot be read"):
+        load_streams(tmp_path, 3)

@@ -101,8 +101,9 @@ def operators() -> dict[str, Operator]:
         ),
         "rope_qkv_": Operator(
             shapes=lambda rows, width: [(1, rows, width // HEAD_DIM + 2 * kv_heads_of(width), HEAD_DIM)],
-            # The queries and keys, not the values: 1 + 1 / 4 of the width for four queries a key.
-            moved=(2 + 2 / QUERIES_PER_KV_HEAD, 2 + 2 / QUERIES_PER_KV_HEAD),
+            # Forward the queries and keys, not the values: 1 + 1 / 4 of the width for four queries a key. Backward the three
+            # gradients, and the packed one that they are brought together in.
+            moved=(2 + 2 / QUERIES_PER_KV_HEAD, 2 + 4 / QUERIES_PER_KV_HEAD),
             fused=fused_rope_qkv,
             reference=partial(separate_rope_qkv, reference.rope),
             others={"eager": partial(separate_rope_qkv, eager_rope)},
