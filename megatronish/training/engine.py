@@ -29,6 +29,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -47,6 +48,8 @@ from megatronish.model.transformer import IGNORED_LABEL, Transformer
 from megatronish.parallel.layers import is_copy
 from megatronish.parallel.mesh import Axis, ParallelMesh
 from megatronish.parallel.whole import collect_whole, parts_of
+from megatronish.training.fragments import SavedFragments
+from megatronish.training.held_state import HeldState, can_move
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
 
 NEVER = 1 << 60
@@ -144,6 +147,7 @@ class Engine:
         stage, low_precision = config.deepspeed.zero_optimization.stage, config.deepspeed.dtype != "fp32"
         self._own_norm = stage == 0 and not low_precision
         self._stage3 = stage == 3
+        self._can_move = can_move(config)
         if stage == 0 and low_precision:
             self._engine.optimizer.optimizer.state.clear()
 
@@ -206,15 +210,25 @@ class Engine:
         """The rate of the first parameter group."""
         return self._engine.optimizer.param_groups[0]["lr"]
 
-    def save(self, folder: str, tag: str) -> None:
-        """Write the engine's state (weights, moments, loss scale) to folder/tag. Every rank calls it."""
-        self._engine.save_checkpoint(folder, tag=tag, save_latest=False)
+    def save(self, folder: Path, tag: str) -> None:
+        """Write the engine's state (master weights, moments, loss scale) to folder/tag. Every rank calls it.
 
-    def load(self, folder: str, tag: str) -> None:
-        """Read what `save` wrote under the same number of ranks and ZeRO stage. Every rank calls it."""
-        path, _ = self._engine.load_checkpoint(folder, tag=tag)
-        if path is None:
+        Where the optimizer is one of which DeepSpeed alone knows the layout (see `can_move`), DeepSpeed writes it.
+        """
+        if self._can_move:
+            self._held_state().save(folder / tag, dist.get_rank())
+        else:
+            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Read what `save` wrote; what DeepSpeed wrote, under the same layout only. Every rank calls it."""
+        if saved := SavedFragments(folder / tag):
+            self._held_state().load(saved)
+        elif self._engine.load_checkpoint(str(folder), tag=tag)[0] is None:
             raise FileNotFoundError(f"{folder}/{tag} holds no DeepSpeed checkpoint.")
+
+    def _held_state(self) -> HeldState:
+        return HeldState(self._engine.module.model, self._engine.optimizer, self.mesh)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Whole weights in the training dtype, on the first rank (elsewhere empty). Every rank calls it."""

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatronish.config.base import ConfigError, UserError
+from megatronish.config.model import ModelConfig
 from megatronish.config.parallel import ParallelConfig
 from megatronish.config.run import BatchPlan, RunConfig
 from megatronish.data.dataset import Dataset, check_tokenizer_fits
@@ -40,6 +41,8 @@ from megatronish.training.engine import (
     start_process_group,
     stop_process_group,
 )
+from megatronish.training.fragments import SavedFragments
+from megatronish.training.held_state import can_move
 from megatronish.training.memory import fit_to_host
 from megatronish.training.monitor import Monitor, clock
 from megatronish.training.peak import Peak, find_peak
@@ -65,6 +68,7 @@ class Prepared:
     run_dir: Path
     resume_from: Path | None
     state: TrainState
+    moved: str = ""  # how the layout differs from that of the checkpoint
 
 
 def prepare(config: RunConfig, rank: Rank) -> Prepared:
@@ -86,14 +90,16 @@ def prepare(config: RunConfig, rank: Rank) -> Prepared:
     check_writable(run_dir)
     state = TrainState.start(config, plan, data.fingerprint, data.order)
     found = CheckpointStore(run_dir, ours.train.keep_last, rank.is_first, lambda: None).find(ours.train.resume)
-    if found is not None:
-        check_same_model(found, config)
-        check_same_tokenizer(found, data)
-        check_engine_state(found)
-        saved = TrainState.load(found)
-        saved.check_continues(state, found)
-        state = saved
-    return Prepared(config, plan, data, run_dir, found, state)
+    if found is None:
+        return Prepared(config, plan, data, run_dir, found, state)
+    check_same_model(found, config)
+    check_same_tokenizer(found, data)
+    moves = check_engine_state(found, ours.model) and can_move(config)
+    saved = TrainState.load(found)
+    moved = saved.moved(state)
+    state = saved.continue_as(state, found, moves=moves)
+    check_streams(found, saved, state)
+    return Prepared(config, plan, data, run_dir, found, state, moved)
 
 
 def check_same_model(checkpoint: Path, config: RunConfig) -> None:
@@ -126,12 +132,30 @@ def check_same_tokenizer(checkpoint: Path, data: TrainingData) -> None:
     check_tokenizer_fits(record, record.vocab_size, learned, place=data.sources[0].name)
 
 
-def check_engine_state(checkpoint: Path) -> None:
-    """Refuse a checkpoint that holds no optimizer state, such as a copy made for inference. Raises ConfigError."""
-    if not any((checkpoint / ENGINE_TAG).glob("*.pt")):
+def check_engine_state(checkpoint: Path, model: ModelConfig) -> bool:
+    """Whether the checkpoint's optimizer state can be read by any layout.
+
+    Raises ConfigError where there is none, as in a copy made for inference, or not all of it.
+    """
+    folder = checkpoint / ENGINE_TAG
+    if saved := SavedFragments(folder):
+        with torch.device("meta"):
+            saved.check_whole(name for name, _ in Transformer(model, seed=None).named_parameters())
+        return True
+    if not any(folder.glob("*.pt")):
         raise ConfigError(
-            f"{checkpoint / ENGINE_TAG} holds no training state, so this checkpoint can be read but not continued. "
+            f"{folder} holds no training state, so this checkpoint can be read but not continued. "
             "Use another one, or begin afresh with --train.resume never and another --train.save_dir."
+        )
+    return False
+
+
+def check_streams(checkpoint: Path, saved: TrainState, now: TrainState) -> None:
+    """Refuse to divide streamed text anew among other ranks. Raises ConfigError."""
+    if saved.data_size != now.data_size and load_streams(checkpoint, 0) is not None:
+        raise ConfigError(
+            f"{checkpoint} was saved with {saved.data_size} data-parallel ranks, each in a place of its own in streamed text; "
+            f"this run has {now.data_size}. Start with {saved.data_size} to continue it."
         )
 
 
@@ -172,7 +196,7 @@ class _Trainer:
         model = build_model(run.config, run.plan, self.mesh)
         self.engine = start_engine(model, run.config, run.plan, self.mesh)
         if run.resume_from:
-            self.engine.load(str(run.resume_from), ENGINE_TAG)
+            self.engine.load(run.resume_from, ENGINE_TAG)
         sampler = MicroBatchSampler(
             self.state.samples, run.plan.samples, run.plan.micro, self.mesh.dp.rank, run.plan.data_size
         )
@@ -183,7 +207,7 @@ class _Trainer:
             num_workers=ours.data.num_workers,
             prefetch=2 * run.plan.accumulation,
             pin_memory=self.device.type == "cuda",
-            stream_states=load_streams(run.resume_from, rank.rank) if run.resume_from else None,
+            stream_states=load_streams(run.resume_from, self.mesh.dp.rank) if run.resume_from else None,
         )
         self.monitor = None
         if rank.is_first:
@@ -266,8 +290,10 @@ class _Trainer:
         weights = self.engine.weights()
 
         def write(folder: Path) -> None:
-            self.engine.save(str(folder), ENGINE_TAG)
-            save_streams(folder, self.rank.rank, self.loader.stream_states())
+            self.engine.save(folder, ENGINE_TAG)
+            streams = self.loader.stream_states()
+            if self.mesh.tp.rank == self.mesh.sp.rank == self.mesh.pp.rank == 0:  # the others read what this one reads
+                save_streams(folder, self.mesh.dp.rank, streams)
             if self.rank.is_first:
                 save_model(folder, weights, self.run.config.megatronish.model, metadata={"step": str(done)})
                 copy_tokenizer(self.run.data, folder)
@@ -314,7 +340,7 @@ class _Trainer:
         if peak:
             print(f"MFU is of {peak.flops / 1e12:.4g} TFLOP/s: {peak.source}")
         if run.resume_from:
-            print(f"continuing {run.resume_from} at step {run.state.step}")
+            print(f"continuing {run.resume_from} at step {run.state.step}" + (f": {run.moved}" if run.moved else ""))
 
 
 def build_model(config: RunConfig, plan: BatchPlan, mesh: ParallelMesh) -> Transformer:
