@@ -201,6 +201,12 @@ class Engine:
         self._engine.train()
         return total[0], total[1]
 
+    @property
+    def module(self) -> nn.Module:
+        """What DeepSpeed runs for each micro batch."""
+        module: nn.Module = self._engine.module
+        return module
+
     def weight_bytes(self) -> int:
         """Bytes of the weights that this rank holds between steps, in the training dtype."""
         held = self._engine.module.parameters()
@@ -216,18 +222,19 @@ class Engine:
         Where the optimizer is one of which DeepSpeed alone knows the layout (see `can_move`), DeepSpeed writes it.
         """
         if self._can_move:
-            self._held_state().save(folder / tag, dist.get_rank())
+            self.held_state().save(folder / tag, dist.get_rank())
         else:
             self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> None:
         """Read what `save` wrote; what DeepSpeed wrote, under the same layout only. Every rank calls it."""
         if saved := SavedFragments(folder / tag):
-            self._held_state().load(saved)
+            self.held_state().load(saved)
         elif self._engine.load_checkpoint(str(folder), tag=tag)[0] is None:
             raise FileNotFoundError(f"{folder}/{tag} holds no DeepSpeed checkpoint.")
 
-    def _held_state(self) -> HeldState:
+    def held_state(self) -> HeldState:
+        """What this rank holds of the optimizer's state."""
         return HeldState(self._engine.module.model, self._engine.optimizer, self.mesh)
 
     def weights(self) -> dict[str, torch.Tensor]:

@@ -94,6 +94,23 @@ class HeldState:
             setattr(scaler, key, type(getattr(scaler, key))(saved.scalars[key]))
         self._update_weights()
 
+    def optimizer_bytes(self) -> int:
+        """Bytes of the moments, and of the master weights where they are not the model's own."""
+        own = {id(p) for p in self._model.parameters()}
+        masters = [flat for flat in self._flat_tensors() if id(flat) not in own]
+        states = [value for flat in self._flat_tensors() for value in self._torch.state[flat].values()]
+        return _bytes([*masters, *(value for value in states if isinstance(value, Tensor) and value.ndim)])
+
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients held now: as autograd left them, and as DeepSpeed gathers them up."""
+        found = [p.grad for p in self._model.parameters() if p.grad is not None]
+        for name in ("averaged_gradients", "all_grad_tensors", "fp32_groups_gradients_flat", "grad_partitions_flat_buffer"):
+            kept = getattr(self._optimizer, name, None)
+            lists = kept.values() if isinstance(kept, dict) else [kept] if isinstance(kept, Tensor | list) else []
+            for some in lists:
+                found += [item for item in ([some] if isinstance(some, Tensor) else some or []) if item is not None]
+        return _bytes(found)
+
     def _is_writer(self) -> bool:
         """Whether this rank's numbers are no copies of another data-parallel rank's."""
         return self._is_zero3 or self._is_partitioned or self._mesh.data.rank == 0
@@ -104,7 +121,8 @@ class HeldState:
     def _places(self) -> Iterator[tuple[str, Place]]:
         """Where each parameter of this rank is, with its own name."""
         masters = self._unfused_masters() if self._is_unfused else {}
-        for name, p in self._model.named_parameters():
+        named: Iterator[tuple[str, Any]] = self._model.named_parameters()  # Any: DeepSpeed adds attributes
+        for name, p in named:
             if not p.requires_grad:
                 continue
             if self._is_zero3:
@@ -112,10 +130,13 @@ class HeldState:
                 start = length * self._mesh.data.rank  # the last ranks' parts are filled up
                 flat, stop = self._optimizer.fp32_partitioned_groups_flat[group], min(start + length, p.ds_numel)
             elif self._is_partitioned:
-                mapping = getattr(p, "_hp_mapping", None)
+                mapping = p._hp_mapping
                 if mapping is None:
                     continue
-                flat, at = self._torch.param_groups[mapping.param_group_index]["params"][0], mapping.hp_fragment_address.start
+                flat, at = (
+                    self._torch.param_groups[mapping.param_group_index]["params"][0],
+                    mapping.hp_fragment_address.start,
+                )
                 start = mapping.lp_fragment_address.start
                 stop = start + mapping.lp_fragment_address.numel
             else:
@@ -153,6 +174,16 @@ class HeldState:
         elif self._is_unfused:
             for low, high in self._unfused_masters().items():
                 low.detach().copy_(high)
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    """Of the memory behind contiguous tensors; where they overlap it is counted once."""
+    runs = sorted((tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in tensors)
+    total, end = 0, 0
+    for start, length in runs:
+        total += max(0, start + length - max(start, end))
+        end = max(end, start + length)
+    return total
 
 
 def _is_moment(value: Any, flat: Tensor) -> bool:
