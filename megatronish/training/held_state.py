@@ -104,7 +104,12 @@ class HeldState:
     def gradient_bytes(self) -> int:
         """Bytes of the gradients held now: as autograd left them, and as DeepSpeed gathers them up."""
         found = [p.grad for p in self._model.parameters() if p.grad is not None]
-        for name in ("averaged_gradients", "all_grad_tensors", "fp32_groups_gradients_flat", "grad_partitions_flat_buffer"):
+        for name in (
+            "averaged_gradients",
+            "all_grad_tensors",
+            "fp32_groups_gradients_flat",
+            "grad_partitions_flat_buffer",
+        ):
             kept = getattr(self._optimizer, name, None)
             lists = kept.values() if isinstance(kept, dict) else [kept] if isinstance(kept, Tensor | list) else []
             for some in lists:
