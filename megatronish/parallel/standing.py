@@ -71,9 +71,7 @@ class Sampler:
 
     def standing(self) -> Standing:
         """As of the last sample."""
-        return Standing(
-            self.step, self.phase, self._collective, self._place, self._still, self._waits, self._samples
-        )
+        return Standing(self.step, self.phase, self._collective, self._place, self._still, self._waits, self._samples)
 
     def _read(self, stack: list[FrameType]) -> tuple[str, str]:
         """Name of the collective that a stack (innermost frame first) waits in, or '', and the line of ours that leads there."""

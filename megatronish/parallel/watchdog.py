@@ -234,7 +234,9 @@ class Watchdog:
         if text:
             _write(f"error: {text}")
         if text and status == STOPPED:
-            _write(f"Stacks of the ranks: {self._stacks_path.parent}. The same command goes on from the last checkpoint.")
+            _write(
+                f"Stacks of the ranks: {self._stacks_path.parent}. The same command goes on from the last checkpoint."
+            )
         if self._meeting.rank == 0:
             self._links.send_all({"stop": status, "kill": kill})
             self._links.flush(1.0)

@@ -168,7 +168,9 @@ def start_watchdog(meeting: Meeting, config: RunConfig) -> AbstractContextManage
     train, on_cpu = config.megatronish.train, not has_gpu()
     if not train.hang_timeout:
         return nullcontext()
-    compare = on_cpu and config.megatronish.parallel.pipeline == 1  # pipeline stages wait for one another by their nature
+    compare = (
+        on_cpu and config.megatronish.parallel.pipeline == 1
+    )  # pipeline stages wait for one another by their nature
     return Watchdog(meeting, train.hang_timeout, Path(train.save_dir), count_cpu=on_cpu, compare=compare)
 
 
