@@ -74,8 +74,9 @@ def collective_failed(place: Place, text: str, standings: Mapping[int, Standing]
 
 
 def failed(place: Place, text: str, standing: Standing | None) -> str:
-    """A rank ended with an error of its own, which its output shows in full."""
-    return f"{place} failed{_at(standing)}:{chr(10) if chr(10) in text else ' '}{text}"
+    """A rank ended with an error of its own: a message, or a traceback."""
+    when = f" at step {standing.step} ({standing.phase})" if standing else ""
+    return f"{place} failed{when}:{chr(10) if chr(10) in text else ' '}{text}"
 
 
 def slow(
