@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatronish.parallel.ending import run_program
 from megatronish.parallel.startup import free_port
@@ -74,15 +75,23 @@ def start_ranks(
             pids[rank] = pid
             continue
         os.environ.update(
-            RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_RANK=str(rank),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
         )
-        descriptor = os.open(out, os.O_WRONLY | os.O_APPEND)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.stdout = open(1, "w", buffering=1, closefd=False)  # pytest's capture must not take it
-        sys.stderr = open(2, "w", buffering=1, closefd=False)
-        import torch
-
-        torch.set_num_threads(1)
-        run_program(lambda: function(rank, *args) or 0)
+        _be_rank(out, partial(function, rank, *args))
     return FaultyRanks(folder, pids)
+
+
+def _be_rank(out: Path, function: Callable[[], int | None]) -> NoReturn:
+    """In the child: run `function` with its output in `out`, past pytest's capture."""
+    import torch
+
+    descriptor = os.open(out, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
+    torch.set_num_threads(1)
+    run_program(lambda: function() or 0)

@@ -107,7 +107,12 @@ def test_two_sizes_of_the_world() -> None:
 def test_a_taken_port() -> None:
     """Another run's rank 0 listens there: this one's does not join it."""
     port = free_port()
-    first = threading.Thread(target=lambda: pytest.raises(LaunchError, meet, 0, 2, "127.0.0.1", port, 2.0))
+
+    def wait_in_vain() -> None:
+        with pytest.raises(LaunchError, match="rank 1 is missing"):
+            meet(0, 2, "127.0.0.1", port, 2.0)
+
+    first = threading.Thread(target=wait_in_vain)
     first.start()
     time.sleep(0.5)
     with pytest.raises(LaunchError, match=r"cannot meet the others at 127.0.0.1:\d+: .*EADDRINUSE(.|\n)*--master_port"):

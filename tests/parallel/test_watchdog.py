@@ -99,7 +99,10 @@ def test_a_rank_that_is_killed(start: Callable[..., FaultyRanks], victim: int) -
     assert statuses.pop(victim) == -signal.SIGKILL
     assert set(statuses.values()) == {STOPPED}, [ranks.said(rank) for rank in ranks.pids]
     (message,) = errors(ranks)
-    assert message.startswith(f"error: rank {victim} (") and f"pid {ranks.pids[victim]}) has ended without a word" in message
+    assert (
+        message.startswith(f"error: rank {victim} (")
+        and f"pid {ranks.pids[victim]}) has ended without a word" in message
+    )
     speaker = ranks.said(1 if victim == 0 else 0)
     assert "Likely cause: it was killed" in speaker and "Traceback" not in speaker
 
