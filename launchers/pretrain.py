@@ -9,6 +9,7 @@ import sys
 
 from megatronish.config.base import explained
 from megatronish.config.cli import parse
+from megatronish.parallel.ending import run_program
 from megatronish.parallel.startup import settle_process
 
 
@@ -24,4 +25,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megatronish import __version__
 from megatronish.config.base import ConfigError, UserError
 from megatronish.config.model import ModelConfig
 from megatronish.config.parallel import ParallelConfig
@@ -25,16 +28,17 @@ from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
 from megatronish.model.init import init_weights
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import load_config, save_model
+from megatronish.parallel.ending import SHUTDOWN_SECONDS, end_within
 from megatronish.parallel.layers import TensorParallel
+from megatronish.parallel.meeting import Meeting, meet_by_environment
 from megatronish.parallel.mesh import ParallelMesh, build_mesh
 from megatronish.parallel.pipeline import balanced_stages
 from megatronish.parallel.startup import Rank, has_gpu
+from megatronish.parallel.watchdog import Watchdog
 from megatronish.training.checkpoint import ENGINE_TAG, RUN_FILE, CheckpointStore, check_writable
 from megatronish.training.engine import (
-    SHUTDOWN_SECONDS,
     Batch,
     device,
-    end_within,
     gathered,
     partitioned_construction,
     start_engine,
@@ -169,9 +173,11 @@ def pretrain(config: RunConfig, rank: Rank) -> Path:
         if rank.is_first:
             print(f"{run.resume_from} is already at step {run.state.step}: nothing left to train. Raise --train.steps.")
         return run.run_dir
-    start_process_group()
+    meeting = meet_by_environment(config.megatronish.train.start_timeout, what_ranks_share(config))
     try:
-        _Trainer(run, rank).train()
+        with start_watchdog(meeting, config) as watchdog:
+            start_process_group(meeting=meeting)
+            _Trainer(run, rank, watchdog).train()
     except BaseException:
         end_within(SHUTDOWN_SECONDS, status=1)  # peers may wait for this rank in a collective: the launcher ends them
         raise
@@ -179,10 +185,28 @@ def pretrain(config: RunConfig, rank: Rank) -> Path:
     return run.run_dir
 
 
+def what_ranks_share(config: RunConfig) -> dict[str, str]:
+    """What every rank must have been told alike."""
+    digest = hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode()).hexdigest()
+    return {"configuration": digest[:12], "megatronish_version": __version__, "torch_version": torch.__version__}
+
+
+def start_watchdog(meeting: Meeting, config: RunConfig) -> AbstractContextManager[Watchdog | None]:
+    """Watch this rank and the run, unless train.hang_timeout is 0."""
+    train, on_cpu = config.megatronish.train, not has_gpu()
+    if not train.hang_timeout:
+        return nullcontext()
+    compare = (
+        on_cpu and config.megatronish.parallel.pipeline == 1
+    )  # pipeline stages wait for one another by their nature
+    return Watchdog(meeting, train.hang_timeout, Path(train.save_dir), count_cpu=on_cpu, compare=compare)
+
+
 class _Trainer:
     """The loop of one rank."""
 
-    def __init__(self, run: Prepared, rank: Rank) -> None:
+    def __init__(self, run: Prepared, rank: Rank, watchdog: Watchdog | None) -> None:
+        self._watchdog = watchdog
         ours = run.config.megatronish
         self.run, self.rank, self.train_config, self.schedule = run, rank, ours.train, ours.schedule
         self.device, self.state = device(), run.state
@@ -213,6 +237,10 @@ class _Trainer:
         if rank.is_first:
             self.monitor = Monitor(run.config, run.run_dir, self.state.step, self.flops, peak, self.device)
 
+    def _mark(self, phase: str, step: int) -> None:
+        if self._watchdog:
+            self._watchdog.mark(phase, step)
+
     def train(self) -> None:
         """Steps up to the last one, then the loader and the logs are closed."""
         try:
@@ -227,6 +255,7 @@ class _Trainer:
         losses: list[torch.Tensor] = []
         tokens: list[torch.Tensor] = []
         for step in range(self.state.step, config.steps):
+            self._mark("training", step)
             torch.manual_seed(step_seed(config.seed, step, random_stream(self.mesh, self.run.config)))
             batches = [to_device(next(self.loader), self.device) for _ in range(plan.accumulation)]
             share = rate_share(step, config.steps, self.schedule)
@@ -269,6 +298,7 @@ class _Trainer:
     def _validate(self, done: int) -> bool:
         """Loss on the held-out documents; returns whether it is the lowest so far."""
         ours, plan = self.run.config.megatronish, self.run.plan
+        self._mark("validating", done)
         start = time.monotonic()
         windows = ours.train.eval_tokens and max(1, ours.train.eval_tokens // ours.model.seq_length)
         batches = self.run.data.validation_batches(
@@ -286,6 +316,7 @@ class _Trainer:
         return is_best
 
     def _save(self, done: int, is_best: bool) -> None:
+        self._mark("saving", done)
         start = time.monotonic()
         weights = self.engine.weights()
 
