@@ -43,7 +43,7 @@ _WITHOUT_EFFECT = frozenset(
 _ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"})
 _ALL_SCALINGS = ("linear", "llama3", "yarn")
 # Ours that no forward pass in evaluation mode reads.
-_TRAINING_ONLY = frozenset(
+TRAINING_ONLY = frozenset(
     {"preset", "from_hf", "init_std", "init_scale_residual", "embedding_dropout", "attention_dropout", "residual_dropout"}
 )
 _SPECIAL = frozenset(  # handled by name below
@@ -351,7 +351,7 @@ def obstacles(config: ModelConfig, family: Family) -> list[str]:
     covered = {name for targets, _ in family.fields.values() for name in ([targets] if isinstance(targets, str) else targets)}
     for name, info in ModelConfig.model_fields.items():
         value = getattr(config, name)
-        if name in covered or name in _TRAINING_ONLY or name in _SPECIAL:
+        if name in covered or name in TRAINING_ONLY or name in _SPECIAL:
             continue
         if name == "num_kv_heads":
             value, fixed = config.resolved_kv_heads, config.num_attention_heads
@@ -360,7 +360,7 @@ def obstacles(config: ModelConfig, family: Family) -> list[str]:
         if value != fixed and not (name == "norm_bias" and config.norm == "rmsnorm"):
             found.append(f"{name} {value!r} (there: {fixed!r})")
     for targets, _ in family.fields.values():
-        if not isinstance(targets, str) and not set(targets) <= _TRAINING_ONLY:
+        if not isinstance(targets, str) and not set(targets) <= TRAINING_ONLY:
             values = {name: getattr(config, name) for name in targets}
             if len(set(values.values())) > 1:
                 found.append(f"{' and '.join(f'{name} {value!r}' for name, value in values.items())} (there: the same)")

@@ -15,10 +15,18 @@ from torch import Tensor
 
 from megatronish.config.base import UserError
 from megatronish.config.files import sync, sync_tree, write_whole
-from megatronish.config.huggingface import CONFIG_JSON, FAMILIES, from_huggingface, read_config, to_huggingface
+from megatronish.config.huggingface import (
+    CONFIG_JSON,
+    FAMILIES,
+    TRAINING_ONLY,
+    from_huggingface,
+    obstacles,
+    read_config,
+    to_huggingface,
+)
 from megatronish.config.model import ModelConfig
 from megatronish.interop.shards import DTYPES, Entry, ShardedFolder, TensorFileWriter, check_space, write_shards
-from megatronish.interop.tokenizer_files import Carried, carry_tokenizer, find_origin, special_ids, write_tokenizer
+from megatronish.interop.tokenizer_files import ORIGIN_FILE, Carried, carry_tokenizer, find_origin, special_ids, write_tokenizer
 from megatronish.interop.weight_names import Layout
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import CONFIG_FILE, WEIGHTS_FILE, open_model, weights_header
@@ -26,6 +34,7 @@ from megatronish.model.weights import CONFIG_FILE, WEIGHTS_FILE, open_model, wei
 _TIED = "head.weight"
 # Buffers that older releases of transformers saved with the weights; they follow from config.json.
 _BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+_STAMPS = frozenset({"torch_dtype", "dtype", "transformers_version", "_name_or_path"})
 Progress = Callable[[int, int], None]  # bytes just done, bytes of all
 
 
@@ -188,13 +197,14 @@ def export_model(
 
 
 def _their_config(config: ModelConfig, model_type: str | None, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of `config`: as asked, else as the model it came from if that still expresses it."""
+    """config.json of `config`: as asked, else that of the model it came from, word for word where it still holds."""
     before = origin.get("model_type")
-    if model_type is None and before in FAMILIES:
-        try:
+    if model_type in (None, before) and before in FAMILIES:
+        own = from_huggingface(origin, ORIGIN_FILE)
+        if own.model_dump(exclude=set(TRAINING_ONLY)) == config.model_dump(exclude=set(TRAINING_ONLY)):
+            return {name: value for name, value in origin.items() if name not in _STAMPS}
+        if not obstacles(config, FAMILIES[before]):
             return to_huggingface(config, before)
-        except UserError:
-            pass  # changed since, for instance by a scaling that this architecture has not
     return to_huggingface(config, model_type)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
@@ -27,7 +27,7 @@ class WeightNames:
     outside: Mapping[str, str]
     inside: Mapping[str, Names]
     by_head: bool = False
-    other_names: Mapping[str, str] = MappingProxyType({})
+    other_names: Mapping[str, str] = field(default_factory=dict)
 
     def names(self, ours: str) -> tuple[str, ...]:
         """Their names of our parameter."""
