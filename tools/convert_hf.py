@@ -37,7 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export")
     read = commands.add_parser(
-        "import", allow_abbrev=False, help="a Hugging Face folder to one that generate.py, evaluate.py and serve.py open"
+        "import",
+        allow_abbrev=False,
+        help="a Hugging Face folder to one that generate.py, evaluate.py and serve.py open",
     )
     read.add_argument("source", type=Path, metavar="HF_FOLDER", help="config.json, *.safetensors, tokenizer")
     write = commands.add_parser(
@@ -46,7 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     write.add_argument("source", type=Path, metavar="RUN", help="a run's folder, one checkpoint, or an imported folder")
     write.add_argument("--which", choices=("latest", "best"), default="latest", help="checkpoint of a run (latest)")
     write.add_argument(
-        "--architecture", metavar="NAME", help="e.g. llama (as it was imported, else the first that expresses the model)"
+        "--architecture",
+        metavar="NAME",
+        help="e.g. llama (as it was imported, else the first that expresses the model)",
     )
     write.add_argument(
         "--max-shard-size", type=size, default=5 * 10**9, metavar="SIZE", help="of a weights file, e.g. 500MB (5GB)"

@@ -34,22 +34,29 @@ _SIZES: dict[str, tuple[str, Any]] = {
 _GATED = {"silu": "swiglu", "gelu": "geglu"}
 _PLAIN = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
 # What does not change the logits.
-_WITHOUT_EFFECT = frozenset(
-    "architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id "
-    "unk_token_id _name_or_path _attn_implementation _attn_implementation_autoset attn_implementation is_llama_config "
-    "pretraining_tp transformers.js_config output_attentions output_hidden_states return_dict id2label label2id "
-    "classifier_dropout unsloth_fixed unsloth_version tokenizer_class cache_implementation is_decoder".split()
-)
+_WITHOUT_EFFECT_LIST = """
+    architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id
+    unk_token_id _name_or_path _attn_implementation _attn_implementation_autoset attn_implementation is_llama_config
+    pretraining_tp transformers.js_config output_attentions output_hidden_states return_dict id2label label2id
+    classifier_dropout unsloth_fixed unsloth_version tokenizer_class cache_implementation is_decoder
+"""
+_WITHOUT_EFFECT = frozenset(_WITHOUT_EFFECT_LIST.split())
 _ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"})
 _ALL_SCALINGS = ("linear", "llama3", "yarn")
 # Ours that no forward pass in evaluation mode reads.
 TRAINING_ONLY = frozenset(
-    {"preset", "from_hf", "init_std", "init_scale_residual", "embedding_dropout", "attention_dropout", "residual_dropout"}
+    {
+        "preset",
+        "from_hf",
+        "init_std",
+        "init_scale_residual",
+        "embedding_dropout",
+        "attention_dropout",
+        "residual_dropout",
+    }
 )
-_SPECIAL = frozenset(  # handled by name below
-    "activation head_dim rope_theta rope_fraction rope_interleaved rope_scaling sliding_window "
-    "full_attention_interval".split()
-)
+_SPECIAL_LIST = "activation head_dim rope_theta rope_fraction rope_interleaved rope_scaling sliding_window"
+_SPECIAL = frozenset([*_SPECIAL_LIST.split(), "full_attention_interval"])  # handled by name below
 
 
 @dataclass(frozen=True)
@@ -254,7 +261,10 @@ def from_huggingface(raw: Mapping[str, Any], place: str) -> ModelConfig:
     for name, value in raw.items():
         if name not in known and value not in (None, False, [], {}):
             raise _inexpressible(
-                place, name, value, f"{family.architecture} of our table knows no such field; remove it if it has no effect"
+                place,
+                name,
+                value,
+                f"{family.architecture} of our table knows no such field; remove it if it has no effect",
             )
     try:
         return ModelConfig.model_validate(ours)
@@ -347,29 +357,32 @@ def _rotation(raw: Mapping[str, Any], family: Family, place: str) -> dict[str, A
 
 def obstacles(config: ModelConfig, family: Family) -> list[str]:
     """What `config` has that this architecture cannot say; empty where it can."""
+    groups = [targets for targets, _ in family.fields.values() if not isinstance(targets, str)]
+    covered = {targets for targets, _ in family.fields.values() if isinstance(targets, str)}.union(*groups)
     found = []
-    covered = {name for targets, _ in family.fields.values() for name in ([targets] if isinstance(targets, str) else targets)}
     for name, info in ModelConfig.model_fields.items():
-        value = getattr(config, name)
         if name in covered or name in TRAINING_ONLY or name in _SPECIAL:
             continue
+        value, fixed = getattr(config, name), family.always.get(name, info.default)
         if name == "num_kv_heads":
             value, fixed = config.resolved_kv_heads, config.num_attention_heads
-        else:
-            fixed = family.always.get(name, info.default)
         if value != fixed and not (name == "norm_bias" and config.norm == "rmsnorm"):
             found.append(f"{name} {value!r} (there: {fixed!r})")
-    for targets, _ in family.fields.values():
-        if not isinstance(targets, str) and not set(targets) <= TRAINING_ONLY:
-            values = {name: getattr(config, name) for name in targets}
-            if len(set(values.values())) > 1:
-                found.append(f"{' and '.join(f'{name} {value!r}' for name, value in values.items())} (there: the same)")
+    for group in groups:
+        values = {name: getattr(config, name) for name in group if name not in TRAINING_ONLY}
+        if len(set(values.values())) > 1:
+            found.append(f"{' and '.join(f'{name} {value!r}' for name, value in values.items())} (there: the same)")
+    return found + _special_obstacles(config, family)
+
+
+def _special_obstacles(config: ModelConfig, family: Family) -> list[str]:
+    found = []
     if config.activation not in family.activations.values():
         found.append(f"activation {config.activation!r} (there: {', '.join(family.activations.values())})")
     width, heads = config.resolved_head_dim, config.num_attention_heads
-    if width * heads != config.hidden_size and ("head_dim" not in family.fields or family.even_heads):
-        if "head_dim" not in family.fields or config.hidden_size % heads:
-            found.append(f"head_dim {width} (there: hidden_size / num_attention_heads)")
+    has_width = "head_dim" in family.fields and not (family.even_heads and config.hidden_size % heads)
+    if width * heads != config.hidden_size and not has_width:
+        found.append(f"head_dim {width} (there: hidden_size / num_attention_heads)")
     if config.rope_fraction != 1.0 and (family.rotated is None or config.rotary_dim == 0):
         found.append(f"rope_fraction {config.rope_fraction} (there: {'above 0' if family.rotated else '1.0'})")
     scaling = config.rope_scaling

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from megatronish.config.base import ConfigError, did_you_mean, merge
-from megatronish.config.huggingface import from_huggingface, read_config
+from megatronish.config.huggingface import TRAINING_ONLY, from_huggingface, read_config
 from megatronish.config.model import ModelConfig
 
 _LLAMA_STYLE: dict[str, Any] = {
@@ -221,10 +221,7 @@ def resolve_model(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 # What continued pretraining may change of an imported model: its context, and what only training reads.
-FREE_OF_IMPORT = frozenset(
-    "seq_length rope_theta rope_scaling embedding_dropout attention_dropout residual_dropout init_std "
-    "init_scale_residual preset from_hf".split()
-)
+FREE_OF_IMPORT = TRAINING_ONLY | {"seq_length", "rope_theta", "rope_scaling"}
 
 
 def _from_folder(raw: Mapping[str, Any]) -> ModelConfig:

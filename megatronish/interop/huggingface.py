@@ -26,7 +26,14 @@ from megatronish.config.huggingface import (
 )
 from megatronish.config.model import ModelConfig
 from megatronish.interop.shards import DTYPES, Entry, ShardedFolder, TensorFileWriter, check_space, write_shards
-from megatronish.interop.tokenizer_files import ORIGIN_FILE, Carried, carry_tokenizer, find_origin, special_ids, write_tokenizer
+from megatronish.interop.tokenizer_files import (
+    ORIGIN_FILE,
+    Carried,
+    carry_tokenizer,
+    find_origin,
+    special_ids,
+    write_tokenizer,
+)
 from megatronish.interop.weight_names import Layout
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import CONFIG_FILE, WEIGHTS_FILE, open_model, weights_header
@@ -53,7 +60,9 @@ class HuggingFaceWeights:
         self.model_type: str = raw["model_type"]
         self.config = config or own
         if "quantization_config" in raw:
-            raise UserError(f"{self.folder}: quantization_config: its weights are quantised; take the unquantised model.")
+            raise UserError(
+                f"{self.folder}: quantization_config: its weights are quantised; take the unquantised model."
+            )
         self._files = ShardedFolder(self.folder)
         self._layout = Layout(self.config, self.model_type)
         self.shapes = parameter_shapes(self.config)
@@ -179,7 +188,9 @@ def export_model(
         kind = dtype or DTYPES[file.get_slice("embedding.weight").get_dtype()]
         shapes = parameter_shapes(config)
         entries = {
-            theirs: Entry(part, kind) for name, shape in shapes.items() for theirs, part in layout.theirs(name, shape).items()
+            theirs: Entry(part, kind)
+            for name, shape in shapes.items()
+            for theirs, part in layout.theirs(name, shape).items()
         }
         total = sum(entry.size for entry in entries.values())
 
@@ -199,7 +210,7 @@ def export_model(
 def _their_config(config: ModelConfig, model_type: str | None, origin: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of `config`: as asked, else that of the model it came from, word for word where it still holds."""
     before = origin.get("model_type")
-    if model_type in (None, before) and before in FAMILIES:
+    if isinstance(before, str) and before in FAMILIES and model_type in (None, before):
         own = from_huggingface(origin, ORIGIN_FILE)
         if own.model_dump(exclude=set(TRAINING_ONLY)) == config.model_dump(exclude=set(TRAINING_ONLY)):
             return {name: value for name, value in origin.items() if name not in _STAMPS}

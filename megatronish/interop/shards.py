@@ -96,7 +96,9 @@ class ShardedFolder:
     def _check_single(self) -> None:
         if (self.folder / SINGLE).is_file():
             return
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in self.folder.glob(pattern))
+        pickled = sorted(
+            path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in self.folder.glob(pattern)
+        )
         if pickled:
             raise UserError(
                 f"{self.folder}: its weights are pickled ({pickled[0]}), and opening a pickle can run any code in it; only "
@@ -111,7 +113,7 @@ class ShardedFolder:
             raise UserError(f"{path}: missing, though {INDEX} names it: download the model again.")
         try:
             with safe_open(path, framework="pt") as file:
-                for tensor in file.keys():
+                for tensor in list(file.keys()):
                     if index and index.get(tensor) != name:
                         continue  # another file's, by the index
                     part = file.get_slice(tensor)
@@ -153,7 +155,7 @@ class TensorFileWriter:
         expected, entry = self._left.pop(0)
         assert name == expected and tuple(tensor.shape) == entry.shape, (name, expected, tensor.shape, entry.shape)
         flat = tensor.detach().to("cpu", entry.dtype).contiguous().view(-1)
-        self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+        flat.view(torch.uint8).numpy().tofile(self._file)
 
     def close(self, complete: bool = True) -> None:
         """Close the file, on the disk if it is complete."""
@@ -216,4 +218,6 @@ def check_space(folder: Path, needed: int) -> None:
     stats = os.statvfs(folder)
     free = stats.f_bavail * stats.f_frsize
     if free < needed:
-        raise UserError(f"{folder}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free: choose another disk.")
+        raise UserError(
+            f"{folder}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free: choose another disk."
+        )

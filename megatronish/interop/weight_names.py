@@ -41,14 +41,14 @@ class WeightNames:
 
 
 _OUTSIDE = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
-_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-_ATTENTION = {
+_NORMS: dict[str, Names] = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+_ATTENTION: dict[str, Names] = {
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attention.q_norm": "self_attn.q_norm",
     "attention.k_norm": "self_attn.k_norm",
     "attention.out": "self_attn.o_proj",
 }
-_GATED_MLP = {"mlp.up": ("mlp.gate_proj", "mlp.up_proj"), "mlp.down": "mlp.down_proj"}
+_GATED_MLP: dict[str, Names] = {"mlp.up": ("mlp.gate_proj", "mlp.up_proj"), "mlp.down": "mlp.down_proj"}
 _LLAMA = WeightNames("model.layers", _OUTSIDE, {**_NORMS, **_ATTENTION, **_GATED_MLP})
 _PHI3 = WeightNames(
     "model.layers",
@@ -61,7 +61,9 @@ _PHI3 = WeightNames(
         "mlp.down": "mlp.down_proj",
     },
 )
-_STARCODER2 = WeightNames("model.layers", _OUTSIDE, {**_NORMS, **_ATTENTION, "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"})
+_STARCODER2 = WeightNames(
+    "model.layers", _OUTSIDE, {**_NORMS, **_ATTENTION, "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
+)
 _GPT_NEOX = WeightNames(
     "gpt_neox.layers",
     {"embedding": "gpt_neox.embed_in", "final_norm": "gpt_neox.final_layer_norm", "head": "embed_out"},
@@ -87,7 +89,9 @@ class Layout:
         self.config = config
         self.table = WEIGHT_NAMES[model_type]
         d = config.resolved_head_dim
-        self._qkv_rows = [n * d for n in (config.num_attention_heads, config.resolved_kv_heads, config.resolved_kv_heads)]
+        self._qkv_rows = [
+            n * d for n in (config.num_attention_heads, config.resolved_kv_heads, config.resolved_kv_heads)
+        ]
 
     def theirs(self, name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Their names of our parameter, with their shapes, in the order of our rows."""

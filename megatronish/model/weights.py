@@ -91,7 +91,7 @@ def load_model(
     tensor that differs), and for an attention backend that is not installed.
     """
     with open_model(folder, device) as (config, file):
-        state = {name: file.get_tensor(name) for name in file.keys()}
+        state = {name: file.get_tensor(name) for name in list(file.keys())}
     with torch.device("meta"):
         model = Transformer(config, kernels, seed=None)
     if config.tie_embeddings:
@@ -134,7 +134,7 @@ def open_model(folder: str | Path, device: torch.device | str = "cpu") -> Iterat
         raise ValueError(f"{path} does not exist: give a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+            shapes = {name: file.get_slice(name).get_shape() for name in list(file.keys())}
             check_model_state(shapes, config, str(path))
             written = (file.metadata() or {}).get("model_config")
             if written is not None and ModelConfig.model_validate_json(written) != config:

@@ -96,7 +96,10 @@ def comparable(config: Any) -> dict[str, Any]:
         ({"rope_scaling": {"type": "linear", "factor": 4.0}, "sliding_window": 9}, "mistral"),
         ({"attention_qkv_bias": True, "sliding_window": 9, "full_attention_interval": 2}, "qwen2"),
         ({"rope_fraction": 0.5}, "phi3"),
-        ({"norm": "layernorm", "activation": "gelu", "mlp_bias": True, "num_kv_heads": 6, "tie_embeddings": True}, "gpt_neox"),
+        (
+            {"norm": "layernorm", "activation": "gelu", "mlp_bias": True, "num_kv_heads": 6, "tie_embeddings": True},
+            "gpt_neox",
+        ),
         ({"norm": "layernorm", "activation": "gelu_tanh"}, "starcoder2"),
         ({"norm": "layernorm", "parallel_block": True, "parallel_block_shared_norm": True}, "stablelm"),
         ({"head_dim": 20}, "llama"),
