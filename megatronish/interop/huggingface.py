@@ -25,7 +25,7 @@ from megatronish.config.huggingface import (
     to_huggingface,
 )
 from megatronish.config.model import ModelConfig
-from megatronish.interop.shards import DTYPES, Entry, ShardedFolder, TensorFileWriter, check_space, write_shards
+from megatronish.interop.shards import Entry, ShardedFolder, TensorFileWriter, check_space, write_shards
 from megatronish.interop.tokenizer_files import (
     ORIGIN_FILE,
     Carried,
@@ -181,28 +181,28 @@ def export_model(
     model_type: the architecture (by default that of the model it was imported from, else the first that expresses it).
     dtype: of the weights (as saved by default). Otherwise as `import_model`.
     """
-    with open_model(source) as (config, file):
-        origin = find_origin(source)
-        raw = _their_config(config, model_type, origin.config)
-        layout = Layout(config, raw["model_type"])
-        kind = dtype or DTYPES[file.get_slice("embedding.weight").get_dtype()]
-        shapes = parameter_shapes(config)
-        entries = {
-            theirs: Entry(part, kind)
-            for name, shape in shapes.items()
-            for theirs, part in layout.theirs(name, shape).items()
-        }
-        total = sum(entry.size for entry in entries.values())
+    with open_model(source) as (config, _):
+        pass  # checked
+    stored = ShardedFolder(source)
+    origin = find_origin(source)
+    raw = _their_config(config, model_type, origin.config)
+    layout, shapes = Layout(config, raw["model_type"]), parameter_shapes(config)
+    kind = dtype or stored.entries["embedding.weight"].dtype
+    entries = {
+        theirs: Entry(part, kind) for name, shape in shapes.items() for theirs, part in layout.theirs(name, shape).items()
+    }
+    total = sum(entry.size for entry in entries.values())
 
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            for name, shape in shapes.items():
-                yield from zip(layout.theirs(name, shape), layout.unpack(name, file.get_tensor(name)), strict=True)
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, shape in shapes.items():
+            yield from zip(layout.theirs(name, shape), layout.unpack(name, stored.read(name)), strict=True)
 
-        with new_folder(target, total) as folder:
-            carried = write_tokenizer(source, folder, origin, config.seq_length)
-            raw |= special_ids(origin, carried) | {"torch_dtype": str(kind).removeprefix("torch."), "use_cache": True}
-            write_whole(folder / CONFIG_JSON, json.dumps(raw, indent=2) + "\n")
-            files = write_shards(folder, entries, tensors(), max_shard_bytes, lambda size: progress(size, total))
+    with new_folder(target, total) as folder:
+        carried = write_tokenizer(source, folder, origin, config.seq_length)
+        raw |= special_ids(origin, carried) | {"torch_dtype": str(kind).removeprefix("torch."), "use_cache": True}
+        write_whole(folder / CONFIG_JSON, json.dumps(raw, indent=2) + "\n")
+        files = write_shards(folder, entries, tensors(), max_shard_bytes, lambda size: progress(size, total))
+    stored.close()
     parameters = sum(torch.Size(entry.shape).numel() for entry in entries.values())
     return Converted(target, config, raw["model_type"], parameters, kind, files, carried)
 

@@ -28,6 +28,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8  # bytes that the header is padded to
+_MAPPED_BYTES = 256_000_000  # read through one mapping; then it is made anew, so that its pages leave this process
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class ShardedFolder:
         self._file_of: dict[str, str] = {}
         self._open_name: str | None = None
         self._open_file: Any = None
+        self._open_read = 0  # bytes
         index = self._index()
         for name in sorted(set(index.values())) if index else [SINGLE]:
             self._read_header(name, index)
@@ -65,11 +67,13 @@ class ShardedFolder:
     def read(self, name: str) -> Tensor:
         """The tensor `name`, on the CPU; it may be a view of the file."""
         file_name = self._file_of[name]
-        if self._open_name != file_name:
+        if self._open_name != file_name or self._open_read > _MAPPED_BYTES:
             self.close()
             self._open_file = safe_open(self.folder / file_name, framework="pt").__enter__()
-            self._open_name = file_name
-        return self._open_file.get_tensor(name)
+            self._open_name, self._open_read = file_name, 0
+        self._open_read += self.entries[name].size
+        tensor: Tensor = self._open_file.get_tensor(name)
+        return tensor
 
     def close(self) -> None:
         """Close the file that is open, if any."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import struct
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from megatronish.config.base import UserError
 from megatronish.config.model import ModelConfig
 from megatronish.interop.huggingface import HuggingFaceWeights, export_model, import_model
-from megatronish.interop.shards import INDEX, SINGLE, Entry, TensorFileWriter
+from megatronish.interop.shards import INDEX, SINGLE, Entry, ShardedFolder, TensorFileWriter
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import WEIGHTS_FILE, load_model, save_model
 from tests.hf_models import MODELS, VOCAB, build
@@ -329,3 +330,38 @@ def test_our_writer_writes_what_the_library_reads(tmp_path: Path) -> None:
     assert all(torch.equal(read[name], tensor.bfloat16()) for name, tensor in tensors.items())
     length = struct.unpack("<Q", (tmp_path / "x").read_bytes()[:8])[0]
     assert length % 8 == 0  # so that tensors are aligned in a mapped file
+
+
+def test_memory_is_a_tensor_and_a_mapping_not_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of 200 MB goes in and out in less than half of that: 16 MB tensors, mappings of 32 MB, and slack."""
+    config = ModelConfig(
+        vocab_size=64, num_layers=8, hidden_size=1024, num_attention_heads=8, ffn_hidden_size=1024, seq_length=8
+    )
+    monkeypatch.setattr("megatronish.interop.shards._MAPPED_BYTES", 2**25)
+    save_model(tmp_path / "a", Transformer(config).state_dict(), config)
+    size = (tmp_path / "a" / WEIGHTS_FILE).stat().st_size
+    assert size > 2e8
+    grown = peak_growth(lambda: export_model(tmp_path / "a", tmp_path / "b", max_shard_bytes=2**25))
+    assert grown < 0.5 * size
+    grown = peak_growth(lambda: import_model(tmp_path / "b", tmp_path / "c"))
+    assert grown < 0.5 * size
+    first, last = ShardedFolder(tmp_path / "a"), ShardedFolder(tmp_path / "c")
+    assert first.entries == last.entries
+    assert all(torch.equal(first.read(name), last.read(name)) for name in first.entries)
+
+
+def peak_growth(function: Any) -> int:
+    """Bytes by which this process's resident memory rose at most while `function` ran."""
+    gc.collect()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    except OSError:
+        pytest.skip("this system keeps no high-water mark that can be reset")
+    before = _status("VmRSS")
+    function()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
