@@ -23,6 +23,8 @@ from megatronish.data.dataset import Dataset, check_tokenizer_fits
 from megatronish.data.loader import MicroBatchLoader
 from megatronish.data.sampler import MicroBatchSampler
 from megatronish.data.training_data import TrainingData, open_training_data
+from megatronish.interop.huggingface import HuggingFaceWeights
+from megatronish.interop.tokenizer_files import fingerprints
 from megatronish.model.accounting import flops_per_token, layer_costs, parameter_counts
 from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
 from megatronish.model.init import init_weights
@@ -73,6 +75,7 @@ class Prepared:
     resume_from: Path | None
     state: TrainState
     moved: str = ""  # how the layout differs from that of the checkpoint
+    imported: HuggingFaceWeights | None = None  # what a run begins with instead of random weights
 
 
 def prepare(config: RunConfig, rank: Rank) -> Prepared:
@@ -95,7 +98,11 @@ def prepare(config: RunConfig, rank: Rank) -> Prepared:
     state = TrainState.start(config, plan, data.fingerprint, data.order)
     found = CheckpointStore(run_dir, ours.train.keep_last, rank.is_first, lambda: None).find(ours.train.resume)
     if found is None:
-        return Prepared(config, plan, data, run_dir, found, state)
+        imported = None
+        if ours.model.from_hf is not None:
+            imported = HuggingFaceWeights(ours.model.from_hf, ours.model)
+            check_imported_tokenizer(Path(ours.model.from_hf), data)
+        return Prepared(config, plan, data, run_dir, found, state, imported=imported)
     check_same_model(found, config)
     check_same_tokenizer(found, data)
     moves = check_engine_state(found, ours.model) and can_move(config)
@@ -116,7 +123,7 @@ def check_same_model(checkpoint: Path, config: RunConfig) -> None:
     differing = [
         f"{name} {getattr(saved, name)} (this run: {getattr(now, name)})"
         for name in type(now).model_fields
-        if name != "preset" and getattr(saved, name) != getattr(now, name)
+        if name not in ("preset", "from_hf") and getattr(saved, name) != getattr(now, name)
     ]
     if differing:
         raise ConfigError(
@@ -134,6 +141,16 @@ def check_same_tokenizer(checkpoint: Path, data: TrainingData) -> None:
         raise ConfigError(f"{path}: cannot be read ({error!r}); use an older checkpoint.") from None
     record = data.tokenizer_record
     check_tokenizer_fits(record, record.vocab_size, learned, place=data.sources[0].name)
+
+
+def check_imported_tokenizer(folder: Path, data: TrainingData) -> None:
+    """Refuse data whose token ids mean something else than those the imported model learned. Raises ConfigError."""
+    learned, record = fingerprints(folder), data.tokenizer_record
+    if learned and record.sha256 not in learned:
+        raise ConfigError(
+            f"{data.sources[0].name} was made with another tokenizer than that of the model in model.from_hf {folder}: its "
+            f"token ids mean something else there. Prepare the data with --tokenizer-model {folder}."
+        )
 
 
 def check_engine_state(checkpoint: Path, model: ModelConfig) -> bool:
@@ -217,7 +234,7 @@ class _Trainer:
         if rank.is_first:
             self._announce(peak)
         self.mesh = build_mesh(ours.parallel, self.device.type)
-        model = build_model(run.config, run.plan, self.mesh)
+        model = build_model(run.config, run.plan, self.mesh, run.imported)
         self.engine = start_engine(model, run.config, run.plan, self.mesh)
         if run.resume_from:
             self.engine.load(run.resume_from, ENGINE_TAG)
@@ -370,14 +387,19 @@ class _Trainer:
             )
         if peak:
             print(f"MFU is of {peak.flops / 1e12:.4g} TFLOP/s: {peak.source}")
+        if run.imported:
+            print(f"beginning with the weights of {run.imported.folder}")
         if run.resume_from:
             print(f"continuing {run.resume_from} at step {run.state.step}" + (f": {run.moved}" if run.moved else ""))
 
 
-def build_model(config: RunConfig, plan: BatchPlan, mesh: ParallelMesh) -> Transformer:
+def build_model(
+    config: RunConfig, plan: BatchPlan, mesh: ParallelMesh, imported: HuggingFaceWeights | None = None
+) -> Transformer:
     """This rank's part of the run's model with its initial weights, partitioned from the start under ZeRO-3.
 
-    Raises ConfigError for a kernel that is asked for by name and not installed.
+    imported: the weights to begin with instead of random ones; a tensor is read at a time. Raises ConfigError for a
+    kernel that is asked for by name and not installed.
     """
     ours, zero3 = config.megatronish, config.deepspeed.zero_optimization.stage == 3
     try:
@@ -385,12 +407,15 @@ def build_model(config: RunConfig, plan: BatchPlan, mesh: ParallelMesh) -> Trans
             tp = TensorParallel(mesh.tp, ours.parallel.tensor_sequence)
             costs = layer_costs(ours.model, ours.parallel.pipeline_balance)
             stage = balanced_stages(costs, mesh.pp.size)[mesh.pp.rank]
-            seed = None if zero3 else ours.train.seed
+            seed = None if zero3 or imported else ours.train.seed
             model = Transformer(ours.model, ours.kernels, seed=seed, tp=tp, stage=stage, sp=mesh.sp)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if zero3:
-        init_weights(model, ours.model, ours.train.seed, gather=gathered)
+    if zero3 or imported:
+        draw, gather = imported.initial if imported else None, gathered if zero3 else None
+        init_weights(model, ours.model, ours.train.seed, gather=gather, draw=draw)
+    if imported:
+        imported.close()
     model.set_activation_checkpointing(ours.train.activation_checkpointing)
     if ours.train.compile:
         model.compile_blocks(ours.train.compile_mode)
