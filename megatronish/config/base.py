@@ -10,13 +10,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-
-class UserError(ValueError):
-    """Something the user has to mend; its text is the whole message, so launchers print it without a traceback."""
-
-
-class ConfigError(UserError):
-    """A run description the user has to mend."""
+from megatronish.config.errors import ConfigError, UserError
 
 
 class Frozen(BaseModel):

@@ -12,14 +12,17 @@ import hashlib
 from bisect import bisect_left
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from megatronish.data.errors import DataError
 from megatronish.data.indexed import IndexedReader
 from megatronish.data.permutation import keyed_permutation
 from megatronish.data.samples import Rows, Sample
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 # Around an epoch's end, readers that run ahead still want the last one.
 KEPT_EPOCHS = 2
