@@ -145,7 +145,9 @@ class GigatokenEncoder(Encoder):
             group = order[begin : begin + PROBED_AT_ONCE]
             if not self._same("".join(map(_probe_of, group))):
                 alone = group if len(group) > 1 else []
-                self._differing |= {character for character in alone if not self._same(_probe_of(character))} or set(group)
+                self._differing |= {character for character in alone if not self._same(_probe_of(character))} or set(
+                    group
+                )
 
     def _same(self, text: str) -> bool:
         return np.array_equal(self._raw.encode(text), self.reference.encode(text))
