@@ -11,15 +11,9 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from megatronish.config.errors import ConfigError, UserError
+
 SECOND_VOICE_SECONDS = 10.0  # launchers end the other ranks within 3 s of the first one's end
-
-
-class UserError(ValueError):
-    """Something the user has to mend; its text is the whole message, so launchers print it without a traceback."""
-
-
-class ConfigError(UserError):
-    """A run description the user has to mend."""
 
 
 class Frozen(BaseModel):
