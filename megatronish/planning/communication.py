@@ -121,7 +121,7 @@ def _tree_seconds(payload: float, group: Group, hardware: Hardware, by: _Protoco
 def _direct_seconds(kind: Kind, payload: float, group: Group, hardware: Hardware) -> float:
     """All-to-all and messages: every peer directly, those on other nodes through the rank's own adapter."""
     if kind == "point_to_point":
-        apart = group.local == 1
+        apart = group.nodes > 1  # the slowest pair of neighbours sets the pace
         rate = hardware.network_rate if apart else hardware.node_rate
         return _SIMPLE.ring_base + (_SIMPLE.ring_network if apart else _SIMPLE.ring_local) + payload / rate
     near = payload * (group.local - 1) / group.size / hardware.node_rate

@@ -111,7 +111,6 @@ def _message_seconds(model: ModelConfig, layout: Layout, stack: Stack, hardware:
         return 0.0
     parts = layout.tensor if layout.tensor_sequence or stack.divides_messages else 1
     payload = layout.micro_batch * model.seq_length * model.hidden_size * 2 / parts
-    # Neighbouring stages sit on different nodes as soon as a stage fills one; a step within a node is faster.
     return collective_seconds("point_to_point", payload, layout.group("pp", hardware.gpus_per_node), hardware)
 
 
