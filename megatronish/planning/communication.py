@@ -50,6 +50,13 @@ class Traffic:
         return sent_bytes(self.kind, self.payload, ranks) * self.calls
 
 
+def traffic_group(entry: Traffic, layout: Layout, gpus_per_node: int) -> Group:
+    """The ranks that take part: of a pipeline's reductions its two ends, which sit on different nodes."""
+    if entry.axis == "pp" and entry.kind != "point_to_point":
+        return Group(2, 1)
+    return layout.group(entry.axis, gpus_per_node)
+
+
 def sent_bytes(kind: Kind, payload: float, ranks: int) -> float:
     """Bytes that a rank sends for one collective by ring (Patarasuk and Yuan 2009), or for one message."""
     if ranks == 1:
@@ -154,7 +161,9 @@ def _tensor_traffic(model: ModelConfig, layout: Layout, layers: StageLayers, ite
     tokens = layout.micro_batch * model.seq_length
     hidden, micro = float(tokens * model.hidden_size * item_bytes), layout.accumulation
     rows, columns = 2 * layers.blocks + layers.first, 2 * layers.blocks + layers.last
-    again = layers.blocks if layout.recompute != "none" else 0  # of a block only what its saved tensors need: not the end
+    again = (
+        layers.blocks if layout.recompute != "none" else 0
+    )  # of a block only what its saved tensors need: not the end
 
     def entry(name: str, kind: Kind, phase: Phase, payload: float, calls: float) -> Traffic:
         return Traffic(name, "tp", kind, phase, payload, calls * micro)
@@ -186,7 +195,9 @@ def _tensor_traffic(model: ModelConfig, layout: Layout, layers: StageLayers, ite
     if model.resolved_kv_heads < layout.tensor:
         rows_kv = 2 * model.resolved_kv_heads * model.resolved_head_dim * item_bytes
         found.append(
-            entry("shared key/value weights", "all_reduce", "backward", float(rows_kv * model.hidden_size), layers.blocks)
+            entry(
+                "shared key/value weights", "all_reduce", "backward", float(rows_kv * model.hidden_size), layers.blocks
+            )
         )
         if model.attention_qkv_bias:
             found.append(entry("shared key/value biases", "all_reduce", "backward", float(rows_kv), layers.blocks))
@@ -231,7 +242,9 @@ def _pipeline_traffic(
     wraps = layout.accumulation * (layout.interleave - 1)  # the ends also talk to one another
     found = [
         Traffic("hidden states", "pp", "point_to_point", "forward", message, wraps if layers.last else each),
-        Traffic("hidden states' gradients", "pp", "point_to_point", "backward", message, wraps if layers.first else each),
+        Traffic(
+            "hidden states' gradients", "pp", "point_to_point", "backward", message, wraps if layers.first else each
+        ),
     ]
     if model.tie_embeddings and (layers.first or layers.last):
         table = float(-(-model.vocab_size // layout.tensor) * model.hidden_size * item_bytes)

@@ -117,7 +117,13 @@ def _attention_times(
 
 
 def _between_times(
-    model: ModelConfig, layout: Layout, stack: Stack, hardware: Hardware, tokens: int, layers: StageLayers, item_bytes: int
+    model: ModelConfig,
+    layout: Layout,
+    stack: Stack,
+    hardware: Hardware,
+    tokens: int,
+    layers: StageLayers,
+    item_bytes: int,
 ) -> tuple[float, float]:
     """Forward and backward seconds of norms with residual sums, rotation and activation: each tensor once in or out."""
     tensor = layout.tensor

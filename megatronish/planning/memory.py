@@ -10,7 +10,6 @@ from megatronish.planning.parameters import StageLayers, rank_parameters
 
 GRADIENT_BYTES = 4  # summed in fp32, as the files in ds_configs/ ask
 STATE_BYTES = 4 + 4 + 4  # Adam: fp32 weight and two moments
-LOGIT_BYTES = 2 + 2 * 4  # bf16, and twice in fp32 while the loss is computed
 USABLE_SHARE = 0.9  # of the GPU's memory; the rest goes to the CUDA context, NCCL's buffers and fragmentation
 
 
@@ -30,7 +29,9 @@ class RankMemory:
         return self.weights + self.gradients + self.states + self.activations + self.gathered
 
 
-def rank_memory(model: ModelConfig, layout: Layout, layers: StageLayers, stage: int = 0, item_bytes: int = 2) -> RankMemory:
+def rank_memory(
+    model: ModelConfig, layout: Layout, layers: StageLayers, stage: int = 0, item_bytes: int = 2
+) -> RankMemory:
     """What a rank of pipeline stage `stage` holds in mixed precision with Adam. Sequences have model.seq_length tokens."""
     count, shards = rank_parameters(model, layout.tensor, layers).total, layout.shards
     largest = max(
@@ -52,7 +53,8 @@ def _activations(model: ModelConfig, layout: Layout, layers: StageLayers, stage:
     in_flight = min(layout.accumulation, layout.pipeline - stage)
     kept = layers.blocks * block_activation_bytes(model, layout, item_bytes) * tokens * in_flight
     working = block_activation_bytes(model, layout, item_bytes, recompute="none") * tokens  # the block being recomputed
-    logits = layers.last * tokens * -(-model.vocab_size // layout.tensor) * (LOGIT_BYTES - 2 + item_bytes)
+    # Logits and their gradient: ops.cross_entropy widens them a slab at a time.
+    logits = layers.last * tokens * -(-model.vocab_size // layout.tensor) * 2 * item_bytes
     return kept + (working if layout.recompute != "none" else 0) + logits
 
 

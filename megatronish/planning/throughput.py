@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from megatronish.config.model import ModelConfig
 from megatronish.model.accounting import flops_per_token
-from megatronish.planning.communication import Traffic, collective_seconds, step_traffic
+from megatronish.planning.communication import Traffic, collective_seconds, step_traffic, traffic_group
 from megatronish.planning.compute import StageTime, stage_time
 from megatronish.planning.hardware import Hardware
 from megatronish.planning.layout import Layout
@@ -81,7 +81,9 @@ def estimate(
     micro, mean = layout.accumulation, sum(time.total for time in times) / len(times)
     message = _message_seconds(model, layout, stack, hardware)
     # All stages fill and drain once; between, the slowest sets the pace.
-    total = micro * times[slowest].total + (sum(time.total for time in times) - times[slowest].total) / layout.interleave
+    total = (
+        micro * times[slowest].total + (sum(time.total for time in times) - times[slowest].total) / layout.interleave
+    )
     messages = 2 * message * (micro * layout.interleave * (not stack.hides_messages) + layout.pipeline - 1)
     data = max(_data_seconds(model, layout, stack, hardware, *pair) for pair in zip(stages, times, strict=True))
     average = [sum(getattr(time, part.name) for time in times) / len(times) for part in fields(StageTime)]
@@ -118,13 +120,12 @@ def _data_seconds(
     model: ModelConfig, layout: Layout, stack: Stack, hardware: Hardware, layers: StageLayers, time: StageTime
 ) -> float:
     """Communication over the ranks that ZeRO divides states over, and of a tied embedding, less what computation hides."""
-    group = layout.group("data", hardware.gpus_per_node)
     visible = 0.0
     backward = time.backward + time.recompute + time.tensor_backward
     for entry in step_traffic(model, layout, stack, layers):
+        group = traffic_group(entry, layout, hardware.gpus_per_node)
         if entry.axis == "pp" and entry.phase == "reduce":
-            pair = layout.group("pp", hardware.gpus_per_node)
-            visible += entry.calls * collective_seconds(entry.kind, entry.payload, type(pair)(2, 1), hardware)
+            visible += entry.calls * collective_seconds(entry.kind, entry.payload, group, hardware)
         if entry.axis != "data":
             continue
         calls = _buckets(entry, layers)

@@ -94,7 +94,9 @@ def count_step(rank: int, config: RunConfig, data_size: int) -> dict[tuple[str, 
         with counter:
             engine.train_step(batches, 1.0)
     axes = {"tp": mesh.tp, "pp": mesh.pp, "sp": mesh.sp, "data": mesh.data}
-    names = {tuple(dist.get_process_group_ranks(axis.group)): name for name, axis in axes.items() if axis.group is not None}
+    names = {
+        tuple(dist.get_process_group_ranks(axis.group)): name for name, axis in axes.items() if axis.group is not None
+    }
     found: Counter[tuple[str, str]] = Counter()
     for (ranks, kind), size in counter.bytes.items():
         if kind != "received":
