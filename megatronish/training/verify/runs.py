@@ -9,13 +9,15 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from megatronish.config.base import UserError
 from megatronish.config.run import RunConfig
@@ -24,7 +26,10 @@ from megatronish.model.transformer import IGNORED_LABEL, Transformer
 from megatronish.parallel.startup import free_port, has_gpu
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
 from megatronish.training.verify.layouts import ACCUMULATION, SAMPLES, Layout
-from megatronish.training.verify.memory import RankBytes, expected_bytes, padding
+from megatronish.training.verify.memory import RankBytes, expected_bytes, slack
+
+if TYPE_CHECKING:
+    from megatronish.training.engine import Engine
 
 TIMEOUT_SECONDS = 300.0
 STATE = "state"  # folder of the engine's state within that of a leg
@@ -41,7 +46,7 @@ class Trace:
     weights: dict[str, Tensor]
     held: RankBytes | None = None
     formula: RankBytes | None = None
-    padding: int = 0
+    slack: RankBytes | None = None
 
     def after(self, step: int) -> Trace:
         """Without the first `step` steps."""
@@ -102,8 +107,12 @@ def plain_run(config: RunConfig, *, parts: int = 1) -> Trace:
     """
     ours, clip = config.megatronish, config.deepspeed.gradient_clipping
     dtype = torch.bfloat16 if config.deepspeed.dtype == "bf16" else torch.float32
-    model = Transformer(ours.model, ours.kernels, seed=ours.train.seed).to(dtype)
-    master = Transformer(ours.model, ours.kernels, seed=None)
+    with_logits = (
+        ours.kernels.cross_entropy if ours.kernels.cross_entropy != "linear" else "auto"
+    )  # that is DeepSpeed's
+    kernels = ours.kernels.model_copy(update={"cross_entropy": with_logits})
+    model = Transformer(ours.model, kernels, seed=ours.train.seed).to(dtype)
+    master = Transformer(ours.model, kernels, seed=None)
     master.load_state_dict(model.state_dict())
     for module in model.modules() if parts > 1 else ():
         if isinstance(module, Linear):
@@ -139,6 +148,31 @@ def plain_run(config: RunConfig, *, parts: int = 1) -> Trace:
     return Trace(losses, norms, weights)
 
 
+class GradientCount:
+    """The most bytes of gradients that a rank holds between micro batches while this is entered.
+
+    A pipeline's first stages run all micro batches forward before the first gradient, so there every gradient is a time to
+    count; elsewhere DeepSpeed still holds those that it is about to reduce then.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.most = 0
+        self._engine = engine
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        self._hooks.append(self._engine.module.register_forward_pre_hook(lambda *_: self._count()))
+        for p in self._engine.module.parameters() if self._engine.mesh.pp.size > 1 else ():
+            self._hooks.append(p.register_post_accumulate_grad_hook(lambda _: self._count()))
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _count(self) -> None:
+        self.most = max(self.most, self._engine.held_state().gradient_bytes())
+
+
 def layout_trace(config: RunConfig, layout: Layout, leg: Leg | None = None) -> Trace:
     """The same steps, or those of a leg, through the engine on this rank of the layout. The process group exists.
 
@@ -154,30 +188,24 @@ def layout_trace(config: RunConfig, layout: Layout, leg: Leg | None = None) -> T
     engine = start_engine(build_model(config, plan, mesh), config, plan, mesh)
     if leg.load is not None:
         engine.load(leg.load, STATE)
-    gradients: list[int] = []
+    gradients = GradientCount(engine)
     losses, norms = [], []
     for step in range(leg.first, leg.stop):
         batches = []
         for index in range(plan.accumulation):
             first = (index * plan.data_size + mesh.dp.rank) * plan.micro
             batches.append(to_device(make_batch(config, step, range(first, first + plan.micro)), engine.device))
-        counting = None
-        if step + 1 == leg.stop:  # before each micro batch of the last step, the first apart
-            counting = engine.module.register_forward_pre_hook(
-                lambda *_: gradients.append(engine.held_state().gradient_bytes())
-            )
-        result = engine.train_step(batches, 1.0)
-        if counting is not None:
-            counting.remove()
+        with gradients if step + 1 == leg.stop else nullcontext():
+            result = engine.train_step(batches, 1.0)
         mesh.data.sum_(result.loss_sum)
         losses.append((result.loss_sum / result.tokens).item())
         assert result.grad_norm is not None
         norms.append(float(result.grad_norm))
     if leg.save is not None:
         engine.save(leg.save, STATE)
-    held = RankBytes(engine.weight_bytes(), max(gradients), engine.held_state().optimizer_bytes())
+    held = RankBytes(engine.weight_bytes(), gradients.most, engine.held_state().optimizer_bytes())
     weights = {name: value.float().cpu() for name, value in engine.weights().items()}
-    return Trace(losses, norms, weights, held, expected_bytes(config, mesh), padding(config, mesh))
+    return Trace(losses, norms, weights, held, expected_bytes(config, mesh), slack(config, mesh))
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
