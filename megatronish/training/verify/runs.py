@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from megatronish.config.base import UserError
 from megatronish.config.run import RunConfig
 from megatronish.model.linear import Linear
-from megatronish.model.transformer import IGNORED_LABEL, Transformer
+from megatronish.model.transformer import IGNORED_LABEL, Head, Transformer
 from megatronish.parallel.startup import free_port, has_gpu
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
 from megatronish.training.verify.layouts import ACCUMULATION, SAMPLES, Layout
@@ -87,16 +87,45 @@ def make_batch(config: RunConfig, step: int, samples: range) -> Batch:
     }
 
 
-class _SplitLinear(Linear):
-    """The same product as several part sums, each rounded: what tensor-parallel ranks compute."""
+class _SplitProduct(torch.autograd.Function):
+    """x weight^T with every sum, of the product and of both its gradients, taken in several parts, each of them rounded: so
+    do ranks that share features, vocabulary or tokens."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, parts: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.parts = parts
+        return _in_parts(x, weight.t(), parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        return _in_parts(grad, weight, ctx.parts), _in_parts(rows.t(), x.flatten(0, -2), ctx.parts), None
+
+
+def _in_parts(a: Tensor, b: Tensor, parts: int) -> Tensor:
+    """a [..., n] b [n, m], the sum over n in as many parts."""
+    width = -(-b.shape[0] // parts)
+    pieces = zip(a.split(width, -1), b.split(width, 0), strict=True)
+    return sum((left @ right for left, right in pieces), torch.zeros((), dtype=a.dtype, device=a.device))
+
+
+class _SplitLinear(Linear):
     parts = 2
 
     def forward(self, x: Tensor) -> Tensor:
-        width = -(-self.in_features // self.parts)
-        pieces = zip(x.split(width, -1), self.weight.split(width, 1), strict=True)
-        y = sum((F.linear(part, weight) for part, weight in pieces), torch.zeros((), dtype=x.dtype, device=x.device))
+        y: Tensor = _SplitProduct.apply(x, self.weight, self.parts)
         return y if self.bias is None else y + self.bias
+
+
+class _SplitHead(Head):
+    parts = 2
+
+    def forward(self, hidden: Tensor, *_: Any) -> Tensor:
+        logits: Tensor = _SplitProduct.apply(hidden, self.weight, self.parts)
+        return logits
 
 
 def plain_run(config: RunConfig, *, parts: int = 1) -> Trace:
@@ -115,9 +144,10 @@ def plain_run(config: RunConfig, *, parts: int = 1) -> Trace:
     master = Transformer(ours.model, kernels, seed=None)
     master.load_state_dict(model.state_dict())
     for module in model.modules() if parts > 1 else ():
-        if isinstance(module, Linear):
-            module.__class__ = _SplitLinear
-            cast(_SplitLinear, module).parts = parts
+        for plain, split in ((Linear, _SplitLinear), (Head, _SplitHead)):
+            if isinstance(module, plain):
+                module.__class__ = split
+                cast(_SplitLinear, module).parts = parts
     optimizer = build_torch_optimizer(parameter_groups(master, config.deepspeed.optimizer), config.deepspeed.optimizer)
     micro = SAMPLES // ACCUMULATION // parts
     pairs = list(zip(model.parameters(), master.parameters(), strict=True))
@@ -229,12 +259,16 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
                 break
             time.sleep(0.02)
         hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+        ended = {rank: -process.exitcode for rank, process in enumerate(ranks) if (process.exitcode or 0) < 0}
         for process in ranks:
             process.kill()
             process.join()
         errors = sorted(Path(folder).glob("*.error"))
         if errors:
             raise UserError(f"rank {errors[0].stem} failed:\n{errors[0].read_text()}")
+        if ended:
+            told = ", ".join(f"rank {rank} by signal {number}" for rank, number in ended.items())
+            raise UserError(f"processes were ended: {told}. Signal 9 may be this machine's want of memory.")
         if hung:
             raise UserError(
                 f"ranks {hung} still ran after {TIMEOUT_SECONDS:.0f} s; the others had ended or waited too."
