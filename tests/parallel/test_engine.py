@@ -68,14 +68,17 @@ def check(found: Trace, expected: Trace, losses: float, weights: float) -> None:
         )
 
 
-@pytest.mark.parametrize("model", ["tied, two KV heads", "one KV head"])
-@pytest.mark.parametrize(
-    "layout", [name for name in LAYOUTS if name != "pp4 zero1"]
-)  # two layers do not fill four stages
+PLAIN, ONE_HEAD = "tied, two KV heads", "one KV head"
+# Both models where heads are divided and where a table has two ends; two layers do not fill four stages.
+BOTH = ("pp2dp2 zero1", "sp4 zero1", "tp2dp2 zero1", "tp2pp2 zero1", "tp4 zero1")
+CASES = [(name, PLAIN) for name in LAYOUTS if name != "pp4 zero1"] + [(name, ONE_HEAD) for name in BOTH]
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES)
 def test_fp32_equals_the_plain_loop(layout: str, model: str, data: str, tmp_path: Path) -> None:
     """10 steps within 1e-5; clipping is active, micro batches hold uneven token counts, 257 rows of vocabulary."""
     ranks, _ = LAYOUTS[layout]
-    changes: dict[str, Any] = {"megatronish": {"model": ONE_KV_HEAD}} if model == "one KV head" else {}
+    changes: dict[str, Any] = {"megatronish": {"model": ONE_KV_HEAD}} if model == ONE_HEAD else {}
     config = layout_run(data, tmp_path, layout, changes)
     size = data_size(layout)
     plain = plain_loop(config, size)
