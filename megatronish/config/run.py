@@ -99,8 +99,6 @@ class RunConfig:
             raise ConfigError(f"{where} fp16 is not part of this version: use bf16, or tensor 1.")
         if ds.zero_optimization.offloads_optimizer:
             raise ConfigError(f"{where} offload_optimizer is not part of this version: remove the section.")
-        if ours.kernels.cross_entropy == "linear":
-            raise ConfigError(f"{where} kernels.cross_entropy linear is not part of this version: choose auto.")
         if ds.optimizer.type == "Muon":
             raise ConfigError(f"{where} Muon, which needs whole matrices: use AdamW or Lion, or tensor 1.")
         if ours.train.compile:

@@ -6,14 +6,17 @@ holds (`parallel.layers.Shard`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from megatronish.config.model import ModelConfig
 from megatronish.model.linear import Linear
 from megatronish.ops.cross_entropy import CrossEntropyBackend, token_losses
+from megatronish.parallel.collectives import gather_sequence_alike
 from megatronish.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -28,6 +31,21 @@ from megatronish.parallel.layers import (
 )
 
 SINGLE = TensorParallel()
+
+
+@dataclass(frozen=True)
+class VocabularyPart:
+    """The tokens [start, stop) whose rows of the head this rank of the group holds."""
+
+    group: ProcessGroup
+    start: int
+    stop: int
+
+
+# (hidden [b, s, hidden], weight [V, hidden], labels [b, s], the part of the vocabulary that weight is of; None: all) -> the
+# sum of the cross-entropy over tokens, in fp32, without logits; ignored labels add nothing. With a part every rank is given
+# the same hidden states, and the gradient of those is the sum over ranks.
+LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor, VocabularyPart | None], Tensor]
 
 
 def local_heads(config: ModelConfig, tp: TensorParallel) -> tuple[int, int]:
@@ -83,6 +101,13 @@ class DividedHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [b, s, hidden], or the rank's part of the sequence -> logits [b, s, V of the rank]."""
         return column_linear(hidden, self.weight, None, self.tp)
+
+    def linear_loss(self, hidden: Tensor, labels: Tensor, loss: LinearCrossEntropy) -> Tensor:
+        """The same of hidden [b, s, hidden], or the rank's part of the sequence, without logits."""
+        if self.tp.sequence:
+            hidden = gather_sequence_alike(hidden, self.tp.group)
+        part = VocabularyPart(self.tp.group, self.start, self.start + self.weight.shape[0])
+        return loss(hidden, self.weight, labels, part)
 
     def loss(self, logits: Tensor, labels: Tensor, ignore_index: int, backend: CrossEntropyBackend) -> Tensor:
         """Sum over tokens of the cross-entropy, the same on every rank."""

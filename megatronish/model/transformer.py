@@ -18,10 +18,10 @@ from megatronish.model.attention import AttentionInputs
 from megatronish.model.block import Block, build_block, check_recompute
 from megatronish.model.init import init_weights
 from megatronish.model.kv_cache import KVCache
-from megatronish.model.layout import SINGLE, DividedEmbedding, DividedHead
+from megatronish.model.layout import SINGLE, DividedEmbedding, DividedHead, LinearCrossEntropy, local_heads
 from megatronish.model.norm import build_norm
 from megatronish.model.rotary import RotaryTables
-from megatronish.ops.attention import needs_mask, uses_flash
+from megatronish.ops.attention import makes_no_mask, needs_mask
 from megatronish.ops.attention_mask import attention_mask
 from megatronish.ops.cross_entropy import cross_entropy, resolve_cross_entropy
 from megatronish.ops.dispatch import Backends, resolve_attention, resolve_ops
@@ -45,11 +45,6 @@ class TokenEmbedding(nn.Module):
         return F.dropout(F.embedding(tokens, self.weight), self.dropout, self.training)
 
 
-# (hidden [b, s, hidden], weight [V, hidden], labels [b, s]) -> the sum of the cross-entropy over tokens, in fp32, without
-# logits; tokens labelled IGNORED_LABEL add nothing.
-LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
 class Head(nn.Module):
     """Logits of the next token, or their loss. With tied embeddings `weight` becomes the embedding's."""
 
@@ -60,7 +55,7 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor, labels: Tensor | None = None, loss: LinearCrossEntropy | None = None) -> Tensor:
         """hidden [b, s, hidden] -> logits [b, s, V]; with labels and a loss, that loss."""
         if loss is not None and labels is not None:
-            return loss(hidden, self.weight, labels)
+            return loss(hidden, self.weight, labels, None)
         return linear(hidden, self.weight)
 
 
@@ -220,6 +215,8 @@ class Transformer(nn.Module):
                     "kernels.cross_entropy is 'linear', but nobody has set Transformer.linear_cross_entropy: "
                     "training.engine.Engine does, elsewhere choose 'auto'"
                 )
+            if isinstance(self.head, DividedHead):
+                return self.head.linear_loss(hidden, labels, self.linear_cross_entropy)
             linear_loss: Tensor = self.head(hidden, labels, self.linear_cross_entropy)
             return linear_loss
         logits = self.head(hidden)
@@ -244,13 +241,14 @@ class Transformer(nn.Module):
         if positions is not None:
             positions = positions.to(torch.int32)
         masks = {}
-        if not uses_flash(self.backends.attention, x, self.config.resolved_head_dim):
-            for window in {self.config.layer_window(layer) for layer in range(self.config.num_layers)}:
-                keys = new if cache is None else cache.readable(new, window)
-                if needs_mask(new, keys, window, cu_seqlens):
-                    masks[window] = attention_mask(
-                        batch, new, keys, window=window, cu_seqlens=cu_seqlens, device=x.device
-                    )
+        kv_heads = max(1, local_heads(self.config, self.tp)[1] // self.sp.size)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        for window in {self.config.layer_window(layer) for layer in range(self.config.num_layers)}:
+            keys = new if cache is None else cache.readable(new, window)
+            sizes = (batch, new, keys, kv_heads, self.config.resolved_head_dim)
+            unread = makes_no_mask(self.backends.attention, x, *sizes, dropout)
+            if not unread and needs_mask(new, keys, window, cu_seqlens):
+                masks[window] = attention_mask(batch, new, keys, window=window, cu_seqlens=cu_seqlens, device=x.device)
         return AttentionInputs(cos, sin, positions, offset, cu_seqlens, max_seqlen, masks, cache, sp=self.sp)
 
     def set_activation_checkpointing(self, mode: str) -> None:

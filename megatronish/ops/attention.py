@@ -27,6 +27,23 @@ def uses_flash(backend: AttentionBackend, like: Tensor, head_dim: int) -> bool:
     return backend.startswith("flash")
 
 
+def makes_no_mask(
+    backend: AttentionBackend,
+    like: Tensor,
+    batch: int,
+    queries: int,
+    keys: int,
+    kv_heads: int,
+    head_dim: int,
+    dropout_p: float,
+) -> bool:
+    """Whether `attention` of these sizes, in the dtype and on the device of `like`, never looks at a mask."""
+    if uses_flash(backend, like, head_dim):
+        return True
+    sizes = (batch, queries, keys, kv_heads, head_dim)
+    return backend.endswith("_or_sdpa") and attention_cpu.takes_shape(like, *sizes, dropout_p)
+
+
 def attention(
     q: Tensor,
     k: Tensor,

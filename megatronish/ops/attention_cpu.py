@@ -28,16 +28,22 @@ def takes(q: Tensor, k: Tensor, dropout_p: float, scale: float | None) -> bool:
     Without AVX2 it is slower than SDPA.
     """
     b, s, _, d = q.shape
+    return (scale is None or scale > 0) and takes_shape(q, b, s, k.shape[1], k.shape[2], d, dropout_p)
+
+
+def takes_shape(
+    like: Tensor, batch: int, queries: int, keys: int, kv_heads: int, head_dim: int, dropout_p: float
+) -> bool:
+    """`takes` for tensors of these sizes, of the dtype and device of `like`."""
     return (
         EXTENSION.cpu
         and _has_vectors()
-        and q.device.type == "cpu"
-        and q.dtype in _DTYPES
-        and MIN_TOKENS <= s == k.shape[1]
-        and d % 32 == 0
+        and like.device.type == "cpu"
+        and like.dtype in _DTYPES
+        and MIN_TOKENS <= queries == keys
+        and head_dim % 32 == 0
         and dropout_p == 0.0
-        and (scale is None or scale > 0)
-        and b * k.shape[2] >= _threads()
+        and batch * kv_heads >= _threads()
     )
 
 

@@ -89,6 +89,18 @@ class _GatherSequence(torch.autograd.Function):
         return wait(start_sum_scatter(ranks_first(grad, ctx.group.size()), ctx.group)), None
 
 
+class _GatherSequenceAlike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return ranks_last(wait(start_gather(x, group)), group.size())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.chunk(ctx.group.size(), dim=1)[ctx.group.rank()].contiguous(), None
+
+
 class _SumScatterSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
@@ -135,6 +147,12 @@ def sum_over_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
 def gather_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     """[b, s / n, ...] of each rank -> [b, s, ...], for a use divided over the group: gradients are summed and scattered."""
     result: Tensor = _GatherSequence.apply(x, group)
+    return result
+
+
+def gather_sequence_alike(x: Tensor, group: ProcessGroup) -> Tensor:
+    """[b, s / n, ...] of each rank -> [b, s, ...], for a use that every rank makes alike: its gradient is the rank's part."""
+    result: Tensor = _GatherSequenceAlike.apply(x, group)
     return result
 
 

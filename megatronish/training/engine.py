@@ -43,6 +43,7 @@ from torch import nn
 
 from megatronish.config.base import UserError
 from megatronish.config.run import BLOCK, BatchPlan, RunConfig
+from megatronish.model.layout import VocabularyPart
 from megatronish.model.transformer import IGNORED_LABEL, Transformer
 from megatronish.parallel.ending import SHUTDOWN_SECONDS, end_within
 from megatronish.parallel.layers import is_copy
@@ -400,14 +401,26 @@ class _ModelParallelUnit:
         return self._data
 
 
-def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, part: VocabularyPart | None = None
+) -> torch.Tensor:
     """DeepSpeed's sum of the cross-entropy of hidden weight^T, a part of the logits at a time, in fp32.
 
-    hidden [b, s, hidden], weight [V, hidden], labels int64 [b, s]. Saves the memory of the logits and computes them twice.
+    hidden [b, s, hidden], weight [V, hidden], labels int64 [b, s]; part: see `model.layout.LinearCrossEntropy`. Saves the
+    memory of the logits and computes them twice.
     """
     from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy  # not in every run
 
-    return vocab_parallel_linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    return vocab_parallel_linear_cross_entropy(
+        hidden,
+        weight,
+        labels,
+        tp_group=part and part.group,
+        vocab_start_index=part and part.start,
+        vocab_end_index=part and part.stop,
+        ignore_index=IGNORED_LABEL,
+        reduction="sum",
+    )
 
 
 def partitioned_construction(config: RunConfig, plan: BatchPlan) -> AbstractContextManager[Any]:

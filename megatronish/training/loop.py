@@ -391,6 +391,12 @@ class _Trainer:
             print(f"beginning with the weights of {run.imported.folder}")
         if run.resume_from:
             print(f"continuing {run.resume_from} at step {run.state.step}" + (f": {run.moved}" if run.moved else ""))
+            before = run.state.samples / run.state.step
+            if before != plan.samples:
+                print(
+                    f"note: a step was {before:g} samples so far and is {plan.samples} from here on; give --train_batch_size "
+                    f"{before:.0f} to go on as before"
+                )
 
 
 def build_model(

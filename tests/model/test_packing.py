@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatronish.config.model import KernelConfig, ModelConfig
 from megatronish.model.transformer import Transformer
+from megatronish.ops.extension import EXTENSION
 
 LENGTHS = ((5, 1, 10), (7, 9))  # documents of two rows of 16 tokens
 
@@ -72,3 +75,35 @@ def test_documents_that_do_not_cover_the_rows_are_refused(bounds: list[int]) -> 
         model(tokens, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
     with pytest.raises(ValueError, match="cu_seqlens must be int32"):
         model(tokens, cu_seqlens=torch.tensor([0, 16, 32]))
+
+
+class _Masks(TorchDispatchMode):
+    """Elements of the largest boolean tensor that any operator makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.bool:
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.skipif(not EXTENSION.cpu, reason=EXTENSION.cpu_problem or "built")
+@pytest.mark.parametrize(("dropout", "makes"), [(0.0, False), (0.1, True)])
+def test_a_mask_is_made_where_one_is_read(dropout: float, makes: bool) -> None:
+    """Our CPU kernel reads bounds of documents; of 128k tokens a mask would take 17 GB. Dropout is SDPA's, which needs one."""
+    config = ModelConfig(
+        vocab_size=53,
+        num_layers=1,
+        hidden_size=64,
+        num_attention_heads=2,
+        ffn_hidden_size=48,
+        seq_length=256,
+        attention_dropout=dropout,
+    )
+    tokens = torch.zeros(2, 256, dtype=torch.int64)
+    cu_seqlens = torch.tensor([0, 100, 256, 512], dtype=torch.int32)
+    with _Masks() as masks:
+        Transformer(config, KernelConfig()).loss(tokens, tokens, None, cu_seqlens, 256)
+    assert (masks.elements >= 256 * 256) == makes

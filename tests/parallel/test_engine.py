@@ -37,6 +37,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "sp2dp2 zero2": (4, {"sequence": 2}),
     "sp2dp2 zero3": (4, {"sequence": 2}),
     "pp2 zero1": (2, {"pipeline": 2}),
+    "pp4 zero1": (4, {"pipeline": 4}),
     "pp2dp2 zero1": (4, {"pipeline": 2}),
     "tp2pp2 zero1": (4, {"tensor": 2, "pipeline": 2, "tensor_sequence": True}),
 }
@@ -67,12 +68,17 @@ def check(found: Trace, expected: Trace, losses: float, weights: float) -> None:
         )
 
 
-@pytest.mark.parametrize("model", ["tied, two KV heads", "one KV head"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+PLAIN, ONE_HEAD = "tied, two KV heads", "one KV head"
+# Both models where heads are divided and where a table has two ends; two layers do not fill four stages.
+BOTH = ("pp2dp2 zero1", "sp4 zero1", "tp2dp2 zero1", "tp2pp2 zero1", "tp4 zero1")
+CASES = [(name, PLAIN) for name in LAYOUTS if name != "pp4 zero1"] + [(name, ONE_HEAD) for name in BOTH]
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES)
 def test_fp32_equals_the_plain_loop(layout: str, model: str, data: str, tmp_path: Path) -> None:
     """10 steps within 1e-5; clipping is active, micro batches hold uneven token counts, 257 rows of vocabulary."""
     ranks, _ = LAYOUTS[layout]
-    changes: dict[str, Any] = {"megatronish": {"model": ONE_KV_HEAD}} if model == "one KV head" else {}
+    changes: dict[str, Any] = {"megatronish": {"model": ONE_KV_HEAD}} if model == ONE_HEAD else {}
     config = layout_run(data, tmp_path, layout, changes)
     size = data_size(layout)
     plain = plain_loop(config, size)
@@ -82,6 +88,21 @@ def test_fp32_equals_the_plain_loop(layout: str, model: str, data: str, tmp_path
     check(traces[0], plain, losses=1e-5, weights=2e-5)
     for trace in traces[1:]:
         assert trace.losses == traces[0].losses and not trace.weights
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "recompute"), [(1, "full"), (2, "selective"), (7, "none")], ids=["one", "fewer", "more"]
+)
+def test_a_pipeline_takes_any_number_of_micro_batches(
+    accumulation: int, recompute: str, data: str, tmp_path: Path
+) -> None:
+    """One, fewer than stages, and more; blocks are computed again in the backward pass, wholly or in part, or not."""
+    changes: dict[str, Any] = {
+        "gradient_accumulation_steps": accumulation,
+        "megatronish": {"model": {"num_layers": 4}, "train": {"steps": 4, "activation_checkpointing": recompute}},
+    }
+    config = layout_run(data, tmp_path, "pp4 zero1", changes)
+    check(run_ranks(4, engine_loop, config, 1)[0], plain_loop(config, 1), losses=1e-5, weights=2e-5)
 
 
 @pytest.mark.parametrize("fp32_sums", [False, True], ids=["bf16 sums", "fp32 sums"])

@@ -1,6 +1,7 @@
 """kernels.cross_entropy "linear": DeepSpeed's loss of the head and the cross-entropy in one, in the model and the engine."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,13 +84,19 @@ def test_nobody_to_compute_it() -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [2, 3])
-def test_the_engine_takes_deepspeed_s(stage: int, tmp_path: Path) -> None:
-    """Two ranks with tied embeddings (under ZeRO-3 the head gathers a weight that it does not own), 10 steps."""
-    data = make_dataset(tmp_path)
+@pytest.mark.parametrize(
+    ("stage", "parallel"),
+    [(2, {}), (3, {}), (1, {"tensor": 2}), (1, {"tensor": 2, "tensor_sequence": True}), (1, {"sequence": 2})],
+    ids=["zero2", "zero3", "tensor", "tensor sequence", "sequence"],
+)
+def test_the_engine_takes_deepspeed_s(stage: int, parallel: dict[str, Any], tmp_path: Path) -> None:
+    """Two ranks with tied embeddings (under ZeRO-3 the head gathers a weight that it does not own), 10 steps; a vocabulary of
+    257 rows divided over them, or the tokens."""
+    data, size = make_dataset(tmp_path), 1 if parallel else 2
     zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
-    changes = {"zero_optimization": zero, "megatronish": {"kernels": {"cross_entropy": "linear"}}}
-    plain = plain_loop(small_run(data, tmp_path), data_size=2)
-    trace, _ = run_ranks(2, engine_loop, small_run(data, tmp_path, changes), 2)
+    ours = {"kernels": {"cross_entropy": "linear"}, "parallel": parallel}
+    changes = {"zero_optimization": zero, "megatronish": ours}
+    plain = plain_loop(small_run(data, tmp_path), data_size=size)
+    trace, _ = run_ranks(2, engine_loop, small_run(data, tmp_path, changes), size)
     torch.testing.assert_close(trace.losses, plain.losses, rtol=1e-5, atol=0)
     torch.testing.assert_close(trace.norms, plain.norms, rtol=1e-5, atol=0)

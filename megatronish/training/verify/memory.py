@@ -50,30 +50,38 @@ def expected_bytes(config: RunConfig, mesh: ParallelMesh) -> RankBytes:
     )
 
 
-def padding(config: RunConfig, mesh: ParallelMesh) -> int:
-    """How far above the formula a rank may be."""
-    return PADDING_BYTES * (len(_shapes(config, mesh)) + 4 * mesh.data.size)
+def slack(config: RunConfig, mesh: ParallelMesh) -> RankBytes:
+    """How far from the formula a rank may be: padding, and under ZeRO-2 the gradients of the tensors that its part begins and
+    ends in, which DeepSpeed keeps whole."""
+    numbers = _numbers(config, mesh)
+    padding = PADDING_BYTES * (len(numbers) + 4 * mesh.data.size)
+    whole = 2 * 4 * max(numbers.values()) if config.deepspeed.zero_optimization.stage == 2 else 0
+    return RankBytes(padding, padding + whole, padding)
 
 
 def rank_numbers(config: RunConfig, mesh: ParallelMesh) -> int:
-    """Numbers of the model on a rank: tables by rows of the vocabulary, matrices and their inner biases divided evenly, norms
+    """Numbers of the model on a rank."""
+    return sum(_numbers(config, mesh).values())
+
+
+def _numbers(config: RunConfig, mesh: ParallelMesh) -> dict[str, int]:
+    """The rank's part of each tensor: tables by rows of the vocabulary, matrices and their inner biases divided evenly, norms
     and outer biases whole; key/value rows whole, too, where there are fewer key/value heads than ranks."""
     model, tensor = config.megatronish.model, mesh.tp.size
-    total = 0
+    held = {}
     for name, shape in _shapes(config, mesh).items():
         numbers = math.prod(shape)
         if name in ("embedding.weight", "head.weight"):
             first, last = part_of(model.vocab_size, tensor, mesh.tp.rank)
-            total += (last - first) * model.hidden_size
+            numbers = (last - first) * model.hidden_size
         elif ".qkv." in name and model.resolved_kv_heads < tensor:
             heads = model.num_attention_heads
             queries = numbers * heads // (heads + 2 * model.resolved_kv_heads)
-            total += queries // tensor + numbers - queries
+            numbers = queries // tensor + numbers - queries
         elif any(part in name for part in (".qkv.", ".up.", ".out.weight", ".down.weight")):
-            total += numbers // tensor
-        else:
-            total += numbers
-    return total
+            numbers //= tensor
+        held[name] = numbers
+    return held
 
 
 def _shapes(config: RunConfig, mesh: ParallelMesh) -> dict[str, tuple[int, ...]]:

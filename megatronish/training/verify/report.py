@@ -181,13 +181,10 @@ def _disagreement(traces: Sequence[Trace]) -> str:
 def _excess(traces: Sequence[Trace]) -> str:
     """The first rank that holds more, or less, than the formula says."""
     for rank, trace in enumerate(traces):
-        assert trace.held is not None and trace.formula is not None
-        for what, held, wanted in (
-            ("weights", trace.held.weights, trace.formula.weights),
-            ("gradients", trace.held.gradients, trace.formula.gradients),
-            ("optimizer state", trace.held.optimizer, trace.formula.optimizer),
-        ):
-            if abs(held - wanted) > trace.padding:
+        assert trace.held is not None and trace.formula is not None and trace.slack is not None
+        for what in ("weights", "gradients", "optimizer"):
+            held, wanted, allowed = (getattr(size, what) for size in (trace.held, trace.formula, trace.slack))
+            if abs(held - wanted) > allowed:
                 return f"rank {rank} holds {held:,} bytes of {what}, the formula says {wanted:,}"
     return ""
 

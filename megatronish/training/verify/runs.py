@@ -9,22 +9,27 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 from megatronish.config.base import UserError
 from megatronish.config.run import RunConfig
 from megatronish.model.linear import Linear
-from megatronish.model.transformer import IGNORED_LABEL, Transformer
+from megatronish.model.transformer import IGNORED_LABEL, Head, Transformer
 from megatronish.parallel.startup import free_port, has_gpu
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
 from megatronish.training.verify.layouts import ACCUMULATION, SAMPLES, Layout
-from megatronish.training.verify.memory import RankBytes, expected_bytes, padding
+from megatronish.training.verify.memory import RankBytes, expected_bytes, slack
+
+if TYPE_CHECKING:
+    from megatronish.training.engine import Engine
 
 TIMEOUT_SECONDS = 300.0
 STATE = "state"  # folder of the engine's state within that of a leg
@@ -41,7 +46,7 @@ class Trace:
     weights: dict[str, Tensor]
     held: RankBytes | None = None
     formula: RankBytes | None = None
-    padding: int = 0
+    slack: RankBytes | None = None
 
     def after(self, step: int) -> Trace:
         """Without the first `step` steps."""
@@ -82,16 +87,45 @@ def make_batch(config: RunConfig, step: int, samples: range) -> Batch:
     }
 
 
-class _SplitLinear(Linear):
-    """The same product as several part sums, each rounded: what tensor-parallel ranks compute."""
+class _SplitProduct(torch.autograd.Function):
+    """x weight^T with every sum, of the product and of both its gradients, taken in several parts, each of them rounded: so
+    do ranks that share features, vocabulary or tokens."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, parts: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.parts = parts
+        return _in_parts(x, weight.t(), parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        return _in_parts(grad, weight, ctx.parts), _in_parts(rows.t(), x.flatten(0, -2), ctx.parts), None
+
+
+def _in_parts(a: Tensor, b: Tensor, parts: int) -> Tensor:
+    """a [..., n] b [n, m], the sum over n in as many parts."""
+    width = -(-b.shape[0] // parts)
+    pieces = zip(a.split(width, -1), b.split(width, 0), strict=True)
+    return sum((left @ right for left, right in pieces), torch.zeros((), dtype=a.dtype, device=a.device))
+
+
+class _SplitLinear(Linear):
     parts = 2
 
     def forward(self, x: Tensor) -> Tensor:
-        width = -(-self.in_features // self.parts)
-        pieces = zip(x.split(width, -1), self.weight.split(width, 1), strict=True)
-        y = sum((F.linear(part, weight) for part, weight in pieces), torch.zeros((), dtype=x.dtype, device=x.device))
+        y: Tensor = _SplitProduct.apply(x, self.weight, self.parts)
         return y if self.bias is None else y + self.bias
+
+
+class _SplitHead(Head):
+    parts = 2
+
+    def forward(self, hidden: Tensor, *_: Any) -> Tensor:
+        logits: Tensor = _SplitProduct.apply(hidden, self.weight, self.parts)
+        return logits
 
 
 def plain_run(config: RunConfig, *, parts: int = 1) -> Trace:
@@ -102,13 +136,18 @@ def plain_run(config: RunConfig, *, parts: int = 1) -> Trace:
     """
     ours, clip = config.megatronish, config.deepspeed.gradient_clipping
     dtype = torch.bfloat16 if config.deepspeed.dtype == "bf16" else torch.float32
-    model = Transformer(ours.model, ours.kernels, seed=ours.train.seed).to(dtype)
-    master = Transformer(ours.model, ours.kernels, seed=None)
+    with_logits = (
+        ours.kernels.cross_entropy if ours.kernels.cross_entropy != "linear" else "auto"
+    )  # that is DeepSpeed's
+    kernels = ours.kernels.model_copy(update={"cross_entropy": with_logits})
+    model = Transformer(ours.model, kernels, seed=ours.train.seed).to(dtype)
+    master = Transformer(ours.model, kernels, seed=None)
     master.load_state_dict(model.state_dict())
     for module in model.modules() if parts > 1 else ():
-        if isinstance(module, Linear):
-            module.__class__ = _SplitLinear
-            cast(_SplitLinear, module).parts = parts
+        for plain, split in ((Linear, _SplitLinear), (Head, _SplitHead)):
+            if isinstance(module, plain):
+                module.__class__ = split
+                cast(_SplitLinear, module).parts = parts
     optimizer = build_torch_optimizer(parameter_groups(master, config.deepspeed.optimizer), config.deepspeed.optimizer)
     micro = SAMPLES // ACCUMULATION // parts
     pairs = list(zip(model.parameters(), master.parameters(), strict=True))
@@ -139,6 +178,31 @@ def plain_run(config: RunConfig, *, parts: int = 1) -> Trace:
     return Trace(losses, norms, weights)
 
 
+class GradientCount:
+    """The most bytes of gradients that a rank holds between micro batches while this is entered.
+
+    A pipeline's first stages run all micro batches forward before the first gradient, so there every gradient is a time to
+    count; elsewhere DeepSpeed still holds those that it is about to reduce then.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.most = 0
+        self._engine = engine
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        self._hooks.append(self._engine.module.register_forward_pre_hook(lambda *_: self._count()))
+        for p in self._engine.module.parameters() if self._engine.mesh.pp.size > 1 else ():
+            self._hooks.append(p.register_post_accumulate_grad_hook(lambda _: self._count()))
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _count(self) -> None:
+        self.most = max(self.most, self._engine.held_state().gradient_bytes())
+
+
 def layout_trace(config: RunConfig, layout: Layout, leg: Leg | None = None) -> Trace:
     """The same steps, or those of a leg, through the engine on this rank of the layout. The process group exists.
 
@@ -154,30 +218,24 @@ def layout_trace(config: RunConfig, layout: Layout, leg: Leg | None = None) -> T
     engine = start_engine(build_model(config, plan, mesh), config, plan, mesh)
     if leg.load is not None:
         engine.load(leg.load, STATE)
-    gradients: list[int] = []
+    gradients = GradientCount(engine)
     losses, norms = [], []
     for step in range(leg.first, leg.stop):
         batches = []
         for index in range(plan.accumulation):
             first = (index * plan.data_size + mesh.dp.rank) * plan.micro
             batches.append(to_device(make_batch(config, step, range(first, first + plan.micro)), engine.device))
-        counting = None
-        if step + 1 == leg.stop:  # before each micro batch of the last step, the first apart
-            counting = engine.module.register_forward_pre_hook(
-                lambda *_: gradients.append(engine.held_state().gradient_bytes())
-            )
-        result = engine.train_step(batches, 1.0)
-        if counting is not None:
-            counting.remove()
+        with gradients if step + 1 == leg.stop else nullcontext():
+            result = engine.train_step(batches, 1.0)
         mesh.data.sum_(result.loss_sum)
         losses.append((result.loss_sum / result.tokens).item())
         assert result.grad_norm is not None
         norms.append(float(result.grad_norm))
     if leg.save is not None:
         engine.save(leg.save, STATE)
-    held = RankBytes(engine.weight_bytes(), max(gradients), engine.held_state().optimizer_bytes())
+    held = RankBytes(engine.weight_bytes(), gradients.most, engine.held_state().optimizer_bytes())
     weights = {name: value.float().cpu() for name, value in engine.weights().items()}
-    return Trace(losses, norms, weights, held, expected_bytes(config, mesh), padding(config, mesh))
+    return Trace(losses, norms, weights, held, expected_bytes(config, mesh), slack(config, mesh))
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -201,12 +259,16 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
                 break
             time.sleep(0.02)
         hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+        ended = {rank: -process.exitcode for rank, process in enumerate(ranks) if (process.exitcode or 0) < 0}
         for process in ranks:
             process.kill()
             process.join()
         errors = sorted(Path(folder).glob("*.error"))
         if errors:
             raise UserError(f"rank {errors[0].stem} failed:\n{errors[0].read_text()}")
+        if ended:
+            told = ", ".join(f"rank {rank} by signal {number}" for rank, number in ended.items())
+            raise UserError(f"processes were ended: {told}. Signal 9 may be this machine's want of memory.")
         if hung:
             raise UserError(
                 f"ranks {hung} still ran after {TIMEOUT_SECONDS:.0f} s; the others had ended or waited too."
