@@ -10,6 +10,7 @@ import hmac
 import json
 import os
 import secrets
+import select
 import selectors
 import socket
 import time
@@ -46,12 +47,9 @@ class _Link:
         """Whole lines that have come, and whether the other end is gone."""
         gone = False
         try:
-            while data := self.connection.recv(LONGEST_LINE):
-                self.incoming += data
-                if len(self.incoming) > LONGEST_LINE:
-                    break
-            else:
-                gone = True
+            data = self.connection.recv(LONGEST_LINE)
+            self.incoming += data
+            gone = not data
         except BlockingIOError:
             pass
         except OSError:
@@ -70,6 +68,7 @@ class Links:
     def __init__(self, meeting: Meeting) -> None:
         self._rank = meeting.rank
         self._selector = selectors.DefaultSelector()
+        self._hangups = select.epoll()
         self._links: dict[int, _Link] = {}
         self._listener: socket.socket | None = None
         if meeting.world_size == 1:
@@ -122,6 +121,7 @@ class Links:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         link = _Link(connection, rank)
         self._selector.register(connection, selectors.EVENT_READ, link)
+        self._hangups.register(connection, select.EPOLLRDHUP)
         if rank is not None:
             self._links[rank] = link
 
@@ -149,12 +149,13 @@ class Links:
             time.sleep(0.01)
 
     def receive(self, seconds: float) -> list[tuple[int, Message]]:
-        """What came from which rank within `seconds`; GONE for a link that ended."""
-        if self._listener is None and not self._links:
-            time.sleep(seconds)
-            return []
+        """What came from which rank; GONE for a link that ended. Waits `seconds`, or until a link ends.
+
+        Heartbeats do not wake this thread: a thousand are read in one go.
+        """
+        self._hangups.poll(seconds)
         found: list[tuple[int, Message]] = []
-        for key, _ in self._selector.select(seconds):
+        for key, _ in self._selector.select(0):
             if key.data is None:
                 self._accept()
             else:
@@ -165,9 +166,9 @@ class Links:
 
     def _accept(self) -> None:
         assert self._listener is not None
-        with contextlib.suppress(OSError):
-            connection, _ = self._listener.accept()
-            self._add(connection, None)
+        with contextlib.suppress(OSError):  # BlockingIOError when there are no more
+            while True:
+                self._add(self._listener.accept()[0], None)
 
     def _read(self, link: _Link) -> list[tuple[int, Message]]:
         lines, gone = link.pull()
@@ -186,6 +187,7 @@ class Links:
                 break
         if gone:
             self._selector.unregister(link.connection)
+            self._hangups.unregister(link.connection)
             link.connection.close()
             if link.rank is not None:
                 self._links.pop(link.rank, None)
@@ -195,6 +197,7 @@ class Links:
     def close(self) -> None:
         """End every link."""
         self._selector.close()
+        self._hangups.close()
         self._close_sockets()
 
     def _close_sockets(self) -> None:

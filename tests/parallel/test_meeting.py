@@ -14,7 +14,7 @@ from megatronish.parallel.meeting import meet, meet_by_environment, ranks_text
 from megatronish.parallel.startup import LaunchError, free_port
 from tests.parallel.faulty_ranks import start_ranks
 
-SECONDS = 3.0  # that the others are waited for, where one never comes
+SECONDS = 1.5  # that the others are waited for, where one never comes
 
 
 def meet_all(world_size: int, told: dict[int, dict[str, str]], ranks: list[int], seconds: float) -> dict[int, str]:
@@ -47,14 +47,12 @@ def test_one_alone_needs_no_port() -> None:
     assert meet(0, 1, "no such host", 1, 1.0).world_size == 1
 
 
-@pytest.mark.parametrize(
-    ("there", "missing"), [([0, 1], "rank 2 is missing. ranks 0-1 came"), ([0], "ranks 1-2 are missing. rank 0 came")]
-)
-def test_ranks_that_do_not_come(there: list[int], missing: str) -> None:
+def test_ranks_that_do_not_come() -> None:
     """Fewer ranks than announced: those who came are told by rank 0."""
-    results = meet_all(3, {}, there, SECONDS)
+    results = meet_all(3, {}, [0, 1], SECONDS)
     for message in results.values():
-        assert f"of 3 ranks only {len(there)} came to 127.0.0.1:" in message and missing in message
+        assert "of 3 ranks only 2 came to 127.0.0.1:" in message
+        assert "within 1.5 s: rank 2 is missing. ranks 0-1 came from" in message
         assert "--train.start_timeout" in message
 
 
@@ -110,13 +108,13 @@ def test_a_taken_port() -> None:
 
     def wait_in_vain() -> None:
         with pytest.raises(LaunchError, match="rank 1 is missing"):
-            meet(0, 2, "127.0.0.1", port, 2.0)
+            meet(0, 2, "127.0.0.1", port, 1.5)
 
     first = threading.Thread(target=wait_in_vain)
     first.start()
     time.sleep(0.5)
     with pytest.raises(LaunchError, match=r"cannot meet the others at 127.0.0.1:\d+: .*EADDRINUSE(.|\n)*--master_port"):
-        meet(0, 2, "127.0.0.1", port, 2.0)
+        meet(0, 2, "127.0.0.1", port, 1.5)
     first.join(60)
 
 

@@ -174,7 +174,7 @@ def test_a_job_that_is_suspended_as_a_whole(start: Callable[..., FaultyRanks]) -
     ranks = start()
     for rank in ranks.pids:
         ranks.wait_until_said(rank, "at work")
-    for number, pause in ((signal.SIGSTOP, TIMEOUT + 2), (signal.SIGCONT, 3.0)):
+    for number, pause in ((signal.SIGSTOP, TIMEOUT + 1), (signal.SIGCONT, 2.5)):
         for pid in ranks.pids.values():
             os.kill(pid, number)
         time.sleep(pause)
