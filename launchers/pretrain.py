@@ -9,13 +9,14 @@ import sys
 
 from megatronish.config.base import explained
 from megatronish.config.cli import parse
+from megatronish.parallel.ending import run_program
 from megatronish.parallel.startup import settle_process
 
 
 def main() -> int:
     with explained():
         rank = settle_process()
-    with explained(rank.is_first):
+    with explained(rank.is_first, rank.name):
         config = parse(sys.argv[1:], "launchers/pretrain.py")
         from megatronish.training.loop import pretrain  # torch and deepspeed: only after the process is settled
 
@@ -24,4 +25,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -4,6 +4,7 @@ Parts (--parts): tokenise (the Hugging Face back end, raw `encode_batch_fast`, M
 fast (the gigatoken back end, raw gigatoken, Megatron's fast tool), memory (peak at one and four times the input), start
 (process start to a data set of one document), reads (packed samples a second beside GPTDataset), index (10M documents:
 build, seek, state), stream (samples straight from text) and hash (the same bytes for any number of workers, and after kill -9 with --resume).
+Not among them unless named: grow (rate and peak memory at --grow-gb gigabytes beside those of 100 MB; minutes, and disk for one and a half times that).
 
 Every contestant runs in a process of its own and they take turns, so that a busy machine slows them alike; medians of
 --repeats rounds. Peak memory is the proportional set size of the whole process tree (shared pages count once), sampled
@@ -19,6 +20,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +38,16 @@ sys.path.insert(0, str(ROOT))  # run from a checkout that is not installed
 
 from megatronish.data.builder import IndexedWriter  # noqa: E402
 from megatronish.data.indexed import HEADER, MAGIC, VERSION, bin_path  # noqa: E402
-from tools.bench_data_stage import EOD, Bench, Contestant, Failed, Row, line  # noqa: E402
+from tools.bench_data_stage import (  # noqa: E402
+    EOD,
+    Bench,
+    Contestant,
+    Failed,
+    Row,
+    growing_documents,
+    line,
+    write_corpus,
+)
 
 SEQ_LENGTH = 2048
 MICRO_BATCH = 8
@@ -128,6 +139,32 @@ def part_memory(bench: Bench) -> None:
         )
         bench.row("memory", f"peak of the {name} back end, {size * 4:g} MB", peaks["large"], "MB", bar)
         bench.ratio("memory", f"peak at {size * 4:g} MB", peaks["large"], f"at {size:g} MB", peaks["small"], "<= 1.25")
+
+
+def part_grow(bench: Bench) -> None:
+    """Rate and peak memory of the gigatoken back end on 100 MB and on --grow-gb gigabytes in which new words never end."""
+    sizes = {"100 MB": 100_000_000, f"{bench.options.grow_gb:g} GB": int(bench.options.grow_gb * 1e9)}
+    free = shutil.disk_usage(bench.work).free
+    if free < 1.6 * max(sizes.values()):
+        raise Failed(
+            f"{free / 1e9:.1f} GB are free in {bench.work}; {1.6 * max(sizes.values()) / 1e9:.1f} GB are needed"
+        )
+    rates, peaks, costs = {}, {}, {}
+    for name, size in sizes.items():
+        corpus = bench.work / "grow.jsonl"
+        text = write_corpus(corpus, growing_documents(size))
+        run = bench.run(bench.ours(corpus, "grow", *backend(bench, "gigatoken")), sample_seconds=0.2)
+        rates[name], peaks[name] = [text / 1e6 / run.seconds], [run.peak_mb]
+        costs[name] = [run.cpu_seconds / text * 1e9]
+        for path in bench.work.glob("grow*"):
+            path.unlink()
+        bench.row("grow", f"gigatoken back end, {name}", rates[name], "MB/s")
+        bench.row("grow", f"processor time, {name}", costs[name], "s/GB")
+        bench.row("grow", f"peak memory, {name}", peaks[name], "MB", "<= 500")
+    small, large = sizes
+    bench.ratio("grow", f"rate at {large}", rates[large], f"at {small}", rates[small])
+    bench.ratio("grow", f"processor time a byte at {large}", costs[large], f"at {small}", costs[small])
+    bench.ratio("grow", f"peak at {large}", peaks[large], f"at {small}", peaks[small], "<= 1.25")
 
 
 def part_start(bench: Bench) -> None:
@@ -390,6 +427,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "index": part_index,
     "hash": part_hash,
     "stream": part_stream,
+    "grow": part_grow,
 }
 
 
@@ -401,9 +439,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--parts",
         nargs="+",
         choices=tuple(PARTS),
-        default=list(PARTS),
+        default=[part for part in PARTS if part != "grow"],
         metavar="PART",
-        help=f"of {', '.join(PARTS)} (all)",
+        help=f"of {', '.join(PARTS)} (all but grow)",
     )
     add("--megatron", type=Path, metavar="FOLDER", help="a checkout of Megatron-LM, for its tools")
     add("--peer-python", metavar="PYTHON", help="the interpreter with megatron-core (this one)")
@@ -416,6 +454,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--read-tokens", type=int, default=20_000_000, help="tokens of the data set in reads (20 million)")
     add("--index-documents", type=int, default=10_000_000, help="documents in index (10 million)")
     add("--stream-samples", type=int, default=400, help="samples a round in stream (400)")
+    add("--grow-gb", type=float, default=10.0, help="gigabytes of text in grow (10)")
     add("--kills", type=int, default=5, help="killed runs in hash (5)")
     add("--work", type=Path, metavar="FOLDER", help="where corpora and outputs go, and stay (a temporary folder)")
     add("--json", type=Path, metavar="FILE", help="write the rows and the options")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -12,11 +15,12 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import orjson
 import psutil
 
 T = TypeVar("T")
@@ -56,10 +60,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """One process from start to end."""
+    """One process from start to end; cpu_seconds: of all its cores, its own processes included."""
 
     seconds: float
     peak_mb: float
+    cpu_seconds: float
 
 
 class Failed(RuntimeError):
@@ -87,9 +92,7 @@ class Bench:
             return Path(self.options.corpus)
         path = self.work / f"corpus-{megabytes:g}.jsonl"
         if not path.exists():
-            with open(path, "w", encoding="utf-8") as file:
-                for text in documents(int(megabytes * 1e6)):
-                    file.write(json.dumps({"text": text}) + "\n")
+            write_corpus(path, documents(int(megabytes * 1e6)))
         return path
 
     def tokenizer(self) -> Path:
@@ -128,8 +131,8 @@ class Bench:
         python = self.peer_python if role.endswith("_megatron") else sys.executable
         return [python, str(ROOT / "tools/bench_data_rounds.py"), role, json.dumps(arguments)]
 
-    def run(self, command: Sequence[str], stdin: str = "") -> Run:
-        """Runs a command to its end. Raises Failed unless it exits with 0."""
+    def run(self, command: Sequence[str], stdin: str = "", sample_seconds: float = SAMPLE_SECONDS) -> Run:
+        """Runs a command to its end, looking at its memory that often. Raises Failed unless it exits with 0."""
         environment = self.environment | {"PYTHONPATH": str(ROOT)}
         if MEGATRON_SHIM in command:
             environment["PYTHONPATH"] = str(self.options.megatron)
@@ -140,7 +143,8 @@ class Bench:
             ) as process,
         ):
             start = time.perf_counter()
-            peak = PeakMemory(process.pid)
+            used = cpu_seconds_of_children()
+            peak = PeakMemory(process.pid, sample_seconds)
             assert process.stdin is not None
             process.stdin.write(stdin.encode())
             process.stdin.close()
@@ -152,7 +156,7 @@ class Bench:
                 raise Failed(
                     f"{' '.join(command)[:200]}: exit status {status}\n{said.read()[-1500:].decode(errors='replace')}"
                 )
-        return Run(seconds, peak_mb)
+        return Run(seconds, peak_mb, cpu_seconds_of_children() - used)
 
     def take_turns(self, calls: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
         """What each call gives, one after the other in every round."""
@@ -195,15 +199,16 @@ def line(row: Row) -> str:
 class PeakMemory:
     """Samples the proportional set size of a process and its descendants until stopped."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, sample_seconds: float) -> None:
         self.peak = 0
+        self._every = sample_seconds
         self._process = psutil.Process(pid)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
     def _sample(self) -> None:
-        while not self._done.wait(SAMPLE_SECONDS):
+        while not self._done.wait(self._every):
             total = 0
             try:
                 for process in [self._process, *self._process.children(recursive=True)]:
@@ -221,6 +226,12 @@ class PeakMemory:
         self._done.set()
         self._thread.join()
         return self.peak / 1e6
+
+
+def cpu_seconds_of_children() -> float:
+    """Processor time of the processes that this one has waited for, and of those that they have."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 class Contestant:
@@ -288,6 +299,28 @@ def documents(size: int) -> Iterator[str]:
                         return
         if produced == before:
             raise SystemExit(f"no text under {folders}; give --corpus FILE.jsonl")
+
+
+def growing_documents(size: int) -> Iterator[str]:
+    """The same, each document with eight words behind it that occur nowhere else: what has been seen never stops growing."""
+    draw = random.Random(0)
+    produced = 0
+    texts = itertools.cycle(documents(100_000_000))
+    while produced < size:
+        words = draw.getrandbits(8 * 48)
+        text = f"{next(texts)}{' '.join(f'{words >> 48 * i & (1 << 48) - 1:x}' for i in range(8))}\n"
+        produced += len(text.encode("utf-8"))
+        yield text
+
+
+def write_corpus(path: Path, texts: Iterable[str]) -> int:
+    """Writes JSON lines; returns how many UTF-8 bytes the texts have."""
+    size = 0
+    with open(path, "wb") as file:
+        for text in texts:
+            size += len(text.encode("utf-8"))
+            file.write(orjson.dumps({"text": text}) + b"\n")
+    return size
 
 
 def paragraphs(text: str, size: int) -> Iterator[str]:

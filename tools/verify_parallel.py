@@ -3,9 +3,12 @@
     python tools/verify_parallel.py                                        every layout that this version trains
     python tools/verify_parallel.py --layouts tp2,tp2dp2z2 --dtype bf16    some, in bf16
     python tools/verify_parallel.py --layouts tp4 --model.num_kv_heads 1   any field of the run can be changed
+    python tools/verify_parallel.py --layouts none --moves dp2,tp4         checkpoints moved between layouts, both ways
 
-Losses, gradient norms and every weight after the last step are compared. In fp32 they must agree within 1e-5; in bf16
-within twice what another order of sums does in one process. Exit status 0: all agree; 1: some do not; 2: bad input.
+Losses, gradient norms and every weight after the last step are compared, and the bytes of weights, gradients and optimizer
+state on every rank with a formula. Then each of some layouts trains half of the steps and saves, and each other one takes
+that up and trains the rest. In fp32 numbers must agree within 1e-5; in bf16 within twice what another order of sums does
+in one process. Exit status 0: all agree; 1: some do not; 2: bad input.
 A layout's name says its sizes: tp2 (s behind it: sequence divided too), pp2, dp2, sp2, and z2 for ZeRO stage 2 (else 1).
 """
 
@@ -14,13 +17,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
 from megatronish.config.base import ConfigError, explained
 from megatronish.config.cli import parse_options
 from megatronish.parallel.startup import settle_process
+
+if TYPE_CHECKING:
+    from megatronish.training.verify.layouts import Layout
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,7 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--layouts", help="names, separated by commas (default: all that --ranks allows)")
+    parser.add_argument("--layouts", help="names, separated by commas, or none (default: all that --ranks allows)")
+    parser.add_argument("--moves", help="layouts to move checkpoints between (default: some, or none with --layouts)")
     parser.add_argument("--ranks", type=int, default=4, help="most processes to start (4)")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps (10)")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
@@ -40,26 +49,35 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def chosen(names: str | None, default: Sequence[str], arguments: argparse.Namespace) -> list[Layout]:
+    """The named layouts, or those of `default` that the other arguments allow. Raises ConfigError."""
+    from megatronish.training.verify.layouts import parse_layout
+
+    if names is None:
+        stages = {0, 1, 2, 3} if arguments.dtype == "fp32" else {1, 2, 3}  # bf16 with ZeRO-0 is refused
+        layouts = [parse_layout(name) for name in default]
+        return [one for one in layouts if one.ranks <= arguments.ranks and one.stage in stages]
+    layouts = [parse_layout(name) for name in names.split(",")] if names != "none" else []
+    for layout in layouts:
+        if layout.ranks > arguments.ranks:
+            raise ConfigError(f"layout {layout.name} takes {layout.ranks} ranks: add --ranks {layout.ranks}.")
+    return layouts
+
+
 def main() -> int:
     arguments, rest = build_parser().parse_known_args()
     with explained():
         settle_process()
-        from megatronish.training.verify.layouts import DEFAULT_LAYOUTS, parse_layout
-        from megatronish.training.verify.report import HEADER, verify
+        from megatronish.training.verify.layouts import DEFAULT_LAYOUTS, DEFAULT_MOVES
+        from megatronish.training.verify.report import HEADER, Verification
 
         file, overrides = parse_options(rest, "verify_parallel.py")
         if file:
             raise ConfigError("verify_parallel.py: takes no --deepspeed_config: its run is a small one of its own.")
-        if arguments.steps < 1 or arguments.ranks < 1:
-            raise ConfigError("verify_parallel.py: --steps and --ranks count from 1.")
-        named = arguments.layouts.split(",") if arguments.layouts else DEFAULT_LAYOUTS
-        layouts = [parse_layout(name) for name in named]
-        if arguments.layouts is None:
-            stages = {0, 1, 2, 3} if arguments.dtype == "fp32" else {1, 2, 3}  # bf16 with ZeRO-0 is refused
-            layouts = [one for one in layouts if one.ranks <= arguments.ranks and one.stage in stages]
-        for layout in layouts:
-            if layout.ranks > arguments.ranks:
-                raise ConfigError(f"layout {layout.name} takes {layout.ranks} ranks: add --ranks {layout.ranks}.")
+        if arguments.steps < 2 or arguments.ranks < 1:
+            raise ConfigError("verify_parallel.py: --steps counts from 2, for moves halve it, and --ranks from 1.")
+        layouts = chosen(arguments.layouts, DEFAULT_LAYOUTS, arguments)
+        moves = chosen(arguments.moves or ("none" if arguments.layouts else None), DEFAULT_MOVES, arguments)
         live = sys.stderr.isatty()
 
         def tell(what: str) -> None:
@@ -68,16 +86,17 @@ def main() -> int:
             )
 
         ties = {"both": (False, True), "tied": (True,), "untied": (False,)}[arguments.ties]
+        verification = Verification(layouts, moves, arguments.dtype, arguments.steps, ties, overrides, tell)
         print(f"{arguments.steps} steps, {arguments.dtype}; largest difference from one process")
         print(HEADER, flush=True)
         verdicts = []
-        for verdict in verify(layouts, arguments.dtype, arguments.steps, ties, overrides, tell):
+        for verdict in verification.verdicts():
             print("\r\033[K" * live + verdict.line(), flush=True)
             verdicts.append(verdict)
         if arguments.json:
             arguments.json.write_text(json.dumps([verdict.to_json() for verdict in verdicts], indent=2) + "\n")
         failed = [verdict for verdict in verdicts if verdict.problem]
-        print(f"{len(verdicts) - len(failed)} of {len(verdicts)} layouts train as one process does")
+        print(f"{len(verdicts) - len(failed)} of {len(verdicts)} runs train as one process does")
         return 1 if failed else 0
 
 

@@ -56,6 +56,10 @@ class ModelConfig(Frozen):
     """A decoder-only transformer. Every switch may be combined with every other unless a message here says no."""
 
     preset: str | None = Field(default=None, description="name of the preset that the fields were taken from")
+    from_hf: str | None = Field(
+        default=None,
+        description="folder of a Hugging Face model: the fields are its config.json's, and training starts from its weights",
+    )
 
     vocab_size: PositiveInt = Field(description="number of token ids")
     num_layers: PositiveInt = Field(description="number of transformer blocks")

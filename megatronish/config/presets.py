@@ -1,12 +1,14 @@
-"""Named model shapes. `resolve_model` turns a preset name and overrides into a ModelConfig."""
+"""Named model shapes. `resolve_model` turns a preset name, or a Hugging Face folder, and overrides into a ModelConfig."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from megatronish.config.base import ConfigError, did_you_mean, merge
+from megatronish.config.huggingface import TRAINING_ONLY, from_huggingface, read_config
 from megatronish.config.model import ModelConfig
 
 _LLAMA_STYLE: dict[str, Any] = {
@@ -201,15 +203,43 @@ def preset_names() -> list[str]:
 
 
 def resolve_model(raw: Mapping[str, Any]) -> ModelConfig:
-    """Expand `raw["preset"]`, lay the other keys of `raw` over it, and check the result.
+    """Expand `raw["preset"]` or `raw["from_hf"]`, lay the other keys of `raw` over it, and check the result.
 
-    Raises ConfigError for an unknown preset (with the nearest name and the list), and pydantic's ValidationError, also a
-    ValueError, for unknown fields, values of a wrong type, and missing fields when there is no preset.
+    Raises ConfigError for an unknown preset (with the nearest name and the list) and for a Hugging Face model that cannot
+    be expressed or that the other keys contradict, and pydantic's ValidationError, also a ValueError, for unknown
+    fields, values of a wrong type, and missing fields when there is no preset.
     """
     name = raw.get("preset")
+    if raw.get("from_hf") is not None:
+        return _from_folder(raw)
     if name is None:
         return ModelConfig.model_validate(dict(raw))
     if not isinstance(name, str) or name not in PRESETS:
         near = did_you_mean(str(name).lower().replace("-", "_").replace(".", "_"), PRESETS)
         raise ConfigError(f'unknown model preset "{name}".{near} Presets: {", ".join(PRESETS)}.')
     return ModelConfig.model_validate(merge(PRESETS[name], raw))
+
+
+# What continued pretraining may change of an imported model: its context, and what only training reads.
+FREE_OF_IMPORT = TRAINING_ONLY | {"seq_length", "rope_theta", "rope_scaling"}
+
+
+def _from_folder(raw: Mapping[str, Any]) -> ModelConfig:
+    """The model of `raw["from_hf"]`. A run's saved configuration has all fields, and holds when the folder has gone."""
+    folder = raw["from_hf"]
+    if not isinstance(folder, str):
+        return ModelConfig.model_validate(dict(raw))
+    if raw.get("preset") is not None:
+        raise ConfigError(f"preset {raw['preset']!r} and from_hf {folder!r} both name a model: keep one of them.")
+    needed = {name for name, field in ModelConfig.model_fields.items() if field.is_required()}
+    if not Path(folder).exists() and needed <= raw.keys():
+        return ModelConfig.model_validate(dict(raw))
+    theirs = from_huggingface(read_config(Path(folder)), folder)
+    changed = ModelConfig.model_validate({**theirs.model_dump(), **raw})
+    for name in raw.keys() - FREE_OF_IMPORT:
+        if getattr(changed, name) != getattr(theirs, name):
+            raise ConfigError(
+                f"{name} is {getattr(changed, name)!r}, but the model in from_hf {folder} has {getattr(theirs, name)!r}: "
+                f"leave {name} out. Free to set: {', '.join(sorted(FREE_OF_IMPORT - {'preset', 'from_hf'}))}."
+            )
+    return changed

@@ -208,12 +208,13 @@ class RunConfig:
     def load(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> RunConfig:
         """Read a ds_configs file and lay `overrides` (a nested dict of the same shape) on it.
 
-        A preset among the overrides replaces the whole model of the file, whose fields belong to another shape.
+        A preset, or a Hugging Face folder, among the overrides replaces the whole model of the file, whose fields
+        belong to another shape.
         """
         raw = load_json(path)
         source = str(path)
         model = (overrides or {}).get(BLOCK, {}).get("model")
-        if isinstance(model, dict) and "preset" in model and isinstance(raw.get(BLOCK), dict):
+        if isinstance(model, dict) and ("preset" in model or "from_hf" in model) and isinstance(raw.get(BLOCK), dict):
             raw[BLOCK].pop("model", None)
         if overrides:
             source += " with the command line's overrides"

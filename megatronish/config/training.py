@@ -31,6 +31,12 @@ class TrainConfig(Frozen):
     resume: str = Field("auto", description='"auto" (newest checkpoint in save_dir, if any), "never", or a checkpoint')
     eval_interval: int = Field(250, ge=0, description="steps between validations; 0 never validates")
     eval_tokens: int | None = Field(None, ge=1, description="held-out tokens per validation; null reads them all")
+    hang_timeout: float = Field(
+        300.0,
+        ge=0.0,
+        description="seconds without a heartbeat of a rank, or without progress of any, after which all ranks end; 0: never",
+    )
+    start_timeout: float = Field(600.0, gt=0.0, description="seconds to wait for all ranks to come")
     log_interval: int = Field(10, ge=1, description="steps between lines of metrics.jsonl and the live line")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none", description="recompute in backward: nothing, all but matrix products and attention, or whole blocks"

@@ -25,6 +25,7 @@ ASCII_BYTES = bytes(range(128))
 # gigatoken remembers every word it has seen; a worker whose memory has grown by this much starts it afresh.
 CACHE_BYTES = 100 << 20
 MEMORY_CHECK_BYTES = 1 << 20
+PROBED_AT_ONCE = 64
 
 
 class Encoder(ABC):
@@ -134,13 +135,22 @@ class GigatokenEncoder(Encoder):
         return found
 
     def _probe(self, characters: set[str]) -> None:
-        """Compares each new character beside letters, digits, blanks and itself, where its class decides how text is split."""
-        order = sorted(characters)
-        probes = [f"a{c}b {c}1{c} {c}{c}\n{c}" for c in order]
-        for character, probe, ids in zip(order, probes, self.reference.encode_batch(probes), strict=True):
-            if not np.array_equal(self._raw.encode(probe), ids):
-                self._differing.add(character)
+        """Compares each new character beside letters, digits, blanks and itself, where its class decides how text is split.
+
+        Many at once, as most calls would else be for a single character; one by one where those differ.
+        """
         self._seen |= characters
+        order = sorted(characters)
+        for begin in range(0, len(order), PROBED_AT_ONCE):
+            group = order[begin : begin + PROBED_AT_ONCE]
+            if not self._same("".join(map(_probe_of, group))):
+                alone = group if len(group) > 1 else []
+                self._differing |= {character for character in alone if not self._same(_probe_of(character))} or set(
+                    group
+                )
+
+    def _same(self, text: str) -> bool:
+        return np.array_equal(self._raw.encode(text), self.reference.encode(text))
 
     def _bound_memory(self) -> None:
         if self._memory_limit is None:
@@ -153,6 +163,11 @@ class GigatokenEncoder(Encoder):
             self._raw = self._load()
             # What is resident now cannot be given back; grow from here, by at least a quarter of the allowance.
             self._memory_limit = max(self._memory_limit, _resident_bytes() + CACHE_BYTES // 4)
+
+
+def _probe_of(character: str) -> str:
+    c = character
+    return f"a{c}b {c}1{c} {c}{c}\n{c}\n"
 
 
 def _resident_bytes() -> int:

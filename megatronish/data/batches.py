@@ -11,11 +11,12 @@ and with `document_mask` also
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from megatronish.data.packing import join_pieces
+from megatronish.data.packing import FEW_DOCUMENTS, join_pieces
 from megatronish.data.samples import Rows
 
 IGNORED_LABEL = -100
@@ -26,26 +27,53 @@ def batch_of(rows: Rows, document_mask: bool) -> dict[str, Any]:
 
     With `document_mask` a document's first token is no label. Padding is no label either way.
     """
-    count, width = rows.tokens.shape
-    length = width - 1
-    batch: dict[str, Any] = {
-        "tokens": rows.tokens[:, :-1].astype(np.int64),
-        "labels": rows.tokens[:, 1:].astype(np.int64),
-    }
+    tokens = rows.tokens
+    length = tokens.shape[1] - 1
+    labels = tokens[:, 1:].astype(np.int64)
+    batch: dict[str, Any] = {"tokens": tokens[:, :-1].astype(np.int64), "labels": labels}
     if document_mask:
-        row, offset = np.divmod(rows.starts, width)
-        flat = rows.starts - row  # the rows lose their last token
-        batch["labels"].reshape(-1)[flat[offset > 0] - 1] = IGNORED_LABEL
-        starts = flat[offset < length]
-        bounds = np.empty(len(starts) + 1, dtype=np.int32)
-        bounds[:-1], bounds[-1] = starts, count * length
-        lengths = bounds[1:] - bounds[:-1]
-        batch["positions"] = positions_in_documents(lengths).reshape(count, length)
-        batch["cu_seqlens"] = bounds
-        batch["max_seqlen"] = int(lengths.max())
+        few = len(rows.starts) <= FEW_DOCUMENTS
+        batch |= _few_documents(rows.starts, labels) if few else _many_documents(rows.starts, labels)
     if rows.known is not None:
-        batch["labels"][np.arange(length) >= (rows.known - 1)[:, None]] = IGNORED_LABEL
+        labels[np.arange(length) >= (rows.known - 1)[:, None]] = IGNORED_LABEL
     return batch
+
+
+def _many_documents(starts: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Positions and bounds of documents; takes their first tokens out of the labels. starts: as in Rows."""
+    count, length = labels.shape
+    row, offset = np.divmod(starts, length + 1)
+    flat = starts - row  # the rows lose their last token
+    labels.reshape(-1)[flat[offset > 0] - 1] = IGNORED_LABEL
+    inside = flat[offset < length]
+    bounds = np.empty(len(inside) + 1, dtype=np.int32)
+    bounds[:-1], bounds[-1] = inside, count * length
+    lengths = bounds[1:] - bounds[:-1]
+    positions = positions_in_documents(lengths).reshape(count, length)
+    return {"positions": positions, "cu_seqlens": bounds, "max_seqlen": int(lengths.max())}
+
+
+def _few_documents(starts: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """The same in plain Python: for a few documents faster than the fixed cost of the array operations."""
+    count, length = labels.shape
+    flat_labels = labels.reshape(-1)
+    bounds: list[int] = []
+    for start in starts.tolist():
+        row, offset = divmod(start, length + 1)
+        if offset:
+            flat_labels[start - row - 1] = IGNORED_LABEL
+        if offset < length:
+            bounds.append(start - row)
+    bounds.append(count * length)
+    lengths = [end - begin for begin, end in pairwise(bounds)]
+    longest = max(lengths)
+    counting = np.arange(longest, dtype=np.int32).data
+    positions = bytearray().join([counting[:n] for n in lengths])
+    return {
+        "positions": np.ndarray((count, length), np.int32, buffer=positions),
+        "cu_seqlens": np.array(bounds, dtype=np.int32),
+        "max_seqlen": longest,
+    }
 
 
 def positions_in_documents(lengths: np.ndarray) -> np.ndarray:

@@ -6,10 +6,9 @@ import os
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from megatronish.data.errors import DataError
@@ -23,6 +22,9 @@ from megatronish.data.indexed import (
     dtype_code,
     idx_path,
 )
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 class IndexedWriter:

@@ -7,16 +7,18 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from megatronish.data.errors import DataError
 from megatronish.data.indexed import IndexedReader, bin_path, idx_path
 from megatronish.data.manifest import Manifest, TokenizerRecord, manifest_path, read_manifest
 from megatronish.data.packing import join_pieces
 from megatronish.data.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 # Of a data set without hashes so many pieces of so many tokens, evenly spread, stand for its contents.
 SAMPLES, SAMPLED_TOKENS = 256, 512

@@ -25,6 +25,8 @@ CHECK_CHARACTERS = 2048
 # Where a long document is cut: at the last line end or blank within this many bytes, else between two characters.
 CUT_WINDOW_BYTES = 1 << 16
 TELL_SECONDS = 0.2
+# Lines are longer than Python's own buffer of 8 KB would serve well.
+BUFFER_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def read_piece(
     if source.format == "parquet":
         yield from reader.rows(read_rows(piece.path, piece.start, piece.end, reader.keys))
         return
-    with open(piece.path, "rb") as stream:
+    with open(piece.path, "rb", buffering=BUFFER_BYTES) as stream:
         stream.seek(piece.start)
         size = piece.end - piece.start
         if source.format == "text":

@@ -1,6 +1,6 @@
 """The one exception of the data path: input or files that the user can put right."""
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 
 
 class DataError(UserError):

@@ -20,12 +20,14 @@ import hashlib
 import os
 import struct
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from megatronish.data.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

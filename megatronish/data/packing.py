@@ -9,23 +9,29 @@ nothing depends on how long the run is, how it is cut, or what came before.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from megatronish.data.errors import DataError
 from megatronish.data.indexed import IndexedReader
 from megatronish.data.permutation import keyed_permutation
 from megatronish.data.samples import Rows, Sample
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 # Around an epoch's end, readers that run ahead still want the last one.
 KEPT_EPOCHS = 2
 # Pieces of documents shorter than this on average are gathered token by token, longer ones copied one by one.
 GATHERED_TOKENS = 24
-# Up to so many samples a read, a loop is faster than array operations over all of them.
-FEW_ROWS = 3
+# Up to about so many documents a read, a loop is faster than array operations over all of them.
+FEW_DOCUMENTS = 64
+# Of the documents that a window is likely to touch so many more are looked at before they are searched for.
+MORE_DOCUMENTS = 4
 
 
 class TokenStream:
@@ -39,6 +45,7 @@ class TokenStream:
         self._source_starts = source_starts
         self.stream_starts = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=self.stream_starts[1:])
+        self._density = len(lengths) / max(1, int(self.stream_starts[-1]))  # documents a token
 
     @classmethod
     def of(cls, reader: IndexedReader, document_ids: np.ndarray) -> TokenStream:
@@ -46,10 +53,11 @@ class TokenStream:
         starts = reader.document_starts[document_ids]
         return cls(reader, starts, reader.document_starts[document_ids + 1] - starts)
 
-    def windows(self, begins: np.ndarray, length: int) -> Rows:
+    def windows(self, begins: np.ndarray | list[int], length: int) -> Rows:
         """The `length` tokens from each of begins int64[b], as they are stored, and where documents begin in them."""
-        if len(begins) <= FEW_ROWS:
-            return self._few_windows(begins.tolist(), length)
+        if len(begins) * length * self._density < FEW_DOCUMENTS:
+            return self._few_windows(begins if isinstance(begins, list) else begins.tolist(), length)
+        begins = np.asarray(begins, dtype=np.int64)
         first = np.searchsorted(self.stream_starts, begins, side="right") - 1
         pieces = np.searchsorted(self.stream_starts, begins + length, side="left") - first
         piece_of_row = np.cumsum(pieces) - pieces
@@ -65,29 +73,27 @@ class TokenStream:
         return Rows(join_pieces(self._tokens, sources, lengths).reshape(len(begins), length), starts)
 
     def _few_windows(self, begins: list[int], length: int) -> Rows:
-        """The same, row by row in plain Python: for a few rows faster than the fixed cost of the array operations."""
+        """The same in plain Python: for a few documents faster than the fixed cost of the array operations."""
         starts: list[int] = []
-        sources: list[int] = []
+        pieces: list[memoryview] = []
+        view = self._tokens.data
+        expected = int(length * self._density) + MORE_DOCUMENTS
         for row, begin in enumerate(begins):
+            end = begin + length
             first = int(self.stream_starts.searchsorted(begin, "right")) - 1
-            last = int(self.stream_starts.searchsorted(begin + length, "left"))
-            here = self.stream_starts[first:last].tolist()
-            source = self._source_starts[first:last].tolist()
+            here = self.stream_starts[first : first + expected].tolist()
+            if here[-1] < end:
+                here = self.stream_starts[first : self.stream_starts.searchsorted(end) + 1].tolist()
+            count = bisect_left(here, end)
+            source, end_of_piece = self._source_starts[first : first + count].tolist(), here[1:count]
+            end_of_piece.append(end)
             source[0] += begin - here[0]
             here[0] = begin
+            pieces += [view[s : s + e - b] for s, b, e in zip(source, here, end_of_piece, strict=False)]
             shift = row * length - begin
-            starts += [start + shift for start in here] if shift else here
-            sources += source
-        flat = np.array(starts, dtype=np.int64)
-        total = len(begins) * length
-        if total < len(starts) * GATHERED_TOKENS:
-            tokens = join_pieces(self._tokens, np.array(sources, dtype=np.int64), lengths_between(flat, total))
-        else:
-            view = self._tokens.data
-            ends = [*starts[1:], total]
-            pieces = [view[s : s + end - start] for s, start, end in zip(sources, starts, ends, strict=True)]
-            tokens = np.frombuffer(bytearray().join(pieces), dtype=self._tokens.dtype)
-        return Rows(tokens.reshape(len(begins), length), flat)
+            starts += [start + shift for start in here[:count]]
+        tokens = np.ndarray((len(begins), length), self._tokens.dtype, buffer=bytearray().join(pieces))
+        return Rows(tokens, np.array(starts, dtype=np.int64))
 
 
 def lengths_between(starts: np.ndarray, end: int) -> np.ndarray:
@@ -159,15 +165,21 @@ class PackedDataset:
 
     def rows(self, numbers: np.ndarray) -> Rows:
         """Samples int64[b] as tokens [b, s + 1] of the data set's dtype; see SampleSource."""
-        least, most = (int(numbers.min()), int(numbers.max())) if len(numbers) > 1 else (int(numbers[0]),) * 2
+        if len(numbers) == 1:
+            least = most = int(numbers[0])
+        else:
+            least, most = int(numbers.min()), int(numbers.max())
         if least < 0:
             raise ValueError(f"sample number {least} must not be negative")
-        epoch = least // self.samples_per_epoch
-        if most >= (epoch + 1) * self.samples_per_epoch:  # around the end of an epoch
+        epoch, first = divmod(least, self.samples_per_epoch)
+        if first + most - least >= self.samples_per_epoch:  # around the end of an epoch
             return Rows.of([self.sample(number) for number in numbers.tolist()])
         stream, sample_order = self._epoch(epoch)
-        places = sample_order[numbers - epoch * self.samples_per_epoch]
-        return stream.windows(places * self.seq_length, self.seq_length + 1)
+        if len(numbers) == 1:
+            begins: np.ndarray | list[int] = [sample_order.item(first) * self.seq_length]
+        else:
+            begins = sample_order[numbers - epoch * self.samples_per_epoch] * self.seq_length
+        return stream.windows(begins, self.seq_length + 1)
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
         """seq_length + 1 for every sample."""

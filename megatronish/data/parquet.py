@@ -51,6 +51,8 @@ def _check_columns(path: str, schema: Any, keys: Sequence[str]) -> None:
     for key in keys:
         if key not in schema.names:
             raise DataError(f"{path}: no column {key!r}; columns are {sorted(schema.names)}. Choose with --json-keys")
+        if schema.names.count(key) > 1:
+            raise DataError(f"{path}: column {key!r} comes {schema.names.count(key)} times; rename the other")
         kind = schema.field(key).type
         if types.is_dictionary(kind):
             kind = kind.value_type

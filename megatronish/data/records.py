@@ -67,6 +67,8 @@ class RecordReader:
                 left -= _skip_line(stream)
                 self._fault(counts.records, TOO_LONG)
                 continue
+            if begins and counts.records == 1:
+                line = line.removeprefix(BYTE_ORDER_MARK)
             if len(keys) == 1:
                 # The common case, kept short: valid JSON, the key there once, a string. All else takes the careful way.
                 try:
@@ -84,8 +86,6 @@ class RecordReader:
                 yield texts
 
     def _careful_line(self, name: str, line: bytes, begins: bool) -> tuple[str, ...] | None:
-        if begins:
-            line = line.removeprefix(BYTE_ORDER_MARK)
         if not line.strip():
             self.counts.blank_lines += 1
             return None

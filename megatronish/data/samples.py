@@ -21,7 +21,7 @@ import numpy as np
 Sample = tuple[np.ndarray, np.ndarray]  # tokens int[n + 1], offsets int64[k] at which documents begin
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Rows:
     """Samples as the rows of one array.
 

@@ -60,6 +60,10 @@ class Tokenizer(ABC):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     @abstractmethod
+    def token_text(self, token_id: int) -> str:
+        """The token as the vocabulary names it."""
+
+    @abstractmethod
     def save(self, path_without_suffix: str | os.PathLike[str]) -> Path | None:
         """Writes the tokenizer's file beside a data set (`.tokenizer.json`, `.tokenizer.model`); None if it needs none."""
 
@@ -90,6 +94,9 @@ class ByteTokenizer(Tokenizer):
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         array = self._checked(ids)
         return array[array < 256].astype(np.uint8).tobytes()
+
+    def token_text(self, token_id: int) -> str:
+        return EOD_TOKEN if token_id == self.eod_id else chr(token_id)
 
     def save(self, path_without_suffix: str | os.PathLike[str]) -> Path | None:
         return None
@@ -176,6 +183,9 @@ class HuggingFaceTokenizer(Tokenizer):
         table = self._token_bytes
         return b"".join([table.get(i, b"") for i in array.tolist()])
 
+    def token_text(self, token_id: int) -> str:
+        return str(self._tokenizer.id_to_token(token_id))
+
     def save(self, path_without_suffix: str | os.PathLike[str]) -> Path | None:
         path = Path(f"{os.fspath(path_without_suffix)}.tokenizer.json")
         path.write_bytes(self._source.encode("utf-8"))
@@ -212,6 +222,9 @@ class SentencePieceTokenizer(Tokenizer):
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         kept = [i for i in self._checked(ids).tolist() if i not in self._control_ids]
         return self._processor.DecodeIds(kept).encode("utf-8")
+
+    def token_text(self, token_id: int) -> str:
+        return str(self._processor.IdToPiece(token_id))
 
     def save(self, path_without_suffix: str | os.PathLike[str]) -> Path | None:
         path = Path(f"{os.fspath(path_without_suffix)}.tokenizer.model")

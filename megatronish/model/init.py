@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from megatronish.config.model import ModelConfig
 from megatronish.parallel.layers import shard_of
 
+Draw = Callable[[str, Sequence[int]], Tensor]
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[object]]
 
 
@@ -42,19 +44,25 @@ def initial_weight(name: str, shape: Sequence[int], config: ModelConfig, seed: i
 
 
 @torch.no_grad()
-def init_weights(module: nn.Module, config: ModelConfig, seed: int, *, gather: Gather | None = None) -> None:
+def init_weights(
+    module: nn.Module, config: ModelConfig, seed: int, *, gather: Gather | None = None, draw: Draw | None = None
+) -> None:
     """Set every parameter of `module` (named as in Transformer) to its initial value.
+
+    draw: gives a parameter's initial value by its name and full shape, for a model that does not start from random
+    weights (then `seed` is unused).
 
     gather: for parameters that are partitioned over ranks, a context manager that makes a list of them whole and
     writes changes back on leaving it (`deepspeed.zero.GatheredParameters` with modifier_rank=0, for instance).
     Raises ValueError for a parameter on the meta device, which has no memory to be set.
     """
+    draw = draw or partial(initial_weight, config=config, seed=seed)
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"{name} is on the meta device: call module.to_empty(device=...) before init_weights")
         with nullcontext() if gather is None else gather([parameter]):
             shard = shard_of(parameter)
             if shard is None:
-                parameter.copy_(initial_weight(name, parameter.shape, config, seed))
+                parameter.copy_(draw(name, parameter.shape))
             else:
-                parameter.copy_(shard.take(initial_weight(shard.full_name(name), shard.full, config, seed)))
+                parameter.copy_(shard.take(draw(shard.full_name(name), shard.full)))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -40,8 +41,7 @@ def save_model(
     state = {name: tensor for name, tensor in model_state.items() if not (config.tie_embeddings and name == _TIED_NAME)}
     check_model_state({name: tuple(tensor.shape) for name, tensor in state.items()}, config, "the model to be saved")
     folder.mkdir(parents=True, exist_ok=True)
-    text = config.model_dump_json(indent=2)
-    header = {**(metadata or {}), "format": "pt", "model_config": text}
+    header = weights_header(config, metadata)
     partial = folder / f".{WEIGHTS_FILE}.{os.getpid()}.partial"
     try:
         save_file(
@@ -51,15 +51,25 @@ def save_model(
         os.replace(partial, folder / WEIGHTS_FILE)
     finally:
         partial.unlink(missing_ok=True)
-    write_whole(folder / CONFIG_FILE, text + "\n")
+    write_whole(folder / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
     sync(folder)
+
+
+def weights_header(config: ModelConfig, metadata: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What the header of WEIGHTS_FILE says beside the tensors."""
+    return {**(metadata or {}), "format": "pt", "model_config": config.model_dump_json(indent=2)}
 
 
 def load_config(folder: str | Path) -> ModelConfig:
     """The configuration in `folder`. Raises ValueError if it is missing, torn, or not a ModelConfig."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+        foreign = Path(folder) / "config.json"
+        convert = f"; {foreign} is Hugging Face's: tools/convert_hf.py import makes a folder of ours"
+        raise ValueError(
+            f"{path} does not exist: give a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+            + (convert if foreign.is_file() else "")
+        )
     try:
         return ModelConfig.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
@@ -80,8 +90,8 @@ def load_model(
     Raises ValueError for missing or torn files, for weights and configuration of different models (with the first
     tensor that differs), and for an attention backend that is not installed.
     """
-    config = load_config(folder)
-    state = _read_weights(Path(folder) / WEIGHTS_FILE, config, device)
+    with open_model(folder, device) as (config, file):
+        state = {name: file.get_tensor(name) for name in list(file.keys())}
     with torch.device("meta"):
         model = Transformer(config, kernels, seed=None)
     if config.tie_embeddings:
@@ -113,21 +123,26 @@ def check_model_state(shapes: Mapping[str, Sequence[int]], config: ModelConfig, 
             raise ValueError(f"{source} is of another model: the configuration has no tensor {name!r}")
 
 
-def _read_weights(path: Path, config: ModelConfig, device: torch.device | str) -> dict[str, Tensor]:
+@contextmanager
+def open_model(folder: str | Path, device: torch.device | str = "cpu") -> Iterator[tuple[ModelConfig, Any]]:
+    """The configuration in `folder` and its weights, an open safetensors file whose names and shapes are checked.
+
+    Raises ValueError as `load_model` does.
+    """
+    path, config = Path(folder) / WEIGHTS_FILE, load_config(folder)
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            header = file.metadata() or {}
-            names = list(file.keys())
-            check_model_state({name: file.get_slice(name).get_shape() for name in names}, config, str(path))
-            written = header.get("model_config")
-            if written is not None and json.loads(written) != config.model_dump(mode="json"):
+            shapes = {name: file.get_slice(name).get_shape() for name in list(file.keys())}
+            check_model_state(shapes, config, str(path))
+            written = (file.metadata() or {}).get("model_config")
+            if written is not None and ModelConfig.model_validate_json(written) != config:
                 raise ValueError(
                     f"{path} and {CONFIG_FILE} beside it were not saved together: their configurations differ. Save the "
                     "model again, or restore the file that belongs to the weights"
                 )
-            return {name: file.get_tensor(name) for name in names}
+            yield config, file
     except SafetensorError as error:
         raise ValueError(
             f"{path} is torn or not a safetensors file ({error}): use another checkpoint, or save this one again"

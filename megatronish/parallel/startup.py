@@ -42,6 +42,11 @@ class Rank:
         """Whether this is the process that talks to the user and writes the files."""
         return self.rank == 0
 
+    @property
+    def name(self) -> str:
+        """For messages: the rank and its machine."""
+        return f"rank {self.rank} ({socket.gethostname()})"
+
 
 def find_rank(env: MutableMapping[str, str]) -> Rank:
     """Read the rank from the launcher's variables: torch's names first, then Open MPI's, then Slurm's.
@@ -83,14 +88,8 @@ def _read_rank(env: MutableMapping[str, str], number: Callable[..., int]) -> Ran
         )
     if "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env:
         # srun sets SLURM_NTASKS_PER_NODE only when asked; the counts a node are always in SLURM_STEP_TASKS_PER_NODE.
-        tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-        return Rank(
-            number("SLURM_PROCID"),
-            number("SLURM_NTASKS"),
-            number("SLURM_LOCALID"),
-            int(tasks[0] if tasks else 1),
-            "srun",
-        )
+        tasks = tasks_of_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"), number("SLURM_NODEID", "0"))
+        return Rank(number("SLURM_PROCID"), number("SLURM_NTASKS"), number("SLURM_LOCALID"), tasks, "srun")
     if "RANK" in env or "WORLD_SIZE" in env:
         number("RANK"), number("WORLD_SIZE")  # one of them is missing
     return Rank(0, 1, 0, 1, "python")
@@ -102,6 +101,17 @@ def _deepspeed_local_size(env: MutableMapping[str, str], world: int) -> str:
     if "CROSS_SIZE" in env and visible:
         return str(len(visible.split(",")))
     return str(world)
+
+
+def tasks_of_node(counts: str, node: int) -> int:
+    """How many tasks Slurm starts on a node, by number: ('2(x3),1', 3) -> 1. Raises LaunchError when it names no count."""
+    tasks: list[int] = []
+    for part in counts.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        tasks += [int(found[1])] * int(found[2] or 1) if found else []
+    if node >= len(tasks):
+        raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE={counts!r} says nothing of node {node} (SLURM_NODEID).")
+    return tasks[node]
 
 
 def first_host(node_list: str) -> str:
@@ -147,12 +157,22 @@ def _agree_by_mpi(rank: Rank, env: MutableMapping[str, str]) -> tuple[str, int]:
         return "127.0.0.1", PORT_BASE + job % PORT_SPAN
     here = None
     if rank.rank == 0:
-        address = (
-            "127.0.0.1" if rank.local_world_size == rank.world_size else socket.gethostbyname(socket.gethostname())
-        )
+        name = socket.gethostname()
+        address = "127.0.0.1" if rank.local_world_size == rank.world_size else socket.gethostbyname(name)
+        if address.startswith("127.") and rank.local_world_size < rank.world_size:
+            address = name  # /etc/hosts names this machine by an address that means another one elsewhere
         here = (address, free_port())
     address, port = MPI.COMM_WORLD.bcast(here, root=0)
     return address, port
+
+
+def device_number(rank: Rank, visible: str | None) -> int:
+    """Which of the GPUs that a rank sees is its own; visible: CUDA_VISIBLE_DEVICES.
+
+    srun --gpus-per-task and mpirun wrappers show each rank one GPU, which is number 0 there, whatever the rank.
+    """
+    own = rank.launcher in ("srun", "mpirun") and visible is not None and visible != "" and "," not in visible
+    return 0 if own else rank.local_rank
 
 
 def free_port() -> int:
@@ -186,7 +206,7 @@ def settle_process() -> Rank:
     env.update(
         RANK=str(rank.rank),
         WORLD_SIZE=str(rank.world_size),
-        LOCAL_RANK=str(rank.local_rank),
+        LOCAL_RANK=str(device_number(rank, env.get("CUDA_VISIBLE_DEVICES"))),
         MASTER_ADDR=address,
         MASTER_PORT=str(port),
     )

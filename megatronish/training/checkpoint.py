@@ -1,6 +1,6 @@
 """Checkpoints that appear whole or not at all.
 
-    save_dir/checkpoints/step-00000500/   engine/       DeepSpeed's state: weights, moments, loss scale
+    save_dir/checkpoints/step-00000500/   engine/       master weights, moments, loss scale: a file a rank
                                           model.safetensors, model_config.json, tokenizer.*   what inference reads
                                           run.json      the resolved configuration
                                           state.json    counters

@@ -23,12 +23,12 @@ import contextlib
 import datetime
 import logging
 import os
-import sys
-import threading
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -44,13 +44,16 @@ from torch import nn
 from megatronish.config.base import UserError
 from megatronish.config.run import BLOCK, BatchPlan, RunConfig
 from megatronish.model.transformer import IGNORED_LABEL, Transformer
+from megatronish.parallel.ending import SHUTDOWN_SECONDS, end_within
 from megatronish.parallel.layers import is_copy
+from megatronish.parallel.meeting import Meeting, meet_by_environment
 from megatronish.parallel.mesh import Axis, ParallelMesh
 from megatronish.parallel.whole import collect_whole, parts_of
+from megatronish.training.fragments import SavedFragments
+from megatronish.training.held_state import HeldState, can_move
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
 
 NEVER = 1 << 60
-SHUTDOWN_SECONDS = 20.0
 EVALUATED_AT_ONCE = 64  # micro batches that a pipeline runs between two fillings of itself
 Batch = dict[str, Any]  # what data/loader.py yields, on the engine's device
 
@@ -72,10 +75,13 @@ def device() -> torch.device:
     return torch.device(get_accelerator().device_name(), int(os.environ["LOCAL_RANK"]))
 
 
-def start_process_group(timeout_minutes: float = 30.0) -> None:
+def start_process_group(
+    timeout_minutes: float = 30.0, meeting: Meeting | None = None, start_seconds: float = 600.0
+) -> None:
     """Join the other ranks (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are set): NCCL on GPUs, gloo on CPUs.
 
-    Raises UserError when the meeting place is taken or a rank does not come.
+    timeout_minutes: of a collective; meeting: of ranks that have met, else they meet here within `start_seconds`.
+    Raises UserError when the meeting place is taken, a rank does not come, or this machine has no GPU for this rank.
     """
     deepspeed_logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # deepspeed's calls, not ours
@@ -83,21 +89,23 @@ def start_process_group(timeout_minutes: float = 30.0) -> None:
     if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    try:
-        deepspeed.init_distributed(
-            "gloo" if on_cpu else get_accelerator().communication_backend_name(),
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=datetime.timedelta(minutes=timeout_minutes),
-        )
-    except dist.DistError as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot meet the others at {place}: "
-            f"{str(error).splitlines()[0]}\nIs another run using that port? Choose one: deepspeed --master_port 29501 "
-            "(torchrun --master-port, or MASTER_PORT)."
-        ) from None
+        local, found = int(os.environ["LOCAL_RANK"]), get_accelerator().device_count()
+        if local >= found:
+            raise UserError(
+                f"rank {os.environ['RANK']} is number {local} on {socket.gethostname()} (from 0), which shows it {found} "
+                "GPU(s): start at most as many ranks a machine as it has GPUs, and look at CUDA_VISIBLE_DEVICES."
+            )
+        get_accelerator().set_device(local)
+    backend = "gloo" if on_cpu else get_accelerator().communication_backend_name()
+    meeting = meeting or meet_by_environment(start_seconds)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("process groups", meeting.store),
+        rank=meeting.rank,
+        world_size=meeting.world_size,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+    )
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)  # takes over the group that it finds
 
 
 def stop_process_group() -> None:
@@ -107,20 +115,6 @@ def stop_process_group() -> None:
     timer = end_within(SHUTDOWN_SECONDS, status=0)
     dist.destroy_process_group()
     timer.cancel()
-
-
-def end_within(seconds: float, status: int) -> threading.Timer:
-    """Have this process end in `seconds` with exit status `status`, however its threads hang, unless cancelled."""
-
-    def end() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    return timer
 
 
 class Engine:
@@ -144,6 +138,7 @@ class Engine:
         stage, low_precision = config.deepspeed.zero_optimization.stage, config.deepspeed.dtype != "fp32"
         self._own_norm = stage == 0 and not low_precision
         self._stage3 = stage == 3
+        self._can_move = can_move(config)
         if stage == 0 and low_precision:
             self._engine.optimizer.optimizer.state.clear()
 
@@ -197,6 +192,12 @@ class Engine:
         self._engine.train()
         return total[0], total[1]
 
+    @property
+    def module(self) -> nn.Module:
+        """What DeepSpeed runs for each micro batch."""
+        module: nn.Module = self._engine.module
+        return module
+
     def weight_bytes(self) -> int:
         """Bytes of the weights that this rank holds between steps, in the training dtype."""
         held = self._engine.module.parameters()
@@ -206,15 +207,26 @@ class Engine:
         """The rate of the first parameter group."""
         return self._engine.optimizer.param_groups[0]["lr"]
 
-    def save(self, folder: str, tag: str) -> None:
-        """Write the engine's state (weights, moments, loss scale) to folder/tag. Every rank calls it."""
-        self._engine.save_checkpoint(folder, tag=tag, save_latest=False)
+    def save(self, folder: Path, tag: str) -> None:
+        """Write the engine's state (master weights, moments, loss scale) to folder/tag. Every rank calls it.
 
-    def load(self, folder: str, tag: str) -> None:
-        """Read what `save` wrote under the same number of ranks and ZeRO stage. Every rank calls it."""
-        path, _ = self._engine.load_checkpoint(folder, tag=tag)
-        if path is None:
+        Where the optimizer is one of which DeepSpeed alone knows the layout (see `can_move`), DeepSpeed writes it.
+        """
+        if self._can_move:
+            self.held_state().save(folder / tag, dist.get_rank())
+        else:
+            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Read what `save` wrote; what DeepSpeed wrote, under the same layout only. Every rank calls it."""
+        if saved := SavedFragments(folder / tag):
+            self.held_state().load(saved)
+        elif self._engine.load_checkpoint(str(folder), tag=tag)[0] is None:
             raise FileNotFoundError(f"{folder}/{tag} holds no DeepSpeed checkpoint.")
+
+    def held_state(self) -> HeldState:
+        """What this rank holds of the optimizer's state."""
+        return HeldState(self._engine.module.model, self._engine.optimizer, self.mesh)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Whole weights in the training dtype, on the first rank (elsewhere empty). Every rank calls it."""

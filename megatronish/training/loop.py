@@ -2,44 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megatronish import __version__
 from megatronish.config.base import ConfigError, UserError
+from megatronish.config.model import ModelConfig
 from megatronish.config.parallel import ParallelConfig
 from megatronish.config.run import BatchPlan, RunConfig
 from megatronish.data.dataset import Dataset, check_tokenizer_fits
 from megatronish.data.loader import MicroBatchLoader
 from megatronish.data.sampler import MicroBatchSampler
 from megatronish.data.training_data import TrainingData, open_training_data
+from megatronish.interop.huggingface import HuggingFaceWeights
+from megatronish.interop.tokenizer_files import fingerprints
 from megatronish.model.accounting import flops_per_token, layer_costs, parameter_counts
 from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
 from megatronish.model.init import init_weights
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import load_config, save_model
+from megatronish.parallel.ending import SHUTDOWN_SECONDS, end_within
 from megatronish.parallel.layers import TensorParallel
+from megatronish.parallel.meeting import Meeting, meet_by_environment
 from megatronish.parallel.mesh import ParallelMesh, build_mesh
 from megatronish.parallel.pipeline import balanced_stages
 from megatronish.parallel.startup import Rank, has_gpu
+from megatronish.parallel.watchdog import Watchdog
 from megatronish.training.checkpoint import ENGINE_TAG, RUN_FILE, CheckpointStore, check_writable
 from megatronish.training.engine import (
-    SHUTDOWN_SECONDS,
     Batch,
     device,
-    end_within,
     gathered,
     partitioned_construction,
     start_engine,
     start_process_group,
     stop_process_group,
 )
+from megatronish.training.fragments import SavedFragments
+from megatronish.training.held_state import can_move
 from megatronish.training.memory import fit_to_host
 from megatronish.training.monitor import Monitor, clock
 from megatronish.training.peak import Peak, find_peak
@@ -65,6 +74,8 @@ class Prepared:
     run_dir: Path
     resume_from: Path | None
     state: TrainState
+    moved: str = ""  # how the layout differs from that of the checkpoint
+    imported: HuggingFaceWeights | None = None  # what a run begins with instead of random weights
 
 
 def prepare(config: RunConfig, rank: Rank) -> Prepared:
@@ -86,14 +97,20 @@ def prepare(config: RunConfig, rank: Rank) -> Prepared:
     check_writable(run_dir)
     state = TrainState.start(config, plan, data.fingerprint, data.order)
     found = CheckpointStore(run_dir, ours.train.keep_last, rank.is_first, lambda: None).find(ours.train.resume)
-    if found is not None:
-        check_same_model(found, config)
-        check_same_tokenizer(found, data)
-        check_engine_state(found)
-        saved = TrainState.load(found)
-        saved.check_continues(state, found)
-        state = saved
-    return Prepared(config, plan, data, run_dir, found, state)
+    if found is None:
+        imported = None
+        if ours.model.from_hf is not None:
+            imported = HuggingFaceWeights(ours.model.from_hf, ours.model)
+            check_imported_tokenizer(Path(ours.model.from_hf), data)
+        return Prepared(config, plan, data, run_dir, found, state, imported=imported)
+    check_same_model(found, config)
+    check_same_tokenizer(found, data)
+    moves = check_engine_state(found, ours.model) and can_move(config)
+    saved = TrainState.load(found)
+    moved = saved.moved(state)
+    state = saved.continue_as(state, found, moves=moves)
+    check_streams(found, saved, state)
+    return Prepared(config, plan, data, run_dir, found, state, moved)
 
 
 def check_same_model(checkpoint: Path, config: RunConfig) -> None:
@@ -106,7 +123,7 @@ def check_same_model(checkpoint: Path, config: RunConfig) -> None:
     differing = [
         f"{name} {getattr(saved, name)} (this run: {getattr(now, name)})"
         for name in type(now).model_fields
-        if name != "preset" and getattr(saved, name) != getattr(now, name)
+        if name not in ("preset", "from_hf") and getattr(saved, name) != getattr(now, name)
     ]
     if differing:
         raise ConfigError(
@@ -126,12 +143,40 @@ def check_same_tokenizer(checkpoint: Path, data: TrainingData) -> None:
     check_tokenizer_fits(record, record.vocab_size, learned, place=data.sources[0].name)
 
 
-def check_engine_state(checkpoint: Path) -> None:
-    """Refuse a checkpoint that holds no optimizer state, such as a copy made for inference. Raises ConfigError."""
-    if not any((checkpoint / ENGINE_TAG).glob("*.pt")):
+def check_imported_tokenizer(folder: Path, data: TrainingData) -> None:
+    """Refuse data whose token ids mean something else than those the imported model learned. Raises ConfigError."""
+    learned, record = fingerprints(folder), data.tokenizer_record
+    if learned and record.sha256 not in learned:
         raise ConfigError(
-            f"{checkpoint / ENGINE_TAG} holds no training state, so this checkpoint can be read but not continued. "
+            f"{data.sources[0].name} was made with another tokenizer than that of the model in model.from_hf {folder}: its "
+            f"token ids mean something else there. Prepare the data with --tokenizer-model {folder}."
+        )
+
+
+def check_engine_state(checkpoint: Path, model: ModelConfig) -> bool:
+    """Whether the checkpoint's optimizer state can be read by any layout.
+
+    Raises ConfigError where there is none, as in a copy made for inference, or not all of it.
+    """
+    folder = checkpoint / ENGINE_TAG
+    if saved := SavedFragments(folder):
+        with torch.device("meta"):
+            saved.check_whole(name for name, _ in Transformer(model, seed=None).named_parameters())
+        return True
+    if not any(folder.glob("*.pt")):
+        raise ConfigError(
+            f"{folder} holds no training state, so this checkpoint can be read but not continued. "
             "Use another one, or begin afresh with --train.resume never and another --train.save_dir."
+        )
+    return False
+
+
+def check_streams(checkpoint: Path, saved: TrainState, now: TrainState) -> None:
+    """Refuse to divide streamed text anew among other ranks. Raises ConfigError."""
+    if saved.data_size != now.data_size and load_streams(checkpoint, 0) is not None:
+        raise ConfigError(
+            f"{checkpoint} was saved with {saved.data_size} data-parallel ranks, each in a place of its own in streamed text; "
+            f"this run has {now.data_size}. Start with {saved.data_size} to continue it."
         )
 
 
@@ -145,9 +190,11 @@ def pretrain(config: RunConfig, rank: Rank) -> Path:
         if rank.is_first:
             print(f"{run.resume_from} is already at step {run.state.step}: nothing left to train. Raise --train.steps.")
         return run.run_dir
-    start_process_group()
+    meeting = meet_by_environment(config.megatronish.train.start_timeout, what_ranks_share(config))
     try:
-        _Trainer(run, rank).train()
+        with start_watchdog(meeting, config) as watchdog:
+            start_process_group(meeting=meeting)
+            _Trainer(run, rank, watchdog).train()
     except BaseException:
         end_within(SHUTDOWN_SECONDS, status=1)  # peers may wait for this rank in a collective: the launcher ends them
         raise
@@ -155,10 +202,28 @@ def pretrain(config: RunConfig, rank: Rank) -> Path:
     return run.run_dir
 
 
+def what_ranks_share(config: RunConfig) -> dict[str, str]:
+    """What every rank must have been told alike."""
+    digest = hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode()).hexdigest()
+    return {"configuration": digest[:12], "megatronish_version": __version__, "torch_version": torch.__version__}
+
+
+def start_watchdog(meeting: Meeting, config: RunConfig) -> AbstractContextManager[Watchdog | None]:
+    """Watch this rank and the run, unless train.hang_timeout is 0."""
+    train, on_cpu = config.megatronish.train, not has_gpu()
+    if not train.hang_timeout:
+        return nullcontext()
+    compare = (
+        on_cpu and config.megatronish.parallel.pipeline == 1
+    )  # pipeline stages wait for one another by their nature
+    return Watchdog(meeting, train.hang_timeout, Path(train.save_dir), count_cpu=on_cpu, compare=compare)
+
+
 class _Trainer:
     """The loop of one rank."""
 
-    def __init__(self, run: Prepared, rank: Rank) -> None:
+    def __init__(self, run: Prepared, rank: Rank, watchdog: Watchdog | None) -> None:
+        self._watchdog = watchdog
         ours = run.config.megatronish
         self.run, self.rank, self.train_config, self.schedule = run, rank, ours.train, ours.schedule
         self.device, self.state = device(), run.state
@@ -169,10 +234,10 @@ class _Trainer:
         if rank.is_first:
             self._announce(peak)
         self.mesh = build_mesh(ours.parallel, self.device.type)
-        model = build_model(run.config, run.plan, self.mesh)
+        model = build_model(run.config, run.plan, self.mesh, run.imported)
         self.engine = start_engine(model, run.config, run.plan, self.mesh)
         if run.resume_from:
-            self.engine.load(str(run.resume_from), ENGINE_TAG)
+            self.engine.load(run.resume_from, ENGINE_TAG)
         sampler = MicroBatchSampler(
             self.state.samples, run.plan.samples, run.plan.micro, self.mesh.dp.rank, run.plan.data_size
         )
@@ -183,11 +248,15 @@ class _Trainer:
             num_workers=ours.data.num_workers,
             prefetch=2 * run.plan.accumulation,
             pin_memory=self.device.type == "cuda",
-            stream_states=load_streams(run.resume_from, rank.rank) if run.resume_from else None,
+            stream_states=load_streams(run.resume_from, self.mesh.dp.rank) if run.resume_from else None,
         )
         self.monitor = None
         if rank.is_first:
             self.monitor = Monitor(run.config, run.run_dir, self.state.step, self.flops, peak, self.device)
+
+    def _mark(self, phase: str, step: int) -> None:
+        if self._watchdog:
+            self._watchdog.mark(phase, step)
 
     def train(self) -> None:
         """Steps up to the last one, then the loader and the logs are closed."""
@@ -203,6 +272,7 @@ class _Trainer:
         losses: list[torch.Tensor] = []
         tokens: list[torch.Tensor] = []
         for step in range(self.state.step, config.steps):
+            self._mark("training", step)
             torch.manual_seed(step_seed(config.seed, step, random_stream(self.mesh, self.run.config)))
             batches = [to_device(next(self.loader), self.device) for _ in range(plan.accumulation)]
             share = rate_share(step, config.steps, self.schedule)
@@ -245,6 +315,7 @@ class _Trainer:
     def _validate(self, done: int) -> bool:
         """Loss on the held-out documents; returns whether it is the lowest so far."""
         ours, plan = self.run.config.megatronish, self.run.plan
+        self._mark("validating", done)
         start = time.monotonic()
         windows = ours.train.eval_tokens and max(1, ours.train.eval_tokens // ours.model.seq_length)
         batches = self.run.data.validation_batches(
@@ -262,12 +333,15 @@ class _Trainer:
         return is_best
 
     def _save(self, done: int, is_best: bool) -> None:
+        self._mark("saving", done)
         start = time.monotonic()
         weights = self.engine.weights()
 
         def write(folder: Path) -> None:
-            self.engine.save(str(folder), ENGINE_TAG)
-            save_streams(folder, self.rank.rank, self.loader.stream_states())
+            self.engine.save(folder, ENGINE_TAG)
+            streams = self.loader.stream_states()
+            if self.mesh.tp.rank == self.mesh.sp.rank == self.mesh.pp.rank == 0:  # the others read what this one reads
+                save_streams(folder, self.mesh.dp.rank, streams)
             if self.rank.is_first:
                 save_model(folder, weights, self.run.config.megatronish.model, metadata={"step": str(done)})
                 copy_tokenizer(self.run.data, folder)
@@ -313,14 +387,19 @@ class _Trainer:
             )
         if peak:
             print(f"MFU is of {peak.flops / 1e12:.4g} TFLOP/s: {peak.source}")
+        if run.imported:
+            print(f"beginning with the weights of {run.imported.folder}")
         if run.resume_from:
-            print(f"continuing {run.resume_from} at step {run.state.step}")
+            print(f"continuing {run.resume_from} at step {run.state.step}" + (f": {run.moved}" if run.moved else ""))
 
 
-def build_model(config: RunConfig, plan: BatchPlan, mesh: ParallelMesh) -> Transformer:
+def build_model(
+    config: RunConfig, plan: BatchPlan, mesh: ParallelMesh, imported: HuggingFaceWeights | None = None
+) -> Transformer:
     """This rank's part of the run's model with its initial weights, partitioned from the start under ZeRO-3.
 
-    Raises ConfigError for a kernel that is asked for by name and not installed.
+    imported: the weights to begin with instead of random ones; a tensor is read at a time. Raises ConfigError for a
+    kernel that is asked for by name and not installed.
     """
     ours, zero3 = config.megatronish, config.deepspeed.zero_optimization.stage == 3
     try:
@@ -328,12 +407,15 @@ def build_model(config: RunConfig, plan: BatchPlan, mesh: ParallelMesh) -> Trans
             tp = TensorParallel(mesh.tp, ours.parallel.tensor_sequence)
             costs = layer_costs(ours.model, ours.parallel.pipeline_balance)
             stage = balanced_stages(costs, mesh.pp.size)[mesh.pp.rank]
-            seed = None if zero3 else ours.train.seed
+            seed = None if zero3 or imported else ours.train.seed
             model = Transformer(ours.model, ours.kernels, seed=seed, tp=tp, stage=stage, sp=mesh.sp)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if zero3:
-        init_weights(model, ours.model, ours.train.seed, gather=gathered)
+    if zero3 or imported:
+        draw, gather = imported.initial if imported else None, gathered if zero3 else None
+        init_weights(model, ours.model, ours.train.seed, gather=gather, draw=draw)
+    if imported:
+        imported.close()
     model.set_activation_checkpointing(ours.train.activation_checkpointing)
     if ours.train.compile:
         model.compile_blocks(ours.train.compile_mode)

@@ -12,6 +12,15 @@ from megatronish.config.run import BatchPlan, RunConfig
 from megatronish.model.checkpoints import STATE_FILE
 
 STREAMS_FILE = "streams-rank-{:05d}.json"
+# What must be as it was for a run to go on, and what may have changed; with the words for each.
+RUN = {"optimizer": "optimizer", "dtype": "training dtype", "seed": "train.seed"}
+LAYOUT = {
+    "data_size": "data-parallel ranks",
+    "zero_stage": "ZeRO stage",
+    "tensor": "tensor-parallel ranks",
+    "pipeline": "pipeline stages",
+    "sequence": "sequence-parallel ranks",
+}
 
 
 @dataclass(frozen=True)
@@ -79,27 +88,32 @@ class TrainState:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: cannot be read ({error!r}); use an older checkpoint.") from None
 
-    def check_continues(self, fresh: TrainState, where: Path) -> None:
-        """Refuse to continue under another layout, optimizer or dataset than the checkpoint's.
+    def continue_as(self, fresh: TrainState, where: Path, *, moves: bool) -> TrainState:
+        """This state in the layout of `fresh`, the state that the run would start with.
 
-        fresh: the state this run would start with. Raises ConfigError naming both values and the mends.
+        moves: whether the optimizer state of the checkpoint `where` can be taken up by another layout. Raises ConfigError,
+        naming both values and the mends, for another layout otherwise, and always for another optimizer or dataset.
         """
-        for name, words in (
-            ("data_size", "data-parallel ranks"),
-            ("zero_stage", "ZeRO stage"),
-            ("tensor", "tensor-parallel ranks"),
-            ("pipeline", "pipeline stages"),
-            ("sequence", "sequence-parallel ranks"),
-            ("optimizer", "optimizer"),
-            ("dtype", "training dtype"),
-            ("seed", "train.seed"),
-        ):
+        for name, words in (*(() if moves else LAYOUT.items()), *RUN.items()):
             saved, now = getattr(self, name), getattr(fresh, name)
             if saved != now:
+                why = "" if name in RUN else ", and the state of its optimizer cannot be laid out anew"
                 raise ConfigError(
-                    f"{where} was saved with {words} {saved}, this run has {now}. Start with {saved} to continue it, "
+                    f"{where} was saved with {words} {saved}, this run has {now}{why}. Start with {saved} to continue it, "
                     "or begin afresh with --train.resume never and another --train.save_dir."
                 )
+        self._check_data(fresh, where)
+        return replace(self, **{name: getattr(fresh, name) for name in LAYOUT})
+
+    def moved(self, fresh: TrainState) -> str:
+        """What differs between the layout of this state and that of `fresh`; '' for the same."""
+        return ", ".join(
+            f"{words} {getattr(self, name)} -> {getattr(fresh, name)}"
+            for name, words in LAYOUT.items()
+            if getattr(self, name) != getattr(fresh, name)
+        )
+
+    def _check_data(self, fresh: TrainState, where: Path) -> None:
         if self.data_identity != fresh.data_identity:
             raise ConfigError(
                 f"{where} was saved on another dataset (SHA-256 {self.data_identity[:12]}..., this run reads "
@@ -119,7 +133,7 @@ class TrainState:
 
 
 def save_streams(folder: Path, rank: int, states: dict[str, Any] | None) -> None:
-    """Write where a rank's streamed text stands; nothing without any."""
+    """Write where a data-parallel rank's streamed text stands; nothing without any."""
     if states is not None:
         path = folder / STREAMS_FILE.format(rank)
         path.write_text(json.dumps(states, separators=(",", ":")) + "\n", encoding="utf-8")

@@ -1,12 +1,14 @@
 """Packing and sampling: every sample once an epoch, whatever the ranks, batches, stops or length of the run."""
 
 import pickle
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatronish.data import batches, packing
 from megatronish.data.batches import batch_of, positions_in_documents
 from megatronish.data.builder import IndexedWriter
 from megatronish.data.errors import DataError
@@ -104,19 +106,45 @@ def test_permutation_is_uniform():
 @settings(max_examples=150, deadline=None)
 @given(lengths=st.lists(st.integers(1, 9) | st.integers(40, 60), min_size=1, max_size=30), data=st.data())
 def test_windows_read_what_concatenation_gives(tmp_path_factory, lengths, data):
-    """Both ways of reading (copied pieces, and a gather where they are short) against plain concatenation."""
+    """All ways of reading (a loop for a few documents; else copied pieces, or a gather of short ones) against plain
+    concatenation."""
+    few = data.draw(st.sampled_from([0, packing.FEW_DOCUMENTS]))
     reader = make(tmp_path_factory.mktemp("stream"), lengths)
     order = np.array(data.draw(st.permutations(range(len(lengths)))))
     whole = np.concatenate([reader.document(int(d)) for d in order])
     starts = set(np.cumsum([0] + [lengths[d] for d in order])[:-1].tolist())
     length = data.draw(st.integers(1, len(whole)))
     begins = data.draw(st.lists(st.integers(0, len(whole) - length), min_size=1, max_size=4))
-    rows = TokenStream.of(reader, order).windows(np.array(begins), length)
+    with patch.object(packing, "FEW_DOCUMENTS", few):
+        rows = TokenStream.of(reader, order).windows(np.array(begins), length)
     assert rows.tokens.dtype == reader.dtype and rows.known is None
     for row, begin in enumerate(begins):
         tokens, marks = rows.sample(row)
         assert tokens.tolist() == whole[begin : begin + length].tolist()
         assert marks.tolist() == sorted({0} | {s - begin for s in starts if begin < s < begin + length})
+
+
+def test_a_window_with_many_more_documents_than_the_average(tmp_path):
+    """The loop looks ahead by the average number of documents and has to go on where they are short."""
+    reader = make(tmp_path, [4000, *[1] * 40, 4000])
+    rows = TokenStream.of(reader, np.arange(42)).windows([3990, 0], 50)
+    assert rows.sample(0)[1].tolist() == [0, *range(10, 50)]
+    assert rows.sample(1)[1].tolist() == [0]
+    assert rows.tokens[0].tolist() == reader.tokens_view[3990:4040].tolist()
+
+
+@given(data=st.data(), count=st.integers(1, 3), length=st.integers(1, 12))
+def test_few_and_many_documents_are_marked_alike(data, count, length):
+    inner = data.draw(st.sets(st.integers(0, count * (length + 1) - 1)))
+    starts = np.array(sorted(inner | {row * (length + 1) for row in range(count)}), dtype=np.int64)
+    rows = Rows(np.arange(count * (length + 1), dtype=np.uint16).reshape(count, -1), starts)
+    found = []
+    for few in (0, len(starts)):
+        with patch.object(batches, "FEW_DOCUMENTS", few):
+            found.append(batches.batch_of(rows, True))
+    for key, value in found[0].items():
+        other = found[1][key]
+        assert np.array_equal(value, other) and getattr(value, "dtype", int) == getattr(other, "dtype", int), key
 
 
 @pytest.mark.parametrize("mean", [5, GATHERED_TOKENS, 200])

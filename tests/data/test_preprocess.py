@@ -217,6 +217,11 @@ def test_character_that_gigatoken_gets_wrong_is_encoded_by_tokenizers(bpe_file):
         assert [ids.tolist() for ids in found] == [ids.tolist() for ids in tokenizer.encode_batch(texts)]
     assert encoder._differing == {"ß"}
     assert encoder._raw.asked == 2 + 2 * 2, "two characters probed once each, then only texts without the wrong one"
+    # New ones of one text are probed together, the wrong one among them still found, and nothing else.
+    encoder._raw = _Wrong(encoder._raw.raw, "é")
+    text = "".join(map(chr, range(0xE0, 0x160)))
+    assert encoder.encode([text])[0].tolist() == tokenizer.encode(text).tolist()
+    assert encoder._differing == {"ß", "é"}
 
 
 def test_gigatoken_starts_afresh_when_it_has_grown(bpe_file, monkeypatch):

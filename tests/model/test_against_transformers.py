@@ -5,15 +5,8 @@ import torch
 
 from megatronish.config.model import KernelConfig
 from megatronish.model.transformer import Transformer
-from tests.model.hf_mapping import VOCAB, gpt_neox, llama, mistral, qwen3
+from tests.hf_models import MODELS, VOCAB, build, our_config, our_tensors
 
-FAMILIES = {
-    "llama": llama,
-    "llama_tied": lambda: llama(tied=True),
-    "qwen3": qwen3,
-    "mistral": mistral,
-    "gpt_neox": gpt_neox,
-}
 # fp32 rounds at 6e-8. A logit is a sum of about 1e2 terms through three blocks; 1e-5 of the largest one leaves both
 # sides room for another order of summation and none for another formula.
 LOGIT_TOLERANCE = 1e-5
@@ -21,11 +14,11 @@ GRADIENT_TOLERANCE = 2e-5  # the backward pass doubles the chain of products
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_logits_loss_and_gradients(family: str, backend: str) -> None:
-    theirs, config, mapping = FAMILIES[family]()
-    ours = Transformer(config, KernelConfig(attention=backend))
-    state = mapping(dict(theirs.named_parameters()))
+    theirs = build(family)
+    ours = Transformer(our_config(theirs), KernelConfig(attention=backend))
+    state = our_tensors(theirs, dict(theirs.named_parameters()))
     parameters = dict(ours.named_parameters())
     assert state.keys() == parameters.keys()
     ours.load_state_dict({name: tensor.detach() for name, tensor in state.items()}, strict=False)
@@ -43,7 +36,7 @@ def test_logits_loss_and_gradients(family: str, backend: str) -> None:
     assert count.item() == 2 * 32 - 4
     assert _difference(ours(tokens), output.logits) < LOGIT_TOLERANCE
     assert (loss_sum / count).item() == pytest.approx(output.loss.item(), rel=1e-6)
-    gradients = mapping({name: parameter.grad for name, parameter in theirs.named_parameters()})
+    gradients = our_tensors(theirs, {name: parameter.grad for name, parameter in theirs.named_parameters()})
     for name, gradient in gradients.items():
         assert gradient.abs().max() > 1e-6, f"{name} has no gradient to compare"
         assert _difference(parameters[name].grad, gradient) < GRADIENT_TOLERANCE, name
@@ -51,10 +44,9 @@ def test_logits_loss_and_gradients(family: str, backend: str) -> None:
 
 def test_bf16_error_is_that_of_transformers() -> None:
     """In bf16 both stand off from float64 by rounding; ours (fewer roundings) by no more than 1.5 times theirs."""
-    theirs, config, mapping = llama()
-    theirs = theirs.to(torch.bfloat16)
-    ours = Transformer(config)
-    ours.load_state_dict({name: tensor.detach() for name, tensor in mapping(dict(theirs.named_parameters())).items()})
+    theirs = build("llama").to(torch.bfloat16)
+    ours = Transformer(our_config(theirs))
+    ours.load_state_dict(our_tensors(theirs, theirs.state_dict()))
     tokens = torch.randint(VOCAB, (2, 48), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         exact = ours.double()(tokens)

@@ -61,6 +61,7 @@ def test_rank_of_each_launcher(env: dict[str, str], launcher: str) -> None:
         ({"RANK": "0", "WORLD_SIZE": "1"}, Rank(0, 1, 0, 1, "environment")),
         ({**OPEN_MPI, "RANK": "0", "WORLD_SIZE": "1"}, Rank(0, 1, 0, 1, "environment")),  # torch's names win
         ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "3,2"}, Rank(3, 4, 1, 3, "srun")),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1(x2),2", "SLURM_NODEID": "2"}, Rank(3, 4, 1, 2, "srun")),
         # deepspeed over several nodes: this node's ranks are counted in CUDA_VISIBLE_DEVICES if LOCAL_SIZE is not there
         (
             {key: value for key, value in DEEPSPEED.items() if key != "LOCAL_SIZE"} | {"CUDA_VISIBLE_DEVICES": "0,1"},
@@ -87,6 +88,7 @@ def test_rank_of_other_environments(env: dict[str, str], rank: Rank) -> None:
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "but not OMPI_COMM_WORLD_RANK"),
         ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "x"}, "OMPI_COMM_WORLD_LOCAL_SIZE='x' is no number"),
         ({"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "a"}, "but not SLURM_NTASKS"),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_NODEID": "2"}, "says nothing of node 2"),
     ],
 )
 def test_half_set_and_wrong_variables(env: dict[str, str], message: str) -> None:
@@ -110,6 +112,16 @@ def test_half_set_and_wrong_variables(env: dict[str, str], message: str) -> None
 )
 def test_first_host_of_slurm(nodes: str, host: str) -> None:
     assert first_host(nodes) == host
+
+
+@pytest.mark.parametrize(
+    ("launcher", "visible", "number"),
+    [("srun", "3", 0), ("mpirun", "GPU-8932f937", 0), ("srun", "0,1,2,3", 2), ("srun", None, 2), ("torchrun", "3", 2)],
+)
+def test_the_gpu_of_a_rank(launcher: str, visible: str | None, number: int) -> None:
+    """Where the launcher shows each rank a GPU of its own, that is number 0. Under torchrun one GPU for several ranks is a
+    mistake, which must not be hidden."""
+    assert startup.device_number(Rank(6, 8, 2, 4, launcher), visible) == number
 
 
 def test_no_host() -> None:

@@ -10,8 +10,9 @@ import torch
 
 from megatronish.config.base import ConfigError
 from megatronish.parallel import layers
+from megatronish.training.fragments import SavedFragments
 from megatronish.training.verify.layouts import DEFAULT_LAYOUTS, layout_run, parse_layout
-from megatronish.training.verify.report import Distance, Verdict, first_deviation, measure, verify
+from megatronish.training.verify.report import Distance, Verdict, Verification, first_deviation, measure
 from megatronish.training.verify.runs import Trace, make_batch, plain_run
 from tools import verify_parallel
 
@@ -30,9 +31,12 @@ def test_layout_names() -> None:
             parse_layout(name)
 
 
-def verdicts(*names: str, tied: bool = True, dtype: str = "fp32") -> list[Verdict]:
-    small = {"megatronish": {"model": {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4}}}
-    return list(verify([parse_layout(name) for name in names], dtype, 3, [tied], small, lambda what: None))
+def verdicts(
+    *names: str, moves: tuple[str, ...] = (), tied: bool = True, dtype: str = "fp32", layers: int = 1
+) -> list[Verdict]:
+    small = {"megatronish": {"model": {"num_layers": layers, "hidden_size": 32, "num_attention_heads": 4}}}
+    layouts, ends = ([parse_layout(name) for name in some] for some in (names, moves))
+    return list(Verification(layouts, ends, dtype, 3, [tied], small, lambda what: None).verdicts())
 
 
 @pytest.mark.distributed
@@ -40,6 +44,7 @@ def test_right_layouts_are_found_right() -> None:
     for verdict in [*verdicts("tp2s"), *verdicts("tp2dp2z2", dtype="bf16", tied=False)]:
         assert verdict.problem == "" and verdict.line().endswith("ok")
         assert verdict.distance is not None and verdict.distance.loss > 0  # another order of sums: never all bits
+        assert verdict.held is not None and verdict.held == verdict.formula
 
 
 @pytest.mark.distributed
@@ -49,6 +54,20 @@ def test_unmarked_parameters_are_found_by_the_gradient_norm(monkeypatch: pytest.
     (verdict,) = verdicts("tp2")
     assert verdict.problem.startswith("gradient norm of step 1 is")
     assert "FAILED" in verdict.line()
+
+
+@pytest.mark.distributed
+def test_moved_checkpoints_are_found_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways, the second and third step; and a moment that is lost on the way shows in the first step after."""
+    there, back = verdicts(moves=("tp2", "pp2"), layers=2)
+    assert (there.layout, back.layout) == ("tp2 > pp2", "pp2 > tp2")
+    assert there.problem == back.problem == "" and there.distance is not None and there.distance.loss > 0
+    read = SavedFragments.read
+    monkeypatch.setattr(
+        SavedFragments, "read", lambda self, kind, wanted: read(self, kind, wanted) * (kind != "exp_avg_sq")
+    )
+    there, back = verdicts(moves=("tp2", "pp2"), layers=2)
+    assert "of step 3 is" in there.problem and "of step 3 is" in back.problem
 
 
 @pytest.mark.distributed
@@ -73,14 +92,14 @@ def test_a_rank_that_fails_is_reported_with_its_traceback(monkeypatch: pytest.Mo
 def test_the_first_deviation_is_named() -> None:
     bound = Distance(1e-5, 1e-5, 1e-5)
     weights = {"a": torch.zeros(2), "b": torch.ones(2)}
-    expected = Trace([1.0, 2.0], [3.0, 4.0], weights, 0)
+    expected = Trace([1.0, 2.0], [3.0, 4.0], weights)
     assert first_deviation(expected, expected, bound) == ""
     assert measure(expected, expected) == Distance(0.0, 0.0, 0.0)
-    late = Trace([1.0, 2.1], [3.0, 4.0], weights, 0)
+    late = Trace([1.0, 2.1], [3.0, 4.0], weights)
     assert first_deviation(late, expected, bound).startswith("loss of step 2 is 2.1")
-    norm = Trace([1.0, 2.0], [float("nan"), 4.0], weights, 0)
+    norm = Trace([1.0, 2.0], [float("nan"), 4.0], weights)
     assert first_deviation(norm, expected, bound).startswith("gradient norm of step 1 is nan")
-    weight = Trace([1.0, 2.0], [3.0, 4.0], {"a": torch.zeros(2), "b": torch.tensor([1.0, 1.1])}, 0)
+    weight = Trace([1.0, 2.0], [3.0, 4.0], {"a": torch.zeros(2), "b": torch.tensor([1.0, 1.1])})
     assert first_deviation(weight, expected, bound).startswith("b is off by 1.0e-01")
     assert measure(weight, expected).weight == pytest.approx(0.1)
 
@@ -111,7 +130,7 @@ def test_batches_are_uneven_and_depend_on_step_and_sample_alone() -> None:
         (["--layouts", "tp2z0", "--dtype", "bf16"], "DeepSpeed would clip by a wrong gradient norm"),
         (["--layouts", "xx"], 'layout "xx" cannot be read'),
         (["--layouts", "dp3"], "do not divide over 3 ranks"),
-        (["--steps", "0"], "--steps and --ranks count from 1"),
+        (["--steps", "1"], "--steps counts from 2, for moves halve it, and --ranks from 1"),
         (["--model.layers", "3"], "unknown option --model.layers"),
         (["--deepspeed_config", "x.json"], "takes no --deepspeed_config"),
     ],
@@ -136,7 +155,7 @@ def test_the_tool_tells_and_its_status_says_it(
     monkeypatch.setattr(verify_parallel, "settle_process", lambda: None)
     assert verify_parallel.main() == 0
     told = capsys.readouterr()
-    assert "1 of 1 layouts train as one process does" in told.out and "1/1 tp2 on 2 ranks" in told.err
+    assert "1 of 1 runs train as one process does" in told.out and "1/1 tp2 on 2 ranks" in told.err
     (line,) = json.loads((tmp_path / "table.json").read_text())
     assert line["layout"] == "tp2" and line["problem"] == "" and line["distance"]["loss"] < 1e-5
     monkeypatch.setattr(layers, "_DEEPSPEED_MARK", "another_mark")

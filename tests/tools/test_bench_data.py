@@ -39,9 +39,20 @@ def test_parts_without_peers(tmp_path: Path) -> None:
     texts = [f"Document {i}: " + "some words and more of them, " * (i % 40) for i in range(300)]
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     figures, picture = tmp_path / "bench.json", tmp_path / "bench.png"
-    command = [sys.executable, "tools/bench_data.py", "--parts", "tokenise", "reads", "index", "hash", "stream"]
+    command = [sys.executable, "tools/bench_data.py", "--parts", "tokenise", "reads", "index", "hash", "stream", "grow"]
     command += ["--corpus", str(corpus), "--repeats", "1", "--read-tokens", "100000", "--index-documents", "50000"]
-    command += ["--stream-samples", "5", "--kills", "1", "--json", str(figures), "--plot", str(picture)]
+    command += [
+        "--grow-gb",
+        "0.001",
+        "--stream-samples",
+        "5",
+        "--kills",
+        "1",
+        "--json",
+        str(figures),
+        "--plot",
+        str(picture),
+    ]
     # Python itself stands for an interpreter without megatron-core: isolated, it sees no other packages.
     bare = tmp_path / "bare-python"
     bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
@@ -62,4 +73,5 @@ def test_parts_without_peers(tmp_path: Path) -> None:
         "positions and cu_seqlens, 1000-token documents, batches of 8",
     ):
         assert found["reads", what]["value"] > 0
+    assert found["grow", "gigatoken back end, 0.001 GB"]["value"] > 0
     assert found["stream", "ours, samples of 2048"]["value"] > 0

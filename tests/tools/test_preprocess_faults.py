@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from megatronish.data.dataset import open_dataset
-from megatronish.data.tokenizer import EOD_TOKEN, train_bpe
+from megatronish.data.tokenizer import train_bpe
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 GOOD = [f"good {i}" for i in range(40)]
@@ -32,6 +32,18 @@ def run(folder: Path, *more: object, **options) -> subprocess.CompletedProcess[s
 
 def line(text: object) -> bytes:
     return json.dumps({"text": text}).encode() + b"\n"
+
+
+def write(path: Path, texts: list[str]) -> None:
+    """Texts as a file of the kind that its suffixes name; those of text files are cut at semicolons."""
+    if path.suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=50)
+        return
+    raw = b"".join(map(line, texts)) if ".jsonl" in path.name else ";".join(texts).encode()
+    path.write_bytes(PACK.get(path.suffix, bytes)(raw))
 
 
 def contents(folder: Path) -> list[str]:
@@ -119,56 +131,6 @@ def test_parquet_faults(tmp_path):
     assert "d.parquet: truncated or corrupt parquet" in run(tmp_path, *given, "--overwrite").stderr
 
 
-@pytest.mark.parametrize("packed", sorted(PACK))
-def test_blank_lines_byte_order_mark_empty_documents_duplicate_keys(tmp_path, packed):
-    raw = b'\xef\xbb\xbf{"text": "a"}\r\n\n   \n{"text": ""}\n{"text": "x", "text": "b"}\n{"text": "c"}'
-    (tmp_path / f"d.jsonl{packed}").write_bytes(PACK[packed](raw))
-    given = ["--input", f"d.jsonl{packed}", "--tokenizer-model", "bytes", "--append-eod"]
-    done = run(tmp_path, *given)
-    assert done.returncode == 0, done.stderr
-    assert contents(tmp_path) == ["a", "b", "c"]
-    counts = open_dataset(tmp_path / "o_text_document").manifest.counts
-    assert (counts["blank_lines"], counts["empty_documents"], counts["duplicate_keys"]) == (2, 1, 1)
-    assert f"d.jsonl{packed}, line 5: a key comes twice in one object; the last one counts" in done.stdout
-    assert run(tmp_path, *given, "--keep-empty", "--overwrite").returncode == 0
-    reader = open_dataset(tmp_path / "o_text_document").reader
-    # As Megatron writes them: a document without a sequence, and without an end-of-document token.
-    assert reader.document_boundaries.tolist() == [0, 1, 1, 2, 3] and reader.document_lengths.tolist() == [2, 0, 2, 2]
-
-
-@pytest.mark.parametrize("packed", sorted(PACK))
-def test_array_and_empty_files_are_refused(tmp_path, packed):
-    (tmp_path / f"array.json{packed}").write_bytes(PACK[packed](b'\n [{"text": "a"}]'))
-    (tmp_path / f"empty.jsonl{packed}").write_bytes(PACK[packed](b""))
-    for name, message in (("array.json", "a JSON array"), ("empty.jsonl", "no document with text")):
-        done = run(tmp_path, "--input", name + packed, "--tokenizer-model", "bytes", "--on-error", "skip")
-        assert done.returncode == 2 and message in done.stderr, done.stderr
-    assert not list(tmp_path.glob("*o*_document*")) and not list(tmp_path.glob(".o*"))
-
-
-def test_literal_special_token_is_text_and_eod_is_an_id(tmp_path):
-    tokenizer = train_bpe([*GOOD, EOD_TOKEN] * 3, 300)
-    path = tokenizer.save(tmp_path / "t")
-    (tmp_path / "d.jsonl").write_bytes(line(f"a{EOD_TOKEN}b"))
-    for backend in ("hf", "gigatoken", "tiktoken"):
-        pytest.importorskip({"hf": "tokenizers"}.get(backend, backend))
-        done = run(
-            tmp_path,
-            "--input",
-            "d.jsonl",
-            "--tokenizer-model",
-            path,
-            "--append-eod",
-            "--backend",
-            backend,
-            "--overwrite",
-        )
-        assert done.returncode == 0, done.stderr
-        ids = open_dataset(tmp_path / "o_text_document").reader.document(0).tolist()
-        assert ids.count(tokenizer.eod_id) == 1 and ids[-1] == tokenizer.eod_id
-        assert contents(tmp_path) == [f"a{EOD_TOKEN}b"]
-
-
 @pytest.mark.parametrize("packed", [".gz", ".zst"])
 def test_truncated_file_is_named_finished_units_are_kept_and_the_mended_one_gives_the_same(tmp_path, packed):
     lines = b"".join(line(f"{i} " + "word " * 20) for i in range(2000))
@@ -187,22 +149,25 @@ def test_truncated_file_is_named_finished_units_are_kept_and_the_mended_one_give
     assert contents(tmp_path) == texts * 2 and not list(tmp_path.glob(".o*"))
 
 
+LONG_LINES = [("auto", 30, "1M", 400, kind) for kind in ("jsonl", "jsonl.gz", "txt.zst", "parquet")]
+
+
 @pytest.mark.parametrize(
-    ("backend", "megabytes", "longest", "limit"), [("auto", 30, "1M", 400), ("hf", 6, "128K", 200)]
+    ("backend", "megabytes", "longest", "limit", "kind"), [*LONG_LINES, ("hf", 6, "128K", 200, "jsonl")]
 )
-def test_long_line_in_bounded_memory(tmp_path, backend, megabytes, longest, limit):
+def test_long_document_in_bounded_memory(tmp_path, backend, megabytes, longest, limit, kind):
     """`tokenizers` given a text whole takes 140 bytes for each of its bytes, 600 with a vocabulary as small as this."""
     tokenizer = train_bpe(["some words to merge " * 50], 280).save(tmp_path / "t")
     words = "some words to merge " * (megabytes * 50_000)
-    (tmp_path / "d.jsonl").write_bytes(line("before") + line(words) + line("after"))
+    write(tmp_path / f"d.{kind}", ["before", words, "after"])
     # VmHWM and not ru_maxrss: the latter takes over what the process that starts this one has used.
     program = (
         "import runpy, sys; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "finally: print('PEAK', [int(line.split()[1]) // 1024 for line in open('/proc/self/status') if 'VmHWM' in line][0])"
     )
-    given = ["--input", "d.jsonl", "--tokenizer-model", str(tokenizer), "--backend", backend, "--output-prefix", "o"]
-    given += ["--max-doc-bytes", longest]
+    given = ["--input", f"d.{kind}", "--tokenizer-model", str(tokenizer), "--backend", backend, "--output-prefix", "o"]
+    given += ["--max-doc-bytes", longest, "--doc-separator", ";"]
     done = subprocess.run(
         [sys.executable, "-c", program, str(TOOL), *given, "--workers", "1"],
         cwd=tmp_path, capture_output=True, text=True, timeout=200,
@@ -212,26 +177,29 @@ def test_long_line_in_bounded_memory(tmp_path, backend, megabytes, longest, limi
     assert contents(tmp_path) == ["before", words, "after"]
     # Program and tokenizer 100 MB; line, text, parts and ids 10 bytes a byte; a part in `tokenizers` 80 MB.
     assert int(done.stdout.split("PEAK")[1]) < limit
-    (tmp_path / "d.jsonl").write_bytes(line("before") + line("x" * 5000) + line("after"))
-    more = ["--input", "d.jsonl", "--tokenizer-model", "bytes", "--overwrite", "--max-doc-bytes", "4K"]
-    assert run(tmp_path, *more, "--long-documents", "skip").returncode == 0
+    write(tmp_path / f"d.{kind}", ["before", "x" * 5000, "after"])
+    more = ["--input", f"d.{kind}", "--tokenizer-model", "bytes", "--overwrite", "--max-doc-bytes", "4K"]
+    assert run(tmp_path, *more, "--doc-separator", ";", "--long-documents", "skip").returncode == 0
     assert contents(tmp_path) == ["before", "after"]
 
 
-def test_full_disk_is_told_and_resuming_with_room_gives_the_same(tmp_path):
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "txt.zst", "parquet"])
+def test_full_disk_is_told_and_resuming_with_room_gives_the_same(tmp_path, kind):
     """A file-size limit stands in for a full disk: the write fails in the same way."""
-    (tmp_path / "d.jsonl").write_bytes(b"".join(line(f"{i} {'x' * 990}") for i in range(1000)))
+    texts = [f"{i} {'x' * 990}" for i in range(1000)]
+    write(tmp_path / f"d.{kind}", texts)
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    given = ["--input", "d.jsonl", "--tokenizer-model", "bytes", "--shard-size", 100_000, "--dtype", "uint16"]
+    given = ["--input", f"d.{kind}", "--tokenizer-model", "bytes", "--shard-size", 100_000, "--dtype", "uint16"]
+    given += ["--doc-separator", ";"]
     done = run(tmp_path, *given, preexec_fn=limit)
     assert done.returncode == 2 and "File too large" in done.stderr, done.stderr
     assert not list(tmp_path.glob("o_*")) and "finished units are kept" in done.stdout
     assert run(tmp_path, *given, "--resume").returncode == 0
-    assert contents(tmp_path) == [f"{i} {'x' * 990}" for i in range(1000)]
+    assert contents(tmp_path) == texts
     assert not list(tmp_path.glob(".o*"))
 
 
@@ -268,10 +236,12 @@ def test_worker_that_is_killed_ends_the_run_with_its_signal(tmp_path):
 def test_killed_twenty_times_and_resumed_gives_the_same_bytes(tmp_path):
     """Small shards make many journal lines, so that kills fall between all kinds of steps; the moments are drawn."""
     draw = random.Random(7)
-    raw = b"".join(line(f"{i} " + "".join(draw.choices("abc ", k=draw.randint(0, 900)))) for i in range(6000))
-    (tmp_path / "a.jsonl").write_bytes(raw[: raw.index(b"\n", len(raw) // 2) + 1])
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(raw[raw.index(b"\n", len(raw) // 2) + 1 :]))
-    given = ["--input", "a.jsonl", "b.jsonl.gz", "--tokenizer-model", "bytes", "--append-eod", "--shard-size", "4K"]
+    texts = [f"{i} " + "".join(draw.choices("abc ", k=draw.randint(0, 900))) for i in range(6000)]
+    files = ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "e.txt", "f.txt.gz"]
+    for number, name in enumerate(files):
+        write(tmp_path / name, texts[1000 * number : 1000 * number + 1000])
+    given = ["--input", *files, "--tokenizer-model", "bytes", "--append-eod"]
+    given += ["--shard-size", "4K", "--doc-separator", ";"]
     started = time.monotonic()
     assert run(tmp_path, *given).returncode == 0
     whole = time.monotonic() - started
@@ -285,18 +255,18 @@ def test_killed_twenty_times_and_resumed_gives_the_same_bytes(tmp_path):
         )
         try:
             # From while it starts to while it ends; each run goes on from where the one before was killed.
-            assert process.wait(draw.uniform(0.15, 0.35) * whole + 0.2) == 0
-            for path in tmp_path.glob("o_*"):
-                assert path.read_bytes() == expected[path.name]
-                path.unlink()
+            status = process.wait(draw.uniform(0.15, 0.35) * whole + 0.2)
         except subprocess.TimeoutExpired:
             process.kill()
-            assert process.wait() == -signal.SIGKILL
-            kills += 1
-            if (tmp_path / "o_text_document.manifest.json").exists():  # killed after its last rename
-                assert {path.name: path.read_bytes() for path in tmp_path.glob("o_*")} == expected
-                for path in tmp_path.glob("o_*"):
-                    path.unlink()
+            status = process.wait()
+        assert status in (0, -signal.SIGKILL)
+        kills += status != 0
+        finished = (tmp_path / "o_text_document.manifest.json").exists()  # also if killed after its last rename
+        assert finished or status != 0
+        if finished:
+            assert {path.name: path.read_bytes() for path in tmp_path.glob("o_*")} == expected
+            for path in tmp_path.glob("o_*"):
+                path.unlink()
     assert run(tmp_path, *given, "--resume").returncode == 0
     assert {path.name: path.read_bytes() for path in tmp_path.glob("o_*")} == expected and len(expected) == 3
     assert not list(tmp_path.glob(".o*"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,14 @@ def test_unreadable_states(tmp_path: Path) -> None:
             TrainState.load(tmp_path)
 
 
-OTHERS: list[tuple[str, Any, str]] = [
+LAYOUTS: list[tuple[str, Any, str]] = [
     ("data_size", 4, "data-parallel ranks 2, this run has 4"),
     ("tensor", 2, "tensor-parallel ranks 1, this run has 2"),
     ("sequence", 2, "sequence-parallel ranks 1, this run has 2"),
     ("pipeline", 2, "pipeline stages 1, this run has 2"),
     ("zero_stage", 2, "ZeRO stage 1, this run has 2"),
+]
+OTHERS: list[tuple[str, Any, str]] = [
     ("optimizer", "Lion", "optimizer AdamW, this run has Lion"),
     ("dtype", "bf16", "training dtype fp32, this run has bf16"),
     ("seed", 7, "train.seed 1234, this run has 7"),
@@ -69,16 +72,29 @@ def test_another_run_does_not_go_on(name: str, value: Any, words: str) -> None:
     """The place, both values and both mends."""
     fresh = replace(START, **{name: value})
     with pytest.raises(ConfigError) as error:
-        replace(START, step=5).check_continues(fresh, Path("runs/x/step-5"))
+        replace(START, step=5).continue_as(fresh, Path("runs/x/step-5"), moves=True)
     message = str(error.value)
     assert message.startswith(f"runs/x/step-5 was saved with {words}. Start with ")
     assert "or begin afresh with --train.resume never and another --train.save_dir." in message
 
 
+@pytest.mark.parametrize(("name", "value", "words"), LAYOUTS)
+def test_another_layout_goes_on_where_the_optimizer_can_move(name: str, value: Any, words: str) -> None:
+    """The counters stay, the layout becomes the new one; otherwise the message says why not."""
+    fresh, old = replace(START, **{name: value}), replace(START, step=5, tokens=400)
+    assert old.continue_as(fresh, Path("x"), moves=True) == replace(fresh, step=5, tokens=400)
+    assert old.moved(fresh) == re.sub(r"(\d+), this run has", r"\1 ->", words) and old.moved(START) == ""
+    with pytest.raises(ConfigError) as error:
+        old.continue_as(fresh, Path("runs/x/step-5"), moves=False)
+    assert str(error.value).startswith(
+        f"runs/x/step-5 was saved with {words}, and the state of its optimizer cannot be laid out anew. Start with "
+    )
+
+
 def test_another_dataset() -> None:
     fresh = replace(START, data_identity="0123456789abcdef")
     with pytest.raises(ConfigError) as error:
-        START.check_continues(fresh, Path("runs/x"))
+        START.continue_as(fresh, Path("runs/x"), moves=True)
     message = str(error.value)
     assert "runs/x was saved on another dataset (SHA-256 abc..., this run reads 0123456789ab...)" in message
     assert (
@@ -89,8 +105,9 @@ def test_another_dataset() -> None:
 
 def test_what_may_differ() -> None:
     """Where the run stands is not compared: that is what it goes on from."""
-    replace(START, step=5, samples=40, tokens=4000, best_loss=2.0).check_continues(START, Path("x"))
-    compared = {name for name, _, _ in OTHERS} | {"data_identity", "data_order"}
+    there = replace(START, step=5, samples=40, tokens=4000, best_loss=2.0)
+    assert there.continue_as(START, Path("x"), moves=False) == there
+    compared = {name for name, _, _ in [*OTHERS, *LAYOUTS]} | {"data_identity", "data_order"}
     assert {field.name for field in fields(TrainState)} == compared | {"step", "samples", "tokens", "best_loss"}
 
 
@@ -101,7 +118,7 @@ def test_another_order_of_the_data(tmp_path: Path) -> None:
         START, data_order={"data.order": "megatron", "data.split": "99,1,0", "samples of the whole run": "64"}
     )
     with pytest.raises(ConfigError) as error:
-        saved.check_continues(fresh, Path("runs/x"))
+        saved.continue_as(fresh, Path("runs/x"), moves=True)
     assert str(error.value).startswith(
         "runs/x counted its samples in another order: data.order shuffled (this run: megatron), "
         "samples of the whole run not set (this run: 64). Set that back"
@@ -111,4 +128,4 @@ def test_another_order_of_the_data(tmp_path: Path) -> None:
     assert len(json.dumps(raw)) < 1024, "the state of a run's data is a few numbers and names"
     del raw["data_order"]
     (tmp_path / STATE_FILE).write_text(json.dumps(raw))
-    TrainState.load(tmp_path).check_continues(fresh, Path("runs/x"))
+    TrainState.load(tmp_path).continue_as(fresh, Path("runs/x"), moves=True)

@@ -29,6 +29,7 @@ DEFAULT_LAYOUTS = (
     "sp2dp2z3",
     "sp4z0",
 )
+DEFAULT_MOVES = ("dp2z2", "tp2", "pp2", "tp2pp2", "dp1")
 MODEL: dict[str, Any] = {
     "vocab_size": 131,
     "num_layers": 4,

@@ -9,7 +9,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,19 +24,38 @@ from megatronish.model.transformer import IGNORED_LABEL, Transformer
 from megatronish.parallel.startup import free_port, has_gpu
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
 from megatronish.training.verify.layouts import ACCUMULATION, SAMPLES, Layout
+from megatronish.training.verify.memory import RankBytes, expected_bytes, padding
 
 TIMEOUT_SECONDS = 300.0
+STATE = "state"  # folder of the engine's state within that of a leg
 Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run did: loss and gradient norm of each step, the weights after the last, bytes of weights on a rank."""
+    """What a run did: loss and gradient norm of each step, the weights after the last, and what a rank held of it (counted,
+    by formula, and how far above that it may be)."""
 
     losses: list[float]
     norms: list[float]
     weights: dict[str, Tensor]
-    weight_bytes: int
+    held: RankBytes | None = None
+    formula: RankBytes | None = None
+    padding: int = 0
+
+    def after(self, step: int) -> Trace:
+        """Without the first `step` steps."""
+        return replace(self, losses=self.losses[step:], norms=self.norms[step:])
+
+
+@dataclass(frozen=True)
+class Leg:
+    """Steps [first, stop) of a run, from the engine's state in `load` and then into that in `save`, where they are given."""
+
+    first: int
+    stop: int
+    load: Path | None = None
+    save: Path | None = None
 
 
 def make_batch(config: RunConfig, step: int, samples: range) -> Batch:
@@ -117,35 +136,48 @@ def plain_run(config: RunConfig, *, parts: int = 1) -> Trace:
             torch.nn.utils.clip_grads_with_norm_(master.parameters(), clip, norm)
         optimizer.step()
     weights = {name: p.detach().to(dtype).float() for name, p in master.named_parameters()}
-    return Trace(losses, norms, weights, _bytes(model))
+    return Trace(losses, norms, weights)
 
 
-def layout_trace(config: RunConfig, layout: Layout) -> Trace:
-    """The same steps through the engine, on this rank of the layout; weights on the first rank. The group exists."""
+def layout_trace(config: RunConfig, layout: Layout, leg: Leg | None = None) -> Trace:
+    """The same steps, or those of a leg, through the engine on this rank of the layout. The process group exists.
+
+    Weights are on the first rank only.
+    """
     from megatronish.parallel.mesh import build_mesh
     from megatronish.training.engine import device, start_engine
     from megatronish.training.loop import build_model, to_device
 
-    steps, plan = config.megatronish.train.steps, config.batch_plan(layout.data)
+    leg = leg or Leg(0, config.megatronish.train.steps)
+    plan = config.batch_plan(layout.data)
     mesh = build_mesh(config.megatronish.parallel, device().type)
     engine = start_engine(build_model(config, plan, mesh), config, plan, mesh)
-    held = engine.weight_bytes()
+    if leg.load is not None:
+        engine.load(leg.load, STATE)
+    gradients: list[int] = []
     losses, norms = [], []
-    for step in range(steps):
+    for step in range(leg.first, leg.stop):
         batches = []
         for index in range(plan.accumulation):
             first = (index * plan.data_size + mesh.dp.rank) * plan.micro
             batches.append(to_device(make_batch(config, step, range(first, first + plan.micro)), engine.device))
+        counting = None
+        if step + 1 == leg.stop:  # before each micro batch of the last step, the first apart
+            counting = engine.module.register_forward_pre_hook(
+                lambda *_: gradients.append(engine.held_state().gradient_bytes())
+            )
         result = engine.train_step(batches, 1.0)
+        if counting is not None:
+            counting.remove()
         mesh.data.sum_(result.loss_sum)
         losses.append((result.loss_sum / result.tokens).item())
         assert result.grad_norm is not None
         norms.append(float(result.grad_norm))
-    return Trace(losses, norms, {name: value.float().cpu() for name, value in engine.weights().items()}, held)
-
-
-def _bytes(module: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    if leg.save is not None:
+        engine.save(leg.save, STATE)
+    held = RankBytes(engine.weight_bytes(), max(gradients), engine.held_state().optimizer_bytes())
+    weights = {name: value.float().cpu() for name, value in engine.weights().items()}
+    return Trace(losses, norms, weights, held, expected_bytes(config, mesh), padding(config, mesh))
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -1,0 +1,276 @@
+"""A watchdog a rank: when ranks no longer work together, all end within a stated time, with one message.
+
+A thread of every rank looks where the main thread stands (standing.py) and tells rank 0, over a socket (links.py). Rank 0's
+thread judges, the others judge rank 0:
+- a socket that closes without a farewell: that process is gone;
+- no heartbeat for `timeout` seconds: stopped, frozen, or cut off;
+- no rank moved for `timeout` seconds (ten times as long while starting or while a checkpoint is written or read): stuck;
+- a rank that reports its own error: as it says.
+Then rank 0 prints the message, every rank writes its stacks to a file and ends with status 75 (ending.STOPPED), and ranks that
+cannot hear it are killed by those on their machine. Time is monotonic and of each rank alone; the time in which a rank itself
+was stopped is not counted, so that a job can be suspended and continued as a whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import astuple
+from pathlib import Path
+from typing import NoReturn
+
+from megatronish.config.base import UserError
+from megatronish.parallel import verdict
+from megatronish.parallel.ending import STOPPED, end_now
+from megatronish.parallel.links import GONE, Links, Message
+from megatronish.parallel.meeting import Meeting, Place
+from megatronish.parallel.standing import COLLECTIVES, Sampler, Standing
+
+STACKS = "stacks"
+PATIENT_PHASES = {"starting": 10.0, "saving": 10.0, "loading": 10.0}
+LOOK_SECONDS = 0.25
+BEAT_SECONDS = 1.0
+BEAT_SECONDS_A_RANK = 0.006  # rank 0 reads a heartbeat in 30 microseconds: at most 0.5% of its time, whatever the ranks
+GRACE_SECONDS = 2.0  # for a rank's error to turn out to be every rank's, or the consequence of a death
+LONGEST_ERROR = 20_000  # letters of a traceback that are told
+SLOW_SECONDS = 60.0  # over which ranks are compared
+
+
+class Watchdog:
+    """Watches this rank and, with the others', the run. Use as a context manager.
+
+    timeout: seconds, above 0; folder: of the run, `folder/stacks` takes a file a rank; count_cpu, compare: whether waiting
+    leaves the CPU idle (gloo), and whether slow ranks are to be told. Raises LaunchError when rank 0 cannot be reached.
+    """
+
+    def __init__(self, meeting: Meeting, timeout: float, folder: Path, count_cpu: bool, compare: bool = False) -> None:
+        self._meeting, self._timeout, self._compare = meeting, timeout, compare
+        self._beat_every = min(max(BEAT_SECONDS, BEAT_SECONDS_A_RANK * meeting.world_size), timeout / 4)
+        self._sampler = Sampler(count_cpu)
+        self._standings: dict[int, Standing] = {}
+        self._silence = {place.rank: 0.0 for place in self._listened_to()}
+        self._failures: dict[int, tuple[float, Message]] = {}
+        self._compared: dict[int, Standing] = {}
+        self._compare_at = SLOW_SECONDS
+        self._told_slow: set[int] = set()
+        self._failing: Message | None = None  # of this rank; set by the main thread
+        self._own_status: int | None = None
+        self._closing = threading.Event()
+        self._stacks_path = folder / STACKS / f"rank-{meeting.rank:05d}.txt"
+        self._stacks_path.parent.mkdir(parents=True, exist_ok=True)
+        self._stacks = self._stacks_path.open("w", encoding="utf-8")
+        print(meeting.places[meeting.rank], file=self._stacks, flush=True)
+        self._links = Links(meeting)
+        faulthandler.enable(self._stacks)
+        faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.fail(error)
+
+    def mark(self, phase: str, step: int) -> None:
+        """Say what this rank does now: "training", "validating", "saving" or "loading"; steps done."""
+        self._sampler.step, self._sampler.phase = step, phase
+
+    def close(self) -> None:
+        """Take leave of the other ranks: from now on this one may end."""
+        self._closing.set()
+        self._thread.join()
+        faulthandler.unregister(signal.SIGUSR2)
+        faulthandler.enable()
+        self._stacks.close()
+        self._stacks_path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._stacks_path.parent.rmdir()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others that this rank cannot go on.
+
+        Returns when its own error is what the user must see, which the caller raises. Where rank 0 tells it, or it only
+        follows from another rank's end, the process ends in here.
+        """
+        lost = not isinstance(error, UserError) and communication_failed(error)
+        if isinstance(error, UserError):
+            status, text = 2, str(error)
+        elif isinstance(error, KeyboardInterrupt):
+            status, text = 130, "stopped by Ctrl-C"
+        else:
+            status, text = 1, "".join(traceback.format_exception(error)).strip()[-LONGEST_ERROR:]
+        if lost:
+            text = "".join(traceback.format_exception_only(error)).strip()
+        else:
+            self._own_status = status
+        self._failing = {"failed": text, "status": status, "lost": lost}
+        if self._meeting.rank or lost:
+            self._thread.join(3 * GRACE_SECONDS)
+        else:
+            self._closing.wait(1.0)  # until the others are told
+
+    def _listened_to(self) -> Iterable[Place]:
+        return self._meeting.places[1:] if self._meeting.rank == 0 else self._meeting.places[:1]
+
+    def _watch(self) -> None:
+        """The thread: hear, look, tell, judge."""
+        looked = time.monotonic()
+        beaten, ran = 0.0, self._beat_every  # seconds that this process ran; the first beat goes at once
+        told_failure = False
+        while not self._closing.is_set():
+            while (rest := looked + LOOK_SECONDS - time.monotonic()) > 0 and not self._closing.is_set():
+                for rank, message in self._links.receive(rest):
+                    self._hear(rank, message)
+            now = time.monotonic()
+            elapsed = min(now - looked, 2 * LOOK_SECONDS)  # a longer gap means that this process was stopped
+            looked, ran = now, ran + elapsed
+            self._sampler.look(elapsed)
+            if self._failing and not told_failure:
+                told_failure = True
+                self._tell_failure(self._failing)
+            self._judge_failures()
+            if ran - beaten >= self._beat_every:
+                self._standings[self._meeting.rank] = standing = self._sampler.standing()
+                self._links.send_all({"beat": astuple(standing)})
+                self._judge(ran - beaten)
+                beaten = ran
+        self._links.send_all({"bye": True})
+        self._links.flush(1.0)
+        self._links.close()
+
+    def _hear(self, rank: int, message: Message) -> None:
+        if rank not in self._silence:
+            return
+        self._silence[rank] = 0.0
+        if "beat" in message:
+            self._standings[rank] = Standing(*message["beat"])
+        elif "bye" in message:
+            del self._silence[rank]
+            self._standings.pop(rank, None)
+        elif "failed" in message:
+            self._failures.setdefault(rank, (time.monotonic(), message))
+        elif "stop" in message:
+            self._kill(message["kill"])
+            self._end(message["stop"], "")
+        elif message == GONE:
+            self._gone(rank)
+
+    def _gone(self, rank: int) -> None:
+        """A rank's process has ended without a farewell; if it told an error before, that error is the reason."""
+        if rank in self._failures:
+            del self._silence[rank]
+            return
+        speaks = self._meeting.rank <= 1  # where rank 0 is gone, rank 1 speaks for the others
+        self._end(STOPPED, verdict.ended(self._meeting.places[rank], self._standings) if speaks else "")
+
+    def _tell_failure(self, failing: Message) -> None:
+        if self._meeting.rank:
+            self._links.send_all(failing)
+        elif failing["lost"]:
+            self._failures[0] = (time.monotonic(), failing)
+        else:
+            status = failing["status"] if failing["status"] != 1 else STOPPED
+            self._links.send_all({"stop": status, "kill": []})
+            self._links.flush(1.0)
+            self._closing.set()
+
+    def _judge(self, elapsed: float) -> None:
+        """End the run if it does not go on; elapsed: seconds since the last judgement."""
+        for rank in self._silence:
+            self._silence[rank] += elapsed
+        quiet = [place for place in self._listened_to() if self._silence.get(place.rank, 0.0) > self._timeout]
+        if quiet:
+            text = verdict.silent(quiet, self._timeout, self._standings) if self._meeting.rank <= 1 else ""
+            self._end(STOPPED, text, quiet)
+        if self._meeting.rank == 0:
+            self._tell_slow_ranks(elapsed)
+        elif self._silence:
+            return  # rank 0 judges; without it every rank judges itself
+        known = {rank: standing for rank, standing in self._standings.items() if rank or not self._meeting.rank}
+        if not known.keys() >= self._silence.keys():
+            return
+        still = min(standing.still for standing in known.values())
+        if still > self._timeout * max(PATIENT_PHASES.get(standing.phase, 1.0) for standing in known.values()):
+            self._end(STOPPED, verdict.stuck(self._meeting.places, still, known))
+
+    def _judge_failures(self) -> None:
+        """Rank 0 only: what a rank told of itself, after the grace in which rank 0 may say it itself."""
+        if self._meeting.rank or self._own_status is not None:
+            return
+        for rank, (when, message) in self._failures.items():
+            if time.monotonic() - when < (2 if message["lost"] else 1) * GRACE_SECONDS:
+                continue
+            place, standing = self._meeting.places[rank], self._standings.get(rank)
+            if message["lost"]:
+                self._end(STOPPED, verdict.collective_failed(place, message["failed"], self._standings))
+            status = STOPPED if message["status"] == 1 else message["status"]
+            self._end(status, verdict.failed(place, message["failed"], standing))
+
+    def _tell_slow_ranks(self, elapsed: float) -> None:
+        self._compare_at -= elapsed
+        if not self._compare or self._compare_at > 0:
+            return
+        enough = int(SLOW_SECONDS / LOOK_SECONDS / 2)
+        for rank, note in verdict.slow(self._meeting.places, self._compared, self._standings, enough).items():
+            if rank not in self._told_slow:
+                self._told_slow.add(rank)
+                _write(f"note: {note}")
+        self._compared, self._compare_at = dict(self._standings), SLOW_SECONDS
+
+    def _end(self, status: int, text: str, quiet: Iterable[Place] = ()) -> NoReturn:
+        """End this rank, and from rank 0 all of them, after saying why; ranks in `quiet` cannot hear it and are killed."""
+        kill = [[place.processes, place.pid] for place in quiet]
+        if text:
+            _write(f"error: {text}")
+        if text and status == STOPPED:
+            _write(
+                f"Stacks of the ranks: {self._stacks_path.parent}. The same command goes on from the last checkpoint."
+            )
+        if self._meeting.rank == 0:
+            self._links.send_all({"stop": status, "kill": kill})
+            self._links.flush(1.0)
+        faulthandler.dump_traceback(self._stacks, all_threads=True)
+        self._kill(kill)
+        end_now(status if self._own_status is None else self._own_status)
+
+    def _kill(self, identities: Iterable[list]) -> None:
+        """Have ranks of this machine that do not answer write their stacks, then kill them."""
+        mine = self._meeting.places[self._meeting.rank].processes
+        local = [pid for processes, pid in identities if processes == mine]
+        for signals in ((signal.SIGUSR2, signal.SIGCONT), (signal.SIGKILL,)):
+            for pid in local:
+                for number in signals:
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.kill(pid, number)
+            if local and signal.SIGKILL not in signals:
+                time.sleep(0.5)
+
+
+def communication_failed(error: BaseException) -> bool:
+    """Whether an exception came out of a collective: then another rank's end may be the reason."""
+    import torch.distributed as dist
+
+    if isinstance(error, dist.DistError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = bool(frames) and any(part in frames[-1].filename for part in COLLECTIVES)
+    return inside or "gloo" in str(error) or "NCCL" in str(error)
+
+
+def _write(text: str) -> None:
+    """To stderr without its lock, which a hanging main thread may hold."""
+    lead = "\n" if sys.stdout.isatty() else ""  # below the live line
+    os.write(2, f"{lead}{text}\n".encode())

@@ -1,0 +1,153 @@
+"""Tokenizers cross over with their models, and AutoTokenizer gives the ids that ours gives."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from megatronish.config.base import UserError
+from megatronish.config.model import ModelConfig
+from megatronish.data.tokenizer import EOD_TOKEN, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from megatronish.inference.load import load_for_inference
+from megatronish.interop.agreement import PROBE_TEXTS, compare
+from megatronish.interop.huggingface import export_model, import_model
+from megatronish.interop.tokenizer_files import ORIGIN_FILE, fingerprints
+from megatronish.model.checkpoints import RUN_FILE, TOKENIZER_RECORD_FILE
+from megatronish.model.transformer import Transformer
+from megatronish.model.weights import save_model
+from tests.hf_models import build
+
+SAMPLE = ["def main():\n    return 2026 + 1\n", "The quick brown fox. naïve café, 中文字符 \U0001f600\n\n\ta  b"] * 20
+
+
+def save(folder: Path, tokenizer: Tokenizer) -> Path:
+    """A checkpoint's model and tokenizer, as training leaves them."""
+    config = ModelConfig(
+        vocab_size=512, num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=16, seq_length=128
+    )
+    save_model(folder, Transformer(config).state_dict(), config)
+    written = tokenizer.save(folder / "t")
+    if written is not None:
+        written.rename(folder / f"tokenizer{written.suffix}")
+    record = {"kind": tokenizer.kind, "eod_id": tokenizer.eod_id, "sha256": tokenizer.fingerprint}
+    (folder / TOKENIZER_RECORD_FILE).write_text(json.dumps(record))
+    return folder
+
+
+def ids(tokenizer: object, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_auto_tokenizer_gives_our_ids(kind: str, tmp_path: Path) -> None:
+    own = ByteTokenizer() if kind == "bytes" else train_bpe(SAMPLE, 400)
+    export_model(save(tmp_path / "run", own), tmp_path / "hf")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in PROBE_TEXTS:
+        assert ids(theirs, text) == own.encode(text).tolist()
+        assert theirs.decode(ids(theirs, text)) == text
+    assert (theirs.eos_token, theirs.eos_token_id) == (EOD_TOKEN, own.eod_id)
+    assert theirs.model_max_length == 128
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (own.eod_id, own.eod_id, None)
+    agreement = compare(tmp_path / "run", tmp_path / "hf")
+    assert agreement.texts == len(PROBE_TEXTS)
+    assert agreement.same_best == agreement.tokens == 128 and agreement.difference < 1e-5
+
+
+def test_sentencepiece_agrees_where_text_begins_with_no_blank(tmp_path: Path) -> None:
+    """transformers puts no second blank before text that begins with one; SentencePiece does. The count says so."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(line for text in SAMPLE for line in text.splitlines() if line.strip()),
+        model_writer=model,
+        vocab_size=380,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (tmp_path / "x.model").write_bytes(model.getvalue())
+    own = load_tokenizer(tmp_path / "x.model")
+    export_model(save(tmp_path / "run", own), tmp_path / "hf")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in PROBE_TEXTS:
+        assert (ids(theirs, text) == own.encode(text).tolist()) == (not text.startswith(" "))
+    assert theirs.eos_token_id == own.eod_id
+    assert compare(tmp_path / "run", tmp_path / "hf").texts == len(PROBE_TEXTS) - 1
+
+
+@pytest.fixture
+def hf_folder(tmp_path: Path) -> Path:
+    """A Llama with a tokenizer and a chat template."""
+    folder = tmp_path / "hf"
+    model = build("llama")
+    model.config.eos_token_id = 7
+    model.save_pretrained(folder)
+    tokenizer = train_bpe([], 257)
+    text = tokenizer._source.replace('"id": 256', '"id": 96')
+    vocabulary = {token: i for token, i in tokenizer.spec["model"]["vocab"].items() if i < 96}
+    text = json.dumps({**json.loads(text), "model": {**tokenizer.spec["model"], "vocab": vocabulary, "merges": []}})
+    (folder / "tokenizer.json").write_text(text)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOD_TOKEN, "chat_template": "{{ messages }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text('{"temperature": 0.5}')
+    return folder
+
+
+def test_everything_beside_the_weights_comes_back(hf_folder: Path, tmp_path: Path) -> None:
+    result = import_model(hf_folder, tmp_path / "ours")
+    assert (result.tokenizer.kind, result.tokenizer.eod_id) == ("huggingface", 96)
+    _, tokenizer, info = load_for_inference(tmp_path / "ours")
+    assert tokenizer.eod_id == 96 and info.step is None
+    export_model(tmp_path / "ours", tmp_path / "out")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (hf_folder / name).read_bytes()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 7
+    assert not (tmp_path / "out" / ORIGIN_FILE).exists()
+
+
+def test_a_run_that_began_from_hf_finds_its_settings_there(hf_folder: Path, tmp_path: Path) -> None:
+    """A checkpoint holds tokenizer.json alone; the folder it began from holds the rest, if the tokenizer is the same."""
+    import_model(hf_folder, tmp_path / "run")
+    for name in (ORIGIN_FILE, "tokenizer_config.json", "generation_config.json"):
+        (tmp_path / "run" / name).unlink()
+    (tmp_path / "run" / RUN_FILE).write_text(json.dumps({"megatronish": {"model": {"from_hf": str(hf_folder)}}}))
+    assert export_model(tmp_path / "run", tmp_path / "a").tokenizer.from_origin
+    assert (tmp_path / "a" / "tokenizer_config.json").read_bytes() == (hf_folder / "tokenizer_config.json").read_bytes()
+    (hf_folder / "tokenizer.json").write_bytes((hf_folder / "tokenizer.json").read_bytes() + b"\n")
+    assert not export_model(tmp_path / "run", tmp_path / "b").tokenizer.from_origin
+    assert "chat_template" not in (tmp_path / "b" / "tokenizer_config.json").read_text()
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["eos_token_id"] == 96
+
+
+def test_damaged_and_missing_tokenizers(hf_folder: Path, tmp_path: Path) -> None:
+    assert len(fingerprints(hf_folder)) == 1
+    import_model(hf_folder, tmp_path / "ours")
+    (tmp_path / "ours" / "tokenizer.json").write_bytes((hf_folder / "tokenizer.json").read_bytes() + b" ")
+    with pytest.raises(UserError, match="not the one that the model was trained with"):
+        export_model(tmp_path / "ours", tmp_path / "out")
+    (hf_folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="not a tokenizers JSON"):
+        import_model(hf_folder, tmp_path / "bad")
+    (hf_folder / "tokenizer.json").unlink()
+    assert import_model(hf_folder, tmp_path / "none").tokenizer.kind is None
+    assert export_model(tmp_path / "none", tmp_path / "back").tokenizer.kind is None
+    assert torch.equal(
+        *(load_weights(folder)["model.embed_tokens.weight"] for folder in (hf_folder, tmp_path / "back"))
+    )
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")

@@ -1,0 +1,118 @@
+"""A run that begins with a Hugging Face model's weights: its first loss is that model's, and it goes back as one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from megatronish.config.base import UserError
+from megatronish.config.run import RunConfig
+from megatronish.data.tokenizer import train_bpe
+from megatronish.interop.huggingface import export_model
+from megatronish.model.checkpoints import find_checkpoint
+from megatronish.model.weights import load_model
+from megatronish.parallel.startup import Rank
+from megatronish.training.loop import prepare
+from tests.distributed import run_ranks
+from tests.runs import make_dataset, rank_loader, small_run
+
+pytestmark = pytest.mark.distributed
+
+
+def save_llama(folder: Path) -> PreTrainedModel:
+    """A Llama of bytes, in three files, its weights large enough that its loss is nobody else's."""
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        bos_token_id=None,
+        eos_token_id=256,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder, max_shard_size="60KB")
+    return model
+
+
+def run_from(folder: Path, data: str, save_dir: Path, stage: int, steps: int = 2) -> RunConfig:
+    raw = small_run(data, save_dir, {"zero_optimization": {"stage": stage}}).to_json()
+    raw["megatronish"]["model"] = {"from_hf": str(folder), "seq_length": 32}
+    raw["megatronish"]["data"]["document_mask"] = False
+    raw["megatronish"]["train"] |= {"steps": steps}
+    return RunConfig.from_dict(raw, "test")
+
+
+def pretrain_rank(rank: int, config: RunConfig) -> None:
+    from megatronish.training.loop import pretrain
+
+    pretrain(config, Rank(rank, 2, rank, 2, "test"))
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@torch.no_grad()
+def first_loss(model: Any, config: RunConfig) -> float:
+    """Mean loss of transformers on the tokens of the run's first step, 2 ranks x 2 micro batches."""
+    total, count = 0.0, 0
+    for rank in range(2):
+        loader = rank_loader(config, rank, 2)
+        for _ in range(2):
+            batch = next(loader)
+            logits = model(batch["tokens"]).logits
+            total += F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum").item()
+            count += int((batch["labels"] != -100).sum())
+        loader.close()
+    return total / count
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_first_loss_is_the_models_own(stage: int, tmp_path: Path) -> None:
+    data, theirs = make_dataset(tmp_path), save_llama(tmp_path / "hf")
+    config = run_from(tmp_path / "hf", data, tmp_path / "run", stage)
+    run_ranks(2, pretrain_rank, config, group=False)
+    before = losses(tmp_path / "run")
+    assert before[1] == pytest.approx(first_loss(theirs, config), rel=1e-5)
+    assert before[1] > 6.5 and before[2] != before[1]  # random bytes would cost 5.55 nats, random small weights too
+
+    run_ranks(2, pretrain_rank, run_from(tmp_path / "hf", data, tmp_path / "run", stage, steps=3), group=False)
+    after = losses(tmp_path / "run")
+    assert list(after) == [1, 2, 3] and after[1] == before[1]  # it went on from its own checkpoint
+
+    checkpoint = find_checkpoint(tmp_path / "run")
+    export_model(checkpoint, tmp_path / "out")
+    tokens = torch.arange(32)[None]
+    with torch.no_grad():
+        ours = load_model(checkpoint)(tokens)
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()(tokens).logits
+        original = theirs(tokens).logits
+    scale = original.abs().max()
+    assert (ours - exported).abs().max() < 1e-5 * scale
+    assert (ours - original).abs().max() > 1e-3 * scale
+
+
+def test_what_does_not_fit_is_refused_before_the_ranks_meet(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path)
+    save_llama(tmp_path / "hf")
+    config, rank = run_from(tmp_path / "hf", data, tmp_path / "run", 1), Rank(0, 1, 0, 1, "test")
+    assert prepare(config, rank).imported is not None
+    train_bpe([], 257).save(tmp_path / "x")
+    (tmp_path / "x.tokenizer.json").rename(tmp_path / "hf" / "tokenizer.json")
+    with pytest.raises(UserError, match="was made with another tokenizer than that of the model in model.from_hf"):
+        prepare(config, rank)
+    (tmp_path / "hf" / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match="model-00002-of-00003.safetensors: missing"):
+        prepare(config, rank)
