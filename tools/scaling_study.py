@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
@@ -56,12 +57,7 @@ def compared_layouts(gpus: int, samples: int) -> list[Layout]:
         Layout(tensor=2, pipeline=4, data=gpus // 8, tensor_sequence=True),
     ]
     fitting = [shape for shape in shapes if shape.ranks == gpus and samples % shape.data == 0]
-    return [Layout(**{**_sizes(shape), "accumulation": samples // shape.data}) for shape in fitting]
-
-
-def _sizes(layout: Layout) -> dict[str, int | bool]:
-    names = ("tensor", "sequence", "data", "pipeline", "tensor_sequence", "zero")
-    return {name: getattr(layout, name) for name in names}
+    return [replace(shape, accumulation=samples // shape.data) for shape in fitting]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 from megatronish.config.base import ConfigError
 from megatronish.config.model import ModelConfig
 from megatronish.config.parallel import ParallelConfig
+from megatronish.config.run import RunConfig
 
 AxisName = Literal["tp", "sp", "dp", "data", "pp"]
 Recompute = Literal["none", "selective", "full"]
@@ -47,6 +47,23 @@ class Layout:
     recompute: Recompute = "none"
     interleave: int = 1
 
+    @classmethod
+    def of_run(cls, config: RunConfig, ranks: int) -> Layout:
+        """The layout of a run on `ranks` GPUs. Raises ConfigError when its sizes do not divide them."""
+        ours, parallel = config.megatronish, config.megatronish.parallel
+        plan = config.batch_plan(parallel.data_size(ranks))
+        return cls(
+            tensor=parallel.tensor,
+            sequence=parallel.sequence,
+            data=plan.data_size,
+            pipeline=parallel.pipeline,
+            tensor_sequence=parallel.tensor_sequence,
+            zero=config.deepspeed.zero_optimization.stage,
+            micro_batch=plan.micro,
+            accumulation=plan.accumulation,
+            recompute=ours.train.activation_checkpointing,
+        )
+
     @property
     def ranks(self) -> int:
         """GPUs."""
@@ -57,7 +74,7 @@ class Layout:
         """Samples an optimizer step."""
         return self.micro_batch * self.accumulation * self.data
 
-    @cached_property
+    @property
     def shards(self) -> int:
         """Ranks that ZeRO divides states over."""
         return self.data * self.sequence

@@ -9,6 +9,7 @@ from megatronish.planning.layout import Layout
 from megatronish.planning.parameters import StageLayers, rank_parameters
 
 GRADIENT_BYTES = 4  # summed in fp32, as the files in ds_configs/ ask
+ADDED_BYTES = 2  # the bf16 gradients that are added to the sums: ZeRO 0 and 1 hold them whole
 STATE_BYTES = 4 + 4 + 4  # Adam: fp32 weight and two moments
 USABLE_SHARE = 0.9  # of the GPU's memory; the rest goes to the CUDA context, NCCL's buffers and fragmentation
 
@@ -40,7 +41,9 @@ def rank_memory(
     )
     return RankMemory(
         weights=item_bytes * count / (shards if layout.zero == 3 else 1),
-        gradients=GRADIENT_BYTES * count / (shards if layout.zero >= 2 else 1),
+        gradients=GRADIENT_BYTES * count / shards
+        if layout.zero >= 2
+        else float((GRADIENT_BYTES + ADDED_BYTES) * count),
         states=STATE_BYTES * count / (shards if layout.zero >= 1 else 1),
         activations=_activations(model, layout, layers, stage, item_bytes),
         gathered=2.0 * item_bytes * largest if layout.zero == 3 and shards > 1 else 0.0,  # in use, and fetched ahead

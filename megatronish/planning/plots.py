@@ -29,7 +29,7 @@ def draw_study(folder: Path, chosen: Sequence[Study], gpus: Sequence[int], hardw
     _draw_published(axes)
     written.append(folder / "scaling_published.png")
     figure.savefig(written[-1], dpi=110)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12.5, 4.8), layout="constrained")
     _draw_best(left, right, chosen, gpus, hardware)
     written.append(folder / "scaling_best.png")
     figure.savefig(written[-1], dpi=110)
@@ -74,7 +74,9 @@ def _draw_best(left: Axes, right: Axes, chosen: Sequence[Study], gpus: Sequence[
     left.set_title("The same batch on more GPUs")
     left.legend(fontsize=8)
     start = [0.0] * len(most)
-    for color, part in zip(("#2563a8", "#8fb4d9", "#d1495b", "#e9a23b", "#5f6b7a"), next(iter(most.values()), {})):
+    for color, part in zip(
+        ("#2563a8", "#3a8f6b", "#8fb4d9", "#d1495b", "#e9a23b", "#5f6b7a"), next(iter(most.values()), {})
+    ):
         widths = [100 * parts[part] for parts in most.values()]
         right.barh(list(most), widths, left=start, color=color, label=part)
         start = [a + b for a, b in zip(start, widths)]
@@ -82,4 +84,4 @@ def _draw_best(left: Axes, right: Axes, chosen: Sequence[Study], gpus: Sequence[
     right.set(xlabel="share of a step, %", xlim=(0, 100))
     right.set_title("Where the time goes on the largest cluster")
     right.tick_params(axis="y", labelsize=8)
-    right.legend(fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    right.legend(fontsize=7.5, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.12))

@@ -173,7 +173,7 @@ def _torchtitan() -> list[PublishedRun]:
             recompute=recompute,
         )
         kind = "A100" if hardware is A100 else "H100"
-        name = f"Llama 3 {size}, {layout.ranks} GPUs" + (f", TP {tensor}" if tensor > 1 else "")
+        name = f"Llama 3 {size}" + (f", TP {tensor}" if tensor > 1 else "")
         runs.append(PublishedRun(f"torchtitan, {kind}", name, llama3(size), layout, TORCHTITAN, hardware, speed))
     return runs
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatronish.config.model import ModelConfig
 from megatronish.config.presets import resolve_model
-from megatronish.planning.communication import collective_seconds, step_traffic, traffic_group
+from megatronish.planning.communication import step_traffic, traffic_group
 from megatronish.planning.hardware import Hardware
 from megatronish.planning.layout import AxisName, Layout
 from megatronish.planning.memory import USABLE_SHARE
@@ -16,7 +16,7 @@ from megatronish.planning.parameters import stage_layers
 from megatronish.planning.published import PublishedRun, gpt, llama3, published_runs
 from megatronish.planning.search import Candidate, best_layouts
 from megatronish.planning.stack import MEGATRONISH
-from megatronish.planning.throughput import Estimate, StepParts, estimate
+from megatronish.planning.throughput import Estimate, StepParts, bucketed_seconds, estimate
 
 AXES: tuple[AxisName, ...] = ("tp", "sp", "pp", "data")
 
@@ -134,9 +134,8 @@ def _axis_cost(model: ModelConfig, layout: Layout, axis: AxisName, hardware: Har
         size = seconds = 0.0
         for entry in step_traffic(model, layout, MEGATRONISH, layers):
             if entry.axis == axis:
-                group = traffic_group(entry, layout, hardware.gpus_per_node)
-                size += entry.sent(group.size)
-                seconds += entry.calls * collective_seconds(entry.kind, entry.payload, group, hardware)
+                size += entry.sent(traffic_group(entry, layout, hardware.gpus_per_node).size)
+                seconds += entry.calls * bucketed_seconds(entry, layout, MEGATRONISH, hardware, layers)[0]
         costs.append((size, seconds))
     return max(costs, key=lambda cost: cost[1])
 
@@ -174,7 +173,8 @@ def _cells(candidate: Candidate) -> list[str]:
 def shares(parts: StepParts) -> dict[str, float]:
     """Shares of a step, by what a GPU does meanwhile."""
     groups = {
-        "compute": parts.compute + parts.optimizer,
+        "compute": parts.compute,
+        "optimizer": parts.optimizer,
         "recompute": parts.recompute,
         "tensor or sequence": parts.tensor,
         "pipeline": parts.pipeline_bubble + parts.pipeline_messages,

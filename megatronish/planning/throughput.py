@@ -121,32 +121,45 @@ def _data_seconds(
 ) -> float:
     """Communication over the ranks that ZeRO divides states over, and of a tied embedding, less what computation hides."""
     visible = 0.0
-    backward = time.backward + time.recompute + time.tensor_backward
+    forward, backward = time.forward + time.tensor_forward, time.backward + time.recompute + time.tensor_backward
     for entry in step_traffic(model, layout, stack, layers):
-        group = traffic_group(entry, layout, hardware.gpus_per_node)
-        if entry.axis == "pp" and entry.phase == "reduce":
-            visible += entry.calls * collective_seconds(entry.kind, entry.payload, group, hardware)
-        if entry.axis != "data":
-            continue
-        calls = _buckets(entry, layers)
-        seconds = calls * collective_seconds(entry.kind, entry.payload / calls, group, hardware)
-        if layout.zero == 3:
-            # Gathering runs one layer ahead; in the backward pass it shares the links with the reduction.
-            window = time.forward + time.tensor_forward if entry.phase == "forward" else backward / 2
-            visible += entry.calls * max(seconds - window, seconds / calls)
-        elif entry.phase == "reduce":
-            hides = stack.hides_data and (layout.pipeline == 1 or stack.reduces_in_pipeline_gaps)
-            visible += entry.calls * (max(seconds - backward, seconds / calls) if hides else seconds)
-        else:
-            hidden = time.forward + time.tensor_forward if stack.hides_gather else 0.0
-            visible += entry.calls * max(seconds - hidden, seconds / calls)
+        if entry.axis == "data":
+            seconds, buckets = bucketed_seconds(entry, layout, stack, hardware, layers)
+            if layout.zero == 3:
+                # Gathering runs one layer ahead; in the backward pass it shares the links with the reduction.
+                window = forward if entry.phase == "forward" else backward / 2
+            elif entry.phase == "reduce":
+                window = backward if stack.hides_data and _reduces_early(layout, stack) else 0.0
+            else:
+                window = forward if stack.hides_gather else 0.0
+            # The first or the last bucket has nothing to hide behind.
+            visible += entry.calls * (max(seconds - window, seconds / buckets) if window else seconds)
+        elif entry.axis == "pp" and entry.phase == "reduce":
+            visible += entry.calls * bucketed_seconds(entry, layout, stack, hardware, layers)[0]
     return visible
 
 
-def _buckets(entry: Traffic, layers: StageLayers) -> int:
-    """Collectives that one call of `entry` is cut into."""
-    elements = entry.payload / 2
-    return max(1, layers.blocks, round(elements / BUCKET_ELEMENTS))
+def _reduces_early(layout: Layout, stack: Stack) -> bool:
+    return layout.pipeline == 1 or stack.reduces_in_pipeline_gaps
+
+
+def bucketed_seconds(
+    entry: Traffic, layout: Layout, stack: Stack, hardware: Hardware, layers: StageLayers
+) -> tuple[float, int]:
+    """Seconds of one call of `entry` were nothing else going on, and the collectives that it is cut into.
+
+    Gradients travel in buckets of whole tensors, and so do weights that are gathered while something computes: under
+    ZeRO-3 a block at a time at most. DeepSpeed gathers updated weights at once; activations are never cut.
+    """
+    elements = entry.payload / (stack.gradient_bytes if entry.phase == "reduce" else 2)
+    buckets = 1
+    if entry.axis == "data" and (entry.phase != "update" or stack.hides_gather):
+        matrices = 4 * layers.blocks + layers.first + layers.last
+        buckets = max(1, min(round(elements / BUCKET_ELEMENTS), matrices))
+    if layout.zero == 3 and entry.kind == "all_gather":
+        buckets = max(buckets, layers.blocks)
+    group = traffic_group(entry, layout, hardware.gpus_per_node)
+    return buckets * collective_seconds(entry.kind, entry.payload / buckets, group, hardware), buckets
 
 
 def _optimizer_seconds(model: ModelConfig, layout: Layout, hardware: Hardware, layers: StageLayers) -> float:

@@ -75,6 +75,7 @@ def test_volumes_are_those_of_a_real_step(name: str, data: str, tmp_path: Path) 
     config = small_run(data, tmp_path, {"bf16": {"enabled": True}, "zero_optimization": zero, "megatronish": ours})
     model = config.megatronish.model
     layout.check(model)
+    assert Layout.of_run(config, layout.ranks) == layout
     counted = run_ranks(layout.ranks, count_step, config, layout.data)
     stages = stage_layers(model, layout.pipeline)
     for rank, found in enumerate(counted):

@@ -19,10 +19,12 @@ from megatronish.model.accounting import parameter_counts
 from megatronish.model.block import _keep_expensive
 from megatronish.model.transformer import Transformer
 from megatronish.parallel.layers import TensorParallel
-from megatronish.parallel.mesh import Axis
+from megatronish.parallel.mesh import Axis, ParallelMesh
 from megatronish.planning.layout import Layout
 from megatronish.planning.memory import block_activation_bytes, rank_memory
 from megatronish.planning.parameters import rank_parameters, stage_layers, whole_model
+from megatronish.training.verify.memory import expected_bytes
+from tests.runs import small_run
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61,
@@ -89,13 +91,34 @@ def test_stages_hold_the_model_between_them(stages: int, layers: int, tensor: in
     assert [part.last for part in parts] == [False] * (stages - 1) + [True]
 
 
-@pytest.mark.parametrize(("zero", "expected"), [(0, (2, 4, 12)), (1, (2, 4, 3)), (2, (2, 1, 3)), (3, (0.5, 1, 3))])
+@pytest.mark.parametrize(("zero", "expected"), [(0, (2, 6, 12)), (1, (2, 6, 3)), (2, (2, 1, 3)), (3, (0.5, 1, 3))])
 def test_states_by_zero_stage(zero: int, expected: tuple[float, float, float]) -> None:
     """Bytes a parameter on four ranks (Rajbhandari et al. 2020, figure 1, with gradients summed in fp32)."""
     model = ModelConfig(**SHAPE)
     memory = rank_memory(model, Layout(data=4, zero=zero), whole_model(model))
     count = parameter_counts(model).total
     assert (memory.weights, memory.gradients, memory.states) == tuple(count * size for size in expected)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(data=2, zero=1), Layout(tensor=4, data=2, zero=2), Layout(data=8, zero=3), Layout(2, 1, 4, 2, zero=1)],
+    ids=Layout.describe,
+)
+def test_states_are_those_that_verify_parallel_counts(layout: Layout) -> None:
+    """tools/verify_parallel.py holds its own formula against real runs; on the first rank both say the same."""
+    sizes = {"tensor": layout.tensor, "pipeline": layout.pipeline}
+    ours = {"model": SHAPE, "parallel": sizes}
+    raw = {"bf16": {"enabled": True}, "zero_optimization": {"stage": layout.zero}, "megatronish": ours}
+    config = small_run("unused", "unused", raw)
+    mesh = ParallelMesh(
+        pp=Axis(layout.pipeline), dp=Axis(layout.data), tp=Axis(layout.tensor), data=Axis(layout.shards)
+    )
+    model = config.megatronish.model
+    found = rank_memory(model, layout, stage_layers(model, layout.pipeline)[0])
+    expected = expected_bytes(config, mesh)
+    for mine, theirs in zip((found.weights, found.gradients, found.states), vars(expected).values()):
+        assert mine == pytest.approx(theirs, abs=12)  # theirs rounds a rank's numbers up to whole ones
 
 
 def kept_bytes(model: ModelConfig, mode: str) -> float:
