@@ -189,7 +189,9 @@ def export_model(
     layout, shapes = Layout(config, raw["model_type"]), parameter_shapes(config)
     kind = dtype or stored.entries["embedding.weight"].dtype
     entries = {
-        theirs: Entry(part, kind) for name, shape in shapes.items() for theirs, part in layout.theirs(name, shape).items()
+        theirs: Entry(part, kind)
+        for name, shape in shapes.items()
+        for theirs, part in layout.theirs(name, shape).items()
     }
     total = sum(entry.size for entry in entries.values())
 

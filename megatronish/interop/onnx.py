@@ -42,9 +42,7 @@ class _Past:
 
     def update(self, layer: int, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
         """k, v [b, new, kv_heads, d] behind what is held, [b, tokens, kv_heads, d]. Masks keep to the window."""
-        pair = [
-            torch.cat((self._past[2 * layer + i], new.transpose(1, 2)), dim=2) for i, new in enumerate((k, v))
-        ]
+        pair = [torch.cat((self._past[2 * layer + i], new.transpose(1, 2)), dim=2) for i, new in enumerate((k, v))]
         self.present += pair
         return pair[0].transpose(1, 2), pair[1].transpose(1, 2)
 
@@ -124,7 +122,9 @@ def export_onnx(source: Path, target: Path, dtype: torch.dtype = torch.float32) 
         if importlib.util.find_spec("onnxruntime") is not None:
             difference, tokens = _compare(model, folder / ONNX_FILE)
             if not difference < TOLERANCE and dtype == torch.float32:
-                raise UserError(f"{source}: onnxruntime's logits differ by {difference:.1e} of the largest: not written.")
+                raise UserError(
+                    f"{source}: onnxruntime's logits differ by {difference:.1e} of the largest: not written."
+                )
         model_type = _write_beside(source, folder, model.config)
         written = sum(path.stat().st_size for path in folder.iterdir())
     return Exported(target, model.config, model_type, written, difference, tokens)

@@ -55,7 +55,10 @@ def test_context_may_be_stretched(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_size": 64, "head_dim": 8}, "hidden_size is 64, but the model in from_hf .* has 48: leave hidden_size out"),
+        (
+            {"hidden_size": 64, "head_dim": 8},
+            "hidden_size is 64, but the model in from_hf .* has 48: leave hidden_size out",
+        ),
         ({"qk_norm": True}, "qk_norm is True, but"),
         ({"preset": "tiny"}, "both name a model"),
         ({"hiden_size": 48}, 'unknown key "megatronish.model.hiden_size"'),
