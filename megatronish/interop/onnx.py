@@ -1,0 +1,204 @@
+"""A model as an ONNX graph that reads a prompt and goes on from a cache, run and compared in onnxruntime.
+
+Inputs and outputs have the names and shapes that optimum's decoder graphs have, for programs that know those. One graph
+serves both ways: a prompt comes with a past of length 0.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatronish.config.base import UserError
+from megatronish.config.huggingface import CONFIG_JSON, to_huggingface
+from megatronish.config.model import KernelConfig, ModelConfig
+from megatronish.interop.huggingface import new_folder
+from megatronish.interop.tokenizer_files import find_origin, special_ids, write_tokenizer
+from megatronish.model.attention import AttentionInputs
+from megatronish.model.transformer import Transformer
+from megatronish.model.weights import load_model
+
+ONNX_FILE = "model.onnx"
+OPSET = 18
+NEEDED = ("onnx", "onnxscript")
+# The longest difference between two orders of the same fp32 sums that is not called a disagreement, of the largest logit.
+TOLERANCE = 1e-4
+
+
+class _Past:
+    """A cache that holds nothing: keys and values come in, longer ones go out; [b, kv_heads, tokens, d]."""
+
+    def __init__(self, past: list[Tensor]) -> None:
+        self._past = past
+        self.present: list[Tensor] = []
+
+    def update(self, layer: int, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        """k, v [b, new, kv_heads, d] behind what is held, [b, tokens, kv_heads, d]. Masks keep to the window."""
+        pair = [torch.cat((self._past[2 * layer + i], new.transpose(1, 2)), dim=2) for i, new in enumerate((k, v))]
+        self.present += pair
+        return pair[0].transpose(1, 2), pair[1].transpose(1, 2)
+
+
+class OnnxDecoder(nn.Module):
+    """A Transformer in the form of the graph: all that changes between calls comes in and goes out."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+        config = model.config
+        self.windows = [config.layer_window(layer) for layer in range(config.num_layers)]
+        cos, sin = model.rotary.get(torch.device("cpu"), config.seq_length)
+        self.register_buffer("cos", cos.clone())
+        self.register_buffer("sin", sin.clone())
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """input_ids, position_ids [b, s]; attention_mask [b, past + s], 0 for padding; past: key and value of every
+        layer, [b, kv_heads, past, d]. Returns logits [b, s, V] and the longer keys and values."""
+        model, new = self.model, input_ids.shape[1]
+        held = past[0].shape[2]
+        query = torch.arange(held, held + new)[:, None]
+        key = torch.arange(held + new)[None, :]
+        masks = {}
+        for window in dict.fromkeys(self.windows):
+            reach = key <= query
+            if window is not None:
+                reach = reach & (key > query - window)
+            # A padded token reads itself: a row that reads nothing would turn into NaN, and spoil others by 0 * NaN.
+            masks[window] = (reach & attention_mask.bool()[:, None, None, :]) | (key == query)
+        cache: Any = _Past(past)
+        inputs = AttentionInputs(
+            self.get_buffer("cos"), self.get_buffer("sin"), position_ids, masks=masks, cache=cache, in_place=False
+        )
+        assert model.embedding is not None and model.head is not None
+        x, residual = model.embedding(input_ids), None
+        for block in model.blocks:
+            x, residual = block(x, residual, inputs)
+        if model.final_norm is not None:
+            x, _ = model.final_norm(x, residual)
+        return model.head(x), cache.present
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written; difference: of logits in onnxruntime, over the largest, None where it is not installed."""
+
+    folder: Path
+    config: ModelConfig
+    model_type: str | None  # that config.json names, if the model has a Hugging Face architecture
+    size: int  # bytes
+    difference: float | None
+    tokens: int
+
+
+def cache_names(config: ModelConfig, prefix: str) -> list[str]:
+    """Names of the cache's tensors in the order of the graph: prefix "past_key_values" goes in, "present" comes out."""
+    return [f"{prefix}.{layer}.{part}" for layer in range(config.num_layers) for part in ("key", "value")]
+
+
+def export_onnx(source: Path, target: Path, dtype: torch.dtype = torch.float32) -> Exported:
+    """Write the model in `source` (a checkpoint or an imported folder) as target/model.onnx with its tokenizer.
+
+    Compared with our logits, prompt and cached, where onnxruntime is installed. Raises UserError for missing packages, for
+    what `load_model` refuses, and if the graph computes something else.
+    """
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise UserError(f"{' and '.join(missing)} not installed: pip install 'megatronish[onnx]'.")
+    kernels = KernelConfig(attention="reference", ops="reference", cross_entropy="reference")  # plain torch operations
+    model = load_model(source, dtype=dtype, kernels=kernels).requires_grad_(False)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    with new_folder(target, size) as folder:
+        _write_graph(model, folder / ONNX_FILE)
+        difference, tokens = (None, 0)
+        if importlib.util.find_spec("onnxruntime") is not None:
+            difference, tokens = _compare(model, folder / ONNX_FILE)
+            if not difference < TOLERANCE and dtype == torch.float32:
+                raise UserError(
+                    f"{source}: onnxruntime's logits differ by {difference:.1e} of the largest: not written."
+                )
+        model_type = _write_beside(source, folder, model.config)
+        written = sum(path.stat().st_size for path in folder.iterdir())
+    return Exported(target, model.config, model_type, written, difference, tokens)
+
+
+def _example(config: ModelConfig, dtype: torch.dtype, held: int, new: int) -> tuple[Any, ...]:
+    ids = torch.arange(2 * new).view(2, new) % config.vocab_size
+    positions = torch.arange(held, held + new).expand(2, -1)
+    shape = (2, config.resolved_kv_heads, held, config.resolved_head_dim)
+    past = [torch.zeros(shape, dtype=dtype) for _ in range(2 * config.num_layers)]
+    return ids, torch.ones(2, held + new, dtype=torch.int64), positions, past
+
+
+def _write_graph(model: Transformer, path: Path) -> None:
+    config = model.config
+    batch, new, held = (torch.export.Dim(name) for name in ("batch", "sequence", "past"))
+    shapes = {
+        "input_ids": {0: batch, 1: new},
+        "attention_mask": {0: batch, 1: torch.export.Dim.DYNAMIC},
+        "position_ids": {0: batch, 1: new},
+        "past": [{0: batch, 2: held}] * (2 * config.num_layers),
+    }
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            OnnxDecoder(model),
+            _example(config, next(model.parameters()).dtype, 5, 3),
+            path,
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=["input_ids", "attention_mask", "position_ids", *cache_names(config, "past_key_values")],
+            output_names=["logits", *cache_names(config, "present")],
+            opset_version=OPSET,
+            external_data=True,
+            verbose=False,
+        )
+
+
+@torch.no_grad()
+def _compare(model: Transformer, path: Path) -> tuple[float, int]:
+    """Largest difference of logits over the largest logit, of a prompt, then of single tokens behind it."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    config = model.config
+    length = min(24, config.seq_length)
+    tokens = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    expected = model(tokens).float()
+    _, _, _, past = _example(config, next(model.parameters()).dtype, 0, 1)
+    cache = [tensor.numpy() for tensor in past]
+    found, start = [], 0
+    for new in [max(1, length - 4), *[1] * min(4, length - 1)]:
+        end = start + new
+        feeds = {
+            "input_ids": tokens[:, start:end].numpy(),
+            "attention_mask": torch.ones(2, end, dtype=torch.int64).numpy(),
+            "position_ids": torch.arange(start, end).expand(2, -1).contiguous().numpy(),
+            **dict(zip(cache_names(config, "past_key_values"), cache, strict=True)),
+        }
+        logits, *cache = session.run(None, feeds)
+        found.append(torch.from_numpy(logits).float())
+        start = end
+    return ((torch.cat(found, 1) - expected).abs().max() / expected.abs().max()).item(), tokens.numel()
+
+
+def _write_beside(source: Path, folder: Path, config: ModelConfig) -> str | None:
+    """Tokenizer and config.json, as in a Hugging Face folder; without the latter where no architecture fits."""
+    origin = find_origin(source)
+    carried = write_tokenizer(source, folder, origin, config.seq_length)
+    try:
+        raw = to_huggingface(config)
+    except UserError:
+        return None
+    raw |= special_ids(origin, carried)
+    (folder / CONFIG_JSON).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    return str(raw["model_type"])

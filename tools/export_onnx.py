@@ -1,0 +1,64 @@
+"""A trained model as an ONNX graph: `export_onnx.py RUN OUT` writes OUT/model.onnx, its tokenizer, and config.json.
+
+One graph reads prompts and decodes behind a cache, in optimum's names. Needs `pip install 'megatronish[onnx]'`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
+
+from megatronish.config.base import UserError, explained
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="export_onnx.py", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("source", type=Path, metavar="RUN", help="a run's folder, one checkpoint, or an imported folder")
+    add("target", type=Path, metavar="OUT", help="a new folder")
+    add("--which", choices=("latest", "best"), default="latest", help="checkpoint of a run (latest)")
+    add("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the weights and the arithmetic (fp32)")
+    return parser
+
+
+def main() -> int:
+    arguments = build_parser().parse_args()
+    with explained():
+        import torch
+
+        from megatronish.interop.onnx import export_onnx
+        from megatronish.model.checkpoints import find_checkpoint
+        from megatronish.model.weights import CONFIG_FILE
+
+        source = arguments.source
+        if not (source / CONFIG_FILE).is_file():
+            source = find_checkpoint(source, arguments.which)
+        try:
+            result = export_onnx(
+                source, arguments.target, {"fp32": torch.float32, "fp16": torch.float16}[arguments.dtype]
+            )
+        except UserError:
+            raise
+        except ValueError as error:  # what model/weights.py says of files that do not fit
+            raise UserError(str(error)) from error
+        print(f"{source} -> {result.folder}: {result.size / 1e6:.1f} MB")
+        if result.model_type is None:
+            print("no config.json: no Hugging Face architecture expresses this model; the graph needs none")
+        if result.difference is None:
+            print("not compared: onnxruntime is not installed")
+        else:
+            print(
+                f"onnxruntime's logits, prompt and cached, agree to {result.difference:.1e} of the largest "
+                f"({result.tokens} tokens)"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(main())
