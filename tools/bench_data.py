@@ -4,7 +4,7 @@ Parts (--parts): tokenise (the Hugging Face back end, raw `encode_batch_fast`, M
 fast (the gigatoken back end, raw gigatoken, Megatron's fast tool), memory (peak at one and four times the input), start
 (process start to a data set of one document), reads (packed samples a second beside GPTDataset), index (10M documents:
 build, seek, state), stream (samples straight from text) and hash (the same bytes for any number of workers, and after kill -9 with --resume).
-Not among them unless named: grow (rate and peak memory at --grow-gb gigabytes beside those of a hundredth; minutes, and disk for one and a half times that).
+Not among them unless named: grow (rate and peak memory at --grow-gb gigabytes beside a tenth and a hundredth; minutes, and disk for one and a half times that).
 
 Every contestant runs in a process of its own and they take turns, so that a busy machine slows them alike; medians of
 --repeats rounds. Peak memory is the proportional set size of the whole process tree (shared pages count once), sampled
@@ -138,29 +138,35 @@ def part_memory(bench: Bench) -> None:
 
 
 def part_grow(bench: Bench) -> None:
-    """Rate and peak memory of the gigatoken back end on --grow-gb gigabytes in which new words never end, and on a hundredth."""
-    sizes = {f"{bench.options.grow_gb * 1e3 / part:g} MB": int(bench.options.grow_gb * 1e9 / part) for part in (100, 1)}
+    """Rate and peak memory of the gigatoken back end on --grow-gb gigabytes in which new words never end, and on less.
+
+    Flat is what it has to be from a tenth on, when what the back end remembers of the words has reached its bound.
+    """
+    sizes = {
+        f"{bench.options.grow_gb * 1e3 / part:g} MB": int(bench.options.grow_gb * 1e9 / part) for part in (100, 10, 1)
+    }
     free = shutil.disk_usage(bench.work).free
     if free < 1.6 * max(sizes.values()):
         raise Failed(
             f"{free / 1e9:.1f} GB are free in {bench.work}; {1.6 * max(sizes.values()) / 1e9:.1f} GB are needed"
         )
-    rates, peaks, costs = {}, {}, {}
+    speeds: dict[str, Speed] = {}
     for name, size in sizes.items():
         corpus = bench.work / "grow.jsonl"
         text = write_corpus(corpus, growing_documents(size))
         run = bench.run(bench.ours(corpus, "grow", *backend(bench, "gigatoken")), sample_seconds=0.2)
-        rates[name], peaks[name] = [text / 1e6 / run.seconds], [run.peak_mb]
-        costs[name] = [run.cpu_seconds / text * 1e9]
+        speeds[name] = speed = Speed.of(text, run)
         for path in bench.work.glob("grow*"):
             path.unlink()
-        bench.row("grow", f"gigatoken back end, {name}", rates[name], "MB/s")
-        bench.row("grow", f"processor time, {name}", costs[name], "s/GB")
-        bench.row("grow", f"peak memory, {name}", peaks[name], "MB", "<= 500")
-    small, large = sizes
-    bench.ratio("grow", f"rate at {large}", rates[large], f"at {small}", rates[small])
-    bench.ratio("grow", f"processor time a byte at {large}", costs[large], f"at {small}", costs[small])
-    bench.ratio("grow", f"peak at {large}", peaks[large], f"at {small}", peaks[small], "<= 1.25")
+        bench.row("grow", f"gigatoken back end, {name}", [speed.rate], "MB/s")
+        bench.row("grow", f"MB a processor second, {name}", [speed.cpu_rate], "MB/s")
+        bench.row("grow", f"peak memory, {name}", [speed.peak_mb], "MB", "<= 500")
+    small, middle, large = sizes
+    for less, bar in ((small, ""), (middle, "<= 1.25")):
+        ours, theirs = speeds[large], speeds[less]
+        bench.ratio("grow", f"rate at {large}", [ours.rate], f"at {less}", [theirs.rate])
+        bench.ratio("grow", f"MB a processor second at {large}", [ours.cpu_rate], f"at {less}", [theirs.cpu_rate])
+        bench.ratio("grow", f"peak memory at {large}", [ours.peak_mb], f"at {less}", [theirs.peak_mb], bar)
 
 
 def part_start(bench: Bench) -> None:
