@@ -4,7 +4,7 @@ Parts (--parts): tokenise (the Hugging Face back end, raw `encode_batch_fast`, M
 fast (the gigatoken back end, raw gigatoken, Megatron's fast tool), memory (peak at one and four times the input), start
 (process start to a data set of one document), reads (packed samples a second beside GPTDataset), index (10M documents:
 build, seek, state), stream (samples straight from text) and hash (the same bytes for any number of workers, and after kill -9 with --resume).
-Not among them unless named: grow (rate and peak memory at --grow-gb gigabytes beside those of 100 MB; minutes, and disk for one and a half times that).
+Not among them unless named: grow (rate and peak memory at --grow-gb gigabytes beside a tenth and a hundredth; minutes, and disk for one and a half times that).
 
 Every contestant runs in a process of its own and they take turns, so that a busy machine slows them alike; medians of
 --repeats rounds. Peak memory is the proportional set size of the whole process tree (shared pages count once), sampled
@@ -26,28 +26,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run from a checkout that is not installed
 
-from megatronish.data.builder import IndexedWriter  # noqa: E402
-from megatronish.data.indexed import HEADER, MAGIC, VERSION, bin_path  # noqa: E402
-from tools.bench_data_stage import (  # noqa: E402
+from tools.bench_data_corpora import (  # noqa: E402
     EOD,
-    Bench,
-    Contestant,
-    Failed,
-    Row,
     growing_documents,
-    line,
+    many_documents,
+    random_tokens,
+    text_bytes,
     write_corpus,
 )
+from tools.bench_data_stage import Bench, Contestant, Failed, Row, Speed, line  # noqa: E402
 
 SEQ_LENGTH = 2048
 MICRO_BATCH = 8
@@ -58,30 +53,22 @@ def part_tokenise(bench: Bench) -> None:
     corpus = bench.corpus(bench.options.mb)
     text = text_bytes(corpus)
     raw = Contestant(bench, "encode_hf", {"tokenizer": str(bench.tokenizer()), "corpus": str(corpus)})
-    peaks: dict[str, float] = {}
-    calls: dict[str, Callable[[], float]] = {
-        "ours": lambda: rate(bench, peaks, "ours", bench.ours(corpus, "hf", *backend(bench, "hf")), text),
-        "raw encode_batch_fast": lambda: per_second(raw.go(), text),
+    calls: dict[str, Callable[[], Speed]] = {
+        "ours": whole(bench, bench.ours(corpus, "hf", *backend(bench, "hf")), text),
+        "raw encode_batch_fast": lambda: encoding(raw.go(), text),
     }
     if bench.options.megatron:
-        extra = ("--workers", str(bench.options.threads), "--log-interval", "1000000")
-        standard = bench.megatron("preprocess_data.py", corpus, "standard", *extra)
-        calls["Megatron's standard tool"] = lambda: rate(bench, peaks, "Megatron's standard tool", standard, text)
+        calls["Megatron's standard tool"] = whole(bench, standard_tool(bench, corpus), text)
     else:
         bench.missing("tokenise", "Megatron's standard tool: give --megatron CHECKOUT")
     if importlib.util.find_spec("datasets"):
-        calls["datasets.map"] = lambda: map_rate(bench, peaks, corpus, text)
+        calls["datasets.map"] = lambda: mapping(bench, corpus, text)
     else:
         bench.missing("tokenise", "datasets.map: pip install datasets")
     found = bench.take_turns(calls)
     raw.close()
-    for name, figures in found.items():
-        bench.row("tokenise", f"{name}, {text / 1e6:.0f} MB", figures, "MB/s")
     bars = {"raw encode_batch_fast": ">= 0.85", "Megatron's standard tool": ">= 2.5"}
-    for name in [name for name in calls if name != "ours"]:
-        bench.ratio("tokenise", "Hugging Face back end", found["ours"], name, found[name], bars.get(name, ""))
-    for name, peak in peaks.items():
-        bench.row("tokenise", f"peak memory of {name}", [peak], "MB", "<= 250" if name == "ours" else "")
+    compare(bench, "tokenise", f"Hugging Face back end, {text / 1e6:.0f} MB", found, bars, "<= 250")
     if "Megatron's standard tool" in calls:
         same_bytes(bench, "tokenise", "hf", "standard")
 
@@ -93,31 +80,40 @@ def part_fast(bench: Bench) -> None:
     corpus = bench.corpus(bench.options.fast_mb)
     text = text_bytes(corpus)
     raw = Contestant(bench, "encode_gigatoken", {"tokenizer": str(bench.tokenizer()), "corpus": str(corpus)})
-    peaks: dict[str, float] = {}
-    calls: dict[str, Callable[[], float]] = {
-        "ours": lambda: rate(bench, peaks, "ours", bench.ours(corpus, "fast", *backend(bench, "gigatoken")), text),
-        "raw gigatoken": lambda: per_second(raw.go(), text),
+    calls: dict[str, Callable[[], Speed]] = {
+        "ours": whole(bench, bench.ours(corpus, "fast", *backend(bench, "gigatoken")), text),
+        "raw gigatoken": lambda: encoding(raw.go(), text),
     }
     if bench.options.megatron:
         fast = bench.megatron("preprocess_data_fast.py", corpus, "their_fast", "--use-gigatoken")
-        calls["Megatron's fast tool"] = lambda: rate(bench, peaks, "Megatron's fast tool", fast, text)
+        calls["Megatron's fast tool"] = whole(bench, fast, text)
     else:
         bench.missing("fast", "Megatron's tools: give --megatron CHECKOUT")
     if bench.options.megatron and bench.options.standard_in_fast:
-        extra = ("--workers", str(bench.options.threads), "--log-interval", "1000000")
-        standard = bench.megatron("preprocess_data.py", corpus, "standard", *extra)
-        calls["Megatron's standard tool"] = lambda: rate(bench, peaks, "Megatron's standard tool", standard, text)
+        calls["Megatron's standard tool"] = whole(bench, standard_tool(bench, corpus), text)
     found = bench.take_turns(calls)
     raw.close()
-    for name, figures in found.items():
-        bench.row("fast", f"{name}, {text / 1e6:.0f} MB", figures, "MB/s")
     bars = {"raw gigatoken": ">= 0.30", "Megatron's fast tool": ">= 5", "Megatron's standard tool": ">= 40"}
-    for name in [name for name in calls if name != "ours"]:
-        bench.ratio("fast", "gigatoken back end", found["ours"], name, found[name], bars[name])
-    for name, peak in peaks.items():
-        bench.row("fast", f"peak memory of {name}", [peak], "MB", "<= 500" if name == "ours" else "")
+    compare(bench, "fast", f"gigatoken back end, {text / 1e6:.0f} MB", found, bars, "<= 500")
     if "Megatron's fast tool" in calls:
         same_bytes(bench, "fast", "fast", "their_fast")
+
+
+def compare(
+    bench: Bench, part: str, what: str, found: Mapping[str, list[Speed]], bars: Mapping[str, str], memory_bar: str
+) -> None:
+    """Rows of rates, of ratios to ours by the clock (with bars) and by processor time, and of peak memory."""
+    rates = {name: [speed.rate for speed in speeds] for name, speeds in found.items()}
+    cpu_rates = {name: [speed.cpu_rate for speed in speeds] for name, speeds in found.items()}
+    for name, figures in rates.items():
+        bench.row(part, what if name == "ours" else name, figures, "MB/s")
+    for name in [name for name in found if name != "ours"]:
+        bench.ratio(part, what, rates["ours"], name, rates[name], bars.get(name, ""))
+        bench.ratio(part, f"{what}, MB a processor second", cpu_rates["ours"], name, cpu_rates[name])
+    for name, speeds in found.items():
+        peak = max(speed.peak_mb for speed in speeds)
+        if peak:
+            bench.row(part, f"peak memory of {name}", [peak], "MB", memory_bar if name == "ours" else "")
 
 
 def part_memory(bench: Bench) -> None:
@@ -142,29 +138,35 @@ def part_memory(bench: Bench) -> None:
 
 
 def part_grow(bench: Bench) -> None:
-    """Rate and peak memory of the gigatoken back end on 100 MB and on --grow-gb gigabytes in which new words never end."""
-    sizes = {"100 MB": 100_000_000, f"{bench.options.grow_gb:g} GB": int(bench.options.grow_gb * 1e9)}
+    """Rate and peak memory of the gigatoken back end on --grow-gb gigabytes in which new words never end, and on less.
+
+    Flat is what it has to be from a tenth on, when what the back end remembers of the words has reached its bound.
+    """
+    sizes = {
+        f"{bench.options.grow_gb * 1e3 / part:g} MB": int(bench.options.grow_gb * 1e9 / part) for part in (100, 10, 1)
+    }
     free = shutil.disk_usage(bench.work).free
     if free < 1.6 * max(sizes.values()):
         raise Failed(
             f"{free / 1e9:.1f} GB are free in {bench.work}; {1.6 * max(sizes.values()) / 1e9:.1f} GB are needed"
         )
-    rates, peaks, costs = {}, {}, {}
+    speeds: dict[str, Speed] = {}
     for name, size in sizes.items():
         corpus = bench.work / "grow.jsonl"
         text = write_corpus(corpus, growing_documents(size))
         run = bench.run(bench.ours(corpus, "grow", *backend(bench, "gigatoken")), sample_seconds=0.2)
-        rates[name], peaks[name] = [text / 1e6 / run.seconds], [run.peak_mb]
-        costs[name] = [run.cpu_seconds / text * 1e9]
+        speeds[name] = speed = Speed.of(text, run)
         for path in bench.work.glob("grow*"):
             path.unlink()
-        bench.row("grow", f"gigatoken back end, {name}", rates[name], "MB/s")
-        bench.row("grow", f"processor time, {name}", costs[name], "s/GB")
-        bench.row("grow", f"peak memory, {name}", peaks[name], "MB", "<= 500")
-    small, large = sizes
-    bench.ratio("grow", f"rate at {large}", rates[large], f"at {small}", rates[small])
-    bench.ratio("grow", f"processor time a byte at {large}", costs[large], f"at {small}", costs[small])
-    bench.ratio("grow", f"peak at {large}", peaks[large], f"at {small}", peaks[small], "<= 1.25")
+        bench.row("grow", f"gigatoken back end, {name}", [speed.rate], "MB/s")
+        bench.row("grow", f"MB a processor second, {name}", [speed.cpu_rate], "MB/s")
+        bench.row("grow", f"peak memory, {name}", [speed.peak_mb], "MB", "<= 500")
+    small, middle, large = sizes
+    for less, bar in ((small, ""), (middle, "<= 1.25")):
+        ours, theirs = speeds[large], speeds[less]
+        bench.ratio("grow", f"rate at {large}", [ours.rate], f"at {less}", [theirs.rate])
+        bench.ratio("grow", f"MB a processor second at {large}", [ours.cpu_rate], f"at {less}", [theirs.cpu_rate])
+        bench.ratio("grow", f"peak memory at {large}", [ours.peak_mb], f"at {less}", [theirs.peak_mb], bar)
 
 
 def part_start(bench: Bench) -> None:
@@ -186,10 +188,16 @@ def part_reads(bench: Bench) -> None:
 
     GPTDataset resets positions and loss mask at document ends without building its s x s attention mask, which would
     make it ten times slower still. Its samples make a batch by torch's default_collate, as in Megatron's loader.
+    Seconds are of processor time, which other work on the machine hardly changes.
     """
     theirs = has_megatron_core(bench, "reads")
     for length, bar in ((100, ">= 4"), (1000, ">= 8")):
-        common = {"prefix": random_tokens(bench, length), "seq_length": SEQ_LENGTH, "eod": EOD, "batch": MICRO_BATCH}
+        common = {
+            "prefix": random_tokens(bench.work / f"random-{length}", length, bench.options.read_tokens),
+            "seq_length": SEQ_LENGTH,
+            "eod": EOD,
+            "batch": MICRO_BATCH,
+        }
         common |= {"cache": str(bench.work / f"cache-{length}")}
         plans = {"plain": ("reads_ours", False, 4000), "positions and cu_seqlens": ("reads_ours", True, 4000)}
         if theirs:
@@ -217,7 +225,7 @@ def part_reads(bench: Bench) -> None:
 
 def part_index(bench: Bench) -> None:
     """Ten million documents: from the path to the first sample, and to any other."""
-    prefix = many_documents(bench, bench.options.index_documents)
+    prefix = many_documents(bench.work / f"index-{bench.options.index_documents}", bench.options.index_documents)
     common = {"prefix": prefix, "seq_length": SEQ_LENGTH, "eod": EOD, "cache": str(bench.work / "cache-index")}
     ours = Contestant(bench, "index_ours", common)
     theirs = Contestant(bench, "index_megatron", common) if has_megatron_core(bench, "index") else None
@@ -325,33 +333,29 @@ def backend(bench: Bench, name: str) -> tuple[str, ...]:
     return ("--backend", name) if "--backend" in bench.help() else ()
 
 
-def text_bytes(corpus: Path) -> int:
-    """UTF-8 bytes of the texts of a corpus: what every rate is counted in."""
-    with open(corpus, encoding="utf-8") as file:
-        return sum(len(json.loads(text)["text"].encode("utf-8")) for text in file)
+def standard_tool(bench: Bench, corpus: Path) -> list[str]:
+    """The command of Megatron's standard tool."""
+    extra = ("--workers", str(bench.options.threads), "--log-interval", "1000000")
+    return bench.megatron("preprocess_data.py", corpus, "standard", *extra)
 
 
-def rate(bench: Bench, peaks: dict[str, float], name: str, command: list[str], text: int) -> float:
-    """MB/s of a command from process start to its end; notes its peak memory."""
-    run = bench.run(command)
-    peaks[name] = max(peaks.get(name, 0.0), run.peak_mb)
-    return text / 1e6 / run.seconds
+def whole(bench: Bench, command: list[str], text: int) -> Callable[[], Speed]:
+    """Runs a command from process start to its end."""
+    return lambda: Speed.of(text, bench.run(command))
 
 
-def map_rate(bench: Bench, peaks: dict[str, float], corpus: Path, text: int) -> float:
-    """MB/s of `datasets.map` to the disk, with an empty cache, process start included."""
+def mapping(bench: Bench, corpus: Path, text: int) -> Speed:
+    """`datasets.map` to the disk, with an empty cache, process start included."""
     with tempfile.TemporaryDirectory(dir=bench.work) as folder:
         arguments = {"corpus": str(corpus), "tokenizer": str(bench.tokenizer())}
         arguments |= {"cache": f"{folder}/cache", "output": f"{folder}/tokens"}
-        run = bench.run(bench.rounds("hf_map", arguments), stdin="go\n")
-    peaks["datasets.map"] = max(peaks.get("datasets.map", 0.0), run.peak_mb)
-    return text / 1e6 / run.seconds
+        return Speed.of(text, bench.run(bench.rounds("hf_map", arguments), stdin="go\n"))
 
 
-def per_second(answer: dict[str, Any], text: int) -> float:
-    """MB/s of a raw tokenizer's round."""
+def encoding(answer: dict[str, Any], text: int) -> Speed:
+    """A raw tokenizer's round."""
     assert answer["bytes"] == text, (answer["bytes"], text)
-    return text / 1e6 / answer["seconds"]
+    return Speed(text / 1e6 / answer["seconds"], text / 1e6 / answer["cpu_seconds"])
 
 
 def has_megatron_core(bench: Bench, part: str) -> bool:
@@ -361,36 +365,6 @@ def has_megatron_core(bench: Bench, part: str) -> bool:
     if not found:
         bench.missing(part, "GPTDataset: --peer-python cannot import megatron-core")
     return found
-
-
-def random_tokens(bench: Bench, length: int) -> str:
-    """A data set of random tokens in documents of about `length`, each with its end-of-document token."""
-    prefix = bench.work / f"random-{length}"
-    if not prefix.with_suffix(".idx").exists():
-        draw = np.random.default_rng(0)
-        writer = IndexedWriter(prefix, "<u2")
-        for size in draw.integers(length // 5, 2 * length - length // 5, bench.options.read_tokens // length):
-            tokens = draw.integers(0, EOD, size, dtype=np.uint16)
-            tokens[-1] = EOD
-            writer.add_document(tokens)
-        writer.finalize()
-    return str(prefix)
-
-
-def many_documents(bench: Bench, count: int) -> str:
-    """An index of that many documents of about 100 tokens; the tokens themselves are a hole in the .bin."""
-    prefix = bench.work / f"index-{count}"
-    if not prefix.with_suffix(".idx").exists():
-        lengths = np.random.default_rng(0).integers(20, 181, count).astype("<i4")
-        offsets = np.zeros(count, dtype="<i8")
-        np.cumsum(2 * lengths[:-1].astype(np.int64), out=offsets[1:])
-        with open(bin_path(prefix), "wb") as tokens:
-            tokens.truncate(2 * int(lengths.sum(dtype=np.int64)))
-        with open(prefix.with_suffix(".idx"), "wb") as index:
-            index.write(HEADER.pack(MAGIC, VERSION, 8, count, count + 1))
-            for values in (lengths, offsets, np.arange(count + 1, dtype="<i8")):
-                index.write(values.tobytes())
-    return str(prefix)
 
 
 def plot(rows: Sequence[Row], path: str) -> None:

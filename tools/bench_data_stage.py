@@ -1,31 +1,28 @@
-"""What the parts of tools/bench_data.py share: corpora, contestants in processes of their own, peak memory, rows."""
+"""What the parts of tools/bench_data.py share: contestants in processes of their own, peak memory, rows."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
-import random
 import resource
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import orjson
 import psutil
+
+from tools.bench_data_corpora import documents, train_tokenizer, write_corpus
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
-EOD = 31_999
 SAMPLE_SECONDS = 0.02
 # Before Python 3.12 `typing` has no `override`, which Megatron-LM's training package imports; it only marks methods.
 MEGATRON_SHIM = (
@@ -65,6 +62,20 @@ class Run:
     seconds: float
     peak_mb: float
     cpu_seconds: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast one round went over a text: MB/s by the clock, MB a second of processor time, and its peak memory."""
+
+    rate: float
+    cpu_rate: float
+    peak_mb: float = 0.0
+
+    @classmethod
+    def of(cls, text_bytes: int, run: Run) -> Speed:
+        """That of a process from start to end."""
+        return cls(text_bytes / 1e6 / run.seconds, text_bytes / 1e6 / run.cpu_seconds, run.peak_mb)
 
 
 class Failed(RuntimeError):
@@ -273,79 +284,3 @@ class Contestant:
         self._process.wait()
         self._process.stdout.close()
         self._said.close()
-
-
-def documents(size: int) -> Iterator[str]:
-    """About `size` bytes of text as documents of some 4 kB: sources and docs of this Python and of its packages.
-
-    They are cut between paragraphs. Where there is too little text it starts over.
-    """
-    folders = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")]
-    produced = 0
-    while True:
-        before = produced
-        for folder in folders:
-            for path in sorted(folder.rglob("*")):
-                if path.suffix not in (".py", ".rst", ".md", ".txt") or not path.is_file() or path.stat().st_size > 1e6:
-                    continue
-                try:
-                    text = path.read_text("utf-8")
-                except (UnicodeDecodeError, OSError):
-                    continue
-                for document in paragraphs(text, 4000):
-                    yield document
-                    produced += len(document.encode("utf-8"))
-                    if produced >= size:
-                        return
-        if produced == before:
-            raise SystemExit(f"no text under {folders}; give --corpus FILE.jsonl")
-
-
-def growing_documents(size: int) -> Iterator[str]:
-    """The same, each document with eight words behind it that occur nowhere else: what has been seen never stops growing."""
-    draw = random.Random(0)
-    produced = 0
-    texts = itertools.cycle(documents(100_000_000))
-    while produced < size:
-        words = draw.getrandbits(8 * 48)
-        text = f"{next(texts)}{' '.join(f'{words >> 48 * i & (1 << 48) - 1:x}' for i in range(8))}\n"
-        produced += len(text.encode("utf-8"))
-        yield text
-
-
-def write_corpus(path: Path, texts: Iterable[str]) -> int:
-    """Writes JSON lines; returns how many UTF-8 bytes the texts have."""
-    size = 0
-    with open(path, "wb") as file:
-        for text in texts:
-            size += len(text.encode("utf-8"))
-            file.write(orjson.dumps({"text": text}) + b"\n")
-    return size
-
-
-def paragraphs(text: str, size: int) -> Iterator[str]:
-    """Runs of whole paragraphs of at least `size` characters, the last one shorter."""
-    run = ""
-    for paragraph in text.split("\n\n"):
-        run += paragraph + "\n\n"
-        if len(run) >= size:
-            yield run
-            run = ""
-    if run.strip():
-        yield run
-
-
-def train_tokenizer(texts: Iterator[str], folder: Path) -> None:
-    """Trains and saves the benchmark's tokenizer; its last id is the end-of-document token."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=EOD, initial_alphabet=alphabet, show_progress=False))
-    raw.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
-    folder.mkdir()
-    raw.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -23,7 +23,7 @@ BACKENDS = ("auto", "hf", "gigatoken", "tiktoken", "sentencepiece")
 NATIVE_NAMES = {"huggingface": "hf", "sentencepiece": "sentencepiece", "bytes": "bytes"}
 ASCII_BYTES = bytes(range(128))
 # gigatoken remembers every word it has seen; a worker whose memory has grown by this much starts it afresh.
-CACHE_BYTES = 100 << 20
+CACHE_BYTES = 64 << 20
 MEMORY_CHECK_BYTES = 1 << 20
 PROBED_AT_ONCE = 64
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.bench_data_stage import Row, paragraphs
+from tools.bench_data_corpora import paragraphs
+from tools.bench_data_stage import Row
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,8 +65,7 @@ def test_parts_without_peers(tmp_path: Path) -> None:
     assert "skipped Megatron's standard tool" in done.stdout and "cannot import megatron-core" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
     found = {(row["part"], row["what"]): row for row in rows}
-    size = sum(len(text.encode()) for text in texts) / 1e6
-    assert found["tokenise", f"raw encode_batch_fast, {size:.0f} MB"]["value"] > 0
+    assert found["tokenise", "raw encode_batch_fast"]["value"] > 0
     assert found["hash", "different outputs of 1, 2, 3 and 7 workers"]["value"] == 1
     assert found["index", "state to resume from"]["value"] <= 1024
     for what in (
@@ -73,5 +73,5 @@ def test_parts_without_peers(tmp_path: Path) -> None:
         "positions and cu_seqlens, 1000-token documents, batches of 8",
     ):
         assert found["reads", what]["value"] > 0
-    assert found["grow", "gigatoken back end, 0.001 GB"]["value"] > 0
+    assert found["grow", "gigatoken back end, 1 MB"]["value"] > 0
     assert found["stream", "ours, samples of 2048"]["value"] > 0
