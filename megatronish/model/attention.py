@@ -62,7 +62,8 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x).view(b, s, self.heads + 2 * self.kv_heads, self.head_dim)
         q_bshd, k_bsgd, v_bsgd = self._position(qkv, inputs)
         if inputs.cache is not None:
-            k_bsgd, v_bsgd = inputs.cache.update(self.layer, k_bsgd, v_bsgd, self.window)
+            out = inputs.cache.attend(self.layer, q_bshd, k_bsgd, v_bsgd, self.window, self.backends.attention)
+            return self.out(out.flatten(2))
         out_bshd = attention(
             q_bshd,
             k_bsgd,

@@ -114,15 +114,17 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         cache: KVCache | None = None,
+        last: int | None = None,
     ) -> Tensor:
-        """tokens [b, s] int -> logits [b, s, V] in the dtype of the weights.
+        """tokens [b, s] int -> logits [b, s, V] in the dtype of the weights; of the `last` tokens of each row alone, if given.
 
         positions: [b, s] int, from 0 up and counted on behind a cache by default. cu_seqlens: int32 [documents + 1],
         cumulative document lengths over the flattened b * s tokens with the end of every row among them; attention
         stays inside a document. max_seqlen: the longest document. cache: keys and values of earlier tokens, extended
         by these. Raises ValueError for shapes that do not fit and for documents behind a cache.
         """
-        return self.head(self._hidden(tokens, positions, cu_seqlens, max_seqlen, cache))
+        hidden = self._hidden(tokens, positions, cu_seqlens, max_seqlen, cache)
+        return self.head(hidden if last is None else hidden[:, -last:])
 
     def _hidden(
         self,
@@ -138,14 +140,17 @@ class Transformer(nn.Module):
         if cu_seqlens is not None:
             _check_documents(cu_seqlens, tokens)
         if cache is not None:
-            cache.check(tokens)
+            if cu_seqlens is not None:
+                raise ValueError("documents cannot be packed behind a key/value cache: leave out cu_seqlens or the cache")
+            behind = cache.begin(tokens)
+            positions = behind if positions is None else positions
         x = self.embedding(tokens)
         inputs = self._attention_inputs(x, positions, cu_seqlens, max_seqlen, cache)
         residual = None
         for block in self.blocks:
             x, residual = block(x, residual, inputs)
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.advance(tokens.shape[1])
         if self.final_norm is not None:
             x, _ = self.final_norm(x, residual)
         return x
@@ -191,13 +196,10 @@ class Transformer(nn.Module):
         if positions is not None:
             positions = positions.to(torch.int32)
         masks = {}
-        if not uses_flash(self.backends.attention, x, self.config.resolved_head_dim):
+        if cache is None and not uses_flash(self.backends.attention, x, self.config.resolved_head_dim):
             for window in {self.config.layer_window(layer) for layer in range(self.config.num_layers)}:
-                keys = new if cache is None else cache.readable(new, window)
-                if needs_mask(new, keys, window, cu_seqlens):
-                    masks[window] = attention_mask(
-                        batch, new, keys, window=window, cu_seqlens=cu_seqlens, device=x.device
-                    )
+                if needs_mask(new, new, window, cu_seqlens):
+                    masks[window] = attention_mask(batch, new, new, window=window, cu_seqlens=cu_seqlens, device=x.device)
         return AttentionInputs(cos, sin, positions, offset, cu_seqlens, max_seqlen, masks, cache)
 
     def set_activation_checkpointing(self, mode: str) -> None:
