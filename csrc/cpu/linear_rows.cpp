@@ -41,6 +41,12 @@ inline void put(const LinearRows& a, int64_t row, int64_t n, float value) {
   narrow(value, static_cast<T*>(a.y) + row * a.n + n);
 }
 
+// Asks for what the next N rows of w hold at this column: the hardware fetches ahead within a page only, of fewer rows.
+template <int N, class W>
+inline void fetch_next(const W* const* w, int64_t at, int64_t row) {
+  for (int j = 0; j < N; ++j) __builtin_prefetch(w[j] + at + N * row, 0, 2);
+}
+
 // M rows of x by N rows of w.
 template <class T, int M, int N>
 inline void dense_tile(const LinearRows& a, int64_t m, int64_t n) {
@@ -60,7 +66,10 @@ inline void dense_tile(const LinearRows& a, int64_t m, int64_t n) {
       for (int j = 0; j < N; ++j) acc[i][j] = D::add(acc[i][j], xs, held[j]);
     }
   };
-  for (; k + D::step <= a.k; k += D::step) body();
+  for (; k + D::step <= a.k; k += D::step) {
+    fetch_next<N>(w, k, a.k);
+    body();
+  }
   if (k < a.k) body(a.k - k);
   for (int i = 0; i < M; ++i)
     for (int j = 0; j < N; ++j) put<T>(a, m + i, n + j, D::total(acc[i][j]));
@@ -93,15 +102,20 @@ inline void int8_tile(const LinearRows& a, int64_t m, int64_t n) {
   Vec acc[M][N];
   for (int i = 0; i < M; ++i)
     for (int j = 0; j < N; ++j) acc[i][j] = fill(0.0f, Vec{});
-  int64_t k = 0;
-  for (; k + Vec::size <= a.k; k += Vec::size) {
+  const auto body = [&](int64_t k) {
     Vec held[N];
     for (int j = 0; j < N; ++j) held[j] = load_int(w[j] + k);
     for (int i = 0; i < M; ++i) {
       const Vec xs = load(x[i] + k, Vec{});
       for (int j = 0; j < N; ++j) acc[i][j] = fma(xs, held[j], acc[i][j]);
     }
+  };
+  int64_t k = 0;
+  for (; k + 64 <= a.k; k += 64) {
+    fetch_next<N>(w, k, a.k);
+    for (int64_t part = 0; part < 64; part += Vec::size) body(k + part);
   }
+  for (; k + Vec::size <= a.k; k += Vec::size) body(k);
   if (k < a.k) {
     for (int j = 0; j < N; ++j) {
       const Vec held = load_int(w[j] + k, a.k - k);
@@ -133,6 +147,8 @@ inline void load_halves(const uint8_t* p, Vec& low, Vec& high) {
 template <class T, int M, int N>
 inline void int4_tile(const LinearRows& a, int64_t m, int64_t n) {
   const int64_t groups = a.k / a.group;
+  const uint8_t* w[N];
+  for (int j = 0; j < N; ++j) w[j] = static_cast<const uint8_t*>(a.w) + (n + j) * a.k / 2;
   Vec acc[M][N];
   float low_ends[M][N];
   for (int i = 0; i < M; ++i)
@@ -141,12 +157,11 @@ inline void int4_tile(const LinearRows& a, int64_t m, int64_t n) {
     Vec part[M][N];
     for (int i = 0; i < M; ++i)
       for (int j = 0; j < N; ++j) part[i][j] = fill(0.0f, Vec{});
+    if (g * a.group % 128 == 0) fetch_next<N>(w, g * a.group / 2, a.k / 2);
     for (int64_t k = g * a.group; k < (g + 1) * a.group; k += kInt4Block) {
       for (int64_t half = 0; half < kInt4Block / 2; half += Vec::size) {
         Vec low[N], high[N];
-        for (int j = 0; j < N; ++j) {
-          load_halves(static_cast<const uint8_t*>(a.w) + ((n + j) * a.k + k) / 2 + half, low[j], high[j]);
-        }
+        for (int j = 0; j < N; ++j) load_halves(w[j] + k / 2 + half, low[j], high[j]);
         for (int i = 0; i < M; ++i) {
           const float* x = a.wide_x + (m + i) * a.k + k + half;
           const Vec x_low = load(x, Vec{}), x_high = load(x + kInt4Block / 2, Vec{});
