@@ -10,24 +10,17 @@ import signal
 import sys
 
 from megatronish.config.base import explained
+from megatronish.inference.arguments import model_parser
 from megatronish.parallel.startup import settle_process
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, allow_abbrev=False)
+    parser = model_parser("evaluate.py", __doc__)
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="a run's folder (its best checkpoint, else its latest) or one checkpoint",
-    )
     add("--data", metavar="PREFIX", help="a data set of the same tokenizer (the one that the run trained on)")
     add("--stride", type=int, metavar="N", help="tokens scored a window; fewer give more context (half the context)")
     add("--max-tokens", type=int, metavar="N", help="only the first held-out documents, up to N tokens (all)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
-    add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: as saved")
     return parser
 
 

@@ -27,7 +27,7 @@ FinishReason = Literal["end of document", "max new tokens", "context full", "sto
 class Request:
     """What to continue, and how. prompt_ids: what the model reads, one id at least. first_ids: the first new token is one
     of these (see `Prompt`). lookup: guess so many tokens ahead where the text repeats itself (0: never; the same text
-    comes out). logprobs: record the log-probability of every token and of so many best ones (None: record nothing).
+    comes out). stop_ids: ids that end the text beside the end of a document. logprobs: record the log-probability of every token and of so many best ones (None: record nothing).
     ignore_eod: go on behind the end-of-document token, as a benchmark does."""
 
     prompt_ids: Sequence[int]
@@ -37,6 +37,7 @@ class Request:
     first_ids: Sequence[int] | None = None
     lookup: int = 0
     logprobs: int | None = None
+    stop_ids: frozenset[int] = frozenset()
     ignore_eod: bool = False
 
 
@@ -251,19 +252,12 @@ class Batch:
         """Draw the token that follows the ids so far from logits [V]; end the generation where it ends."""
         request = generation.request
         logits = logits[: self.vocab_size]  # a vocabulary padded for speed has ids that no tokenizer knows
-        among = None
+        drawn_from = logits
         if request.first_ids is not None and generation.new_tokens == 0:
             among = torch.tensor(request.first_ids, device=self.device)
-        penalized_ids = generation.ids if request.sampling.repetition_penalty != 1.0 else ()
-        if among is not None:
-            # Ids keep their places, for the penalty to find them.
-            allowed = torch.full_like(logits, -torch.inf)
-            allowed[among] = logits[among]
-            logits_drawn = allowed
-        else:
-            logits_drawn = logits
-        token = int(choose(logits_drawn[None], request.sampling, request.generator, penalized_ids))
-        if token == self.eod_id and not request.ignore_eod:
+            drawn_from = torch.full_like(logits, -torch.inf).scatter(0, among, logits[among])
+        token = int(choose(drawn_from[None], request.sampling, request.generator, generation.ids))
+        if (token == self.eod_id or token in request.stop_ids) and not request.ignore_eod:
             self.finish(generation, "end of document")
             return
         if request.logprobs is not None:
