@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.lookup < 0:
         raise UserError(f"--lookup {arguments.lookup} must be at least 0")
     loaded = open_model(arguments)
-    weight = loaded.model.embedding.weight
+    weight = next(loaded.model.parameters())
     print(f"{loaded.info.folder}: {weight.dtype} on {weight.device}", file=sys.stderr)
     if arguments.interactive:
         from megatronish.inference.chat import converse

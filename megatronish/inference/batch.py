@@ -122,7 +122,7 @@ class Batch:
         self.keep_prefixes = keep_prefixes
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
-        weight = model.embedding.weight
+        weight = next(model.parameters())
         self.device = weight.device
         self._cache = KVCache(model.config, slots, self.max_length, device=weight.device, dtype=weight.dtype)
         self._held: list[list[int]] = [[] for _ in range(slots)]  # the ids that a slot's keys and values are of

@@ -11,6 +11,7 @@ import torch
 
 from megatronish.config.base import UserError
 from megatronish.data.tokenizer import Tokenizer, load_tokenizer
+from megatronish.inference.quantize import QUANTIZATION_FILE, load_quantized
 from megatronish.model.checkpoints import BEST, STATE_FILE, TOKENIZER_RECORD_FILE, find_checkpoint, run_folder
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import WEIGHTS_FILE, load_model
@@ -49,7 +50,8 @@ def load_for_inference(
     state = _read_object(folder / STATE_FILE) if (folder / STATE_FILE).exists() else {}
     tokenizer = _load_tokenizer(folder)
     try:
-        model = load_model(folder, device, dtype)
+        quantized = (folder / QUANTIZATION_FILE).exists()
+        model = load_quantized(folder, device, dtype) if quantized else load_model(folder, device, dtype)
     except UserError:
         raise
     except ValueError as error:  # what `load_model` says of files that do not fit
