@@ -28,6 +28,7 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 OPERATORS = ("rms_norm", "swiglu", "rope", "qk_norm_rope", "cross_entropy")  # csrc/cpu/X.cpp and csrc/cuda/X.cu
+CPU_OPERATORS = ("attention", "linear_rows", "cached_attention")  # csrc/cpu/X.cpp alone
 CUDA_ARCHS = "75;80;86;89;90"
 # No contraction of a * b + c beyond what the source says: one kernel compiled twice must give the same bits.
 CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-DNDEBUG"]
@@ -191,12 +192,11 @@ class BuildOperators(build_ext):
             steps.append(Step([*cxx, *CXX_FLAGS, *flags, "-c", str(source), "-o", str(output)], output, sources()))
 
         compile_one(CSRC / "bindings.cpp", "bindings", STABLE_ABI, f"-I{torch / 'include'}")
-        compile_one(
-            CSRC / "cpu/attention_bindings.cpp", "attention_bindings", STABLE_ABI, f"-I{torch / 'include'}", *has
-        )
+        for bindings in ("attention_bindings", "decode_bindings"):
+            compile_one(CSRC / f"cpu/{bindings}.cpp", bindings, STABLE_ABI, f"-I{torch / 'include'}", *has)
         compile_one(CSRC / "cpu/levels.cpp", "levels", *has)
         for level, flags in levels.items():
-            for operator in (*OPERATORS, "attention"):
+            for operator in (*OPERATORS, *CPU_OPERATORS):
                 named = f"-DMEGATRONISH_LEVEL={level}"
                 compile_one(CSRC / f"cpu/{operator}.cpp", f"{operator}.{level}", named, *flags)
         run_steps(steps)

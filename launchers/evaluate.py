@@ -10,24 +10,18 @@ import signal
 import sys
 
 from megatronish.config.base import explained
+from megatronish.inference.arguments import add_quantize, model_parser, open_model
 from megatronish.parallel.startup import settle_process
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, allow_abbrev=False)
+    parser = model_parser("evaluate.py", __doc__)
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="a run's folder (its best checkpoint, else its latest) or one checkpoint",
-    )
     add("--data", metavar="PREFIX", help="a data set of the same tokenizer (the one that the run trained on)")
     add("--stride", type=int, metavar="N", help="tokens scored a window; fewer give more context (half the context)")
     add("--max-tokens", type=int, metavar="N", help="only the first held-out documents, up to N tokens (all)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
-    add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: as saved")
+    add_quantize(parser)
     return parser
 
 
@@ -35,19 +29,12 @@ def main() -> int:
     arguments = build_parser().parse_args()
     with explained():
         settle_process()
-        from megatronish.inference.held_out import evaluate_run  # torch: only after the process is settled
-        from megatronish.inference.load import DTYPES, resolve_device
+        from megatronish.inference.held_out import evaluate_model  # torch: only after the process is settled
 
-        result, info = evaluate_run(
-            arguments.checkpoint,
-            arguments.data,
-            arguments.stride,
-            resolve_device(arguments.device),
-            DTYPES.get(arguments.dtype),
-            arguments.max_tokens,
-        )
+        loaded = open_model(arguments)
+        result = evaluate_model(loaded, arguments.data, arguments.stride, arguments.max_tokens)
         print(result.table())
-        print(f"written to {result.save(info.run_dir)}")
+        print(f"written to {result.save(loaded.info.run_dir)}")
     return 0
 
 

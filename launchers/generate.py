@@ -1,6 +1,6 @@
 """Write text with a trained model: `python launchers/generate.py --checkpoint runs/demo --prompt "def "`.
 
-Text goes to stdout as it is made, rates to stderr.
+Text goes to stdout as it is made, rates to stderr. --interactive is a conversation, with /commands.
 """
 
 from __future__ import annotations
@@ -11,83 +11,90 @@ import sys
 import time
 
 from megatronish.config.base import UserError, explained
+from megatronish.inference.arguments import add_quantize, add_sampling, model_parser, open_model, sampling_of
 from megatronish.parallel.startup import settle_process
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="generate.py", description=__doc__, allow_abbrev=False)
+    parser = model_parser("generate.py", __doc__)
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="a run's folder (its best checkpoint, else its latest) or one checkpoint",
-    )
     add("--prompt", action="append", metavar="TEXT", help="repeatable; empty or left out: begin a new document")
-    add("--max-new-tokens", type=int, default=200, metavar="N", help="at most so many tokens a prompt (200)")
-    add("--temperature", type=float, default=0.8, metavar="T", help="divides the logits; 0 is greedy (0.8)")
-    add("--top-k", type=int, default=0, metavar="K", help="draw from the K best tokens; 0 is all (0)")
-    add(
-        "--top-p", type=float, default=0.95, metavar="P", help="draw from the best tokens of total probability P (0.95)"
-    )
-    add("--greedy", action="store_true", help="always take the best token, as --temperature 0")
-    add("--seed", type=int, default=1234, help="of the random numbers of each prompt (1234)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
-    add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: as saved")
+    add("--interactive", action="store_true", help="talk to the model; /help lists what else can be typed")
+    add("--system", metavar="TEXT", help="with --interactive: what the model is told before the conversation")
+    add("--max-new-tokens", type=int, default=200, metavar="N", help="at most so many tokens a prompt or answer (200)")
+    add_sampling(parser)
+    add("--stop", action="append", default=[], metavar="TEXT", help="end a text before this; repeatable")
+    add("--lookup", type=int, default=0, metavar="N", help="guess N tokens ahead where text repeats itself (0)")
+    add_quantize(parser)
     return parser
 
 
 def main() -> int:
     arguments = build_parser().parse_args()
     with explained():
-        if not 0 <= arguments.seed < 2**63:
-            raise UserError(f"--seed {arguments.seed} must be at least 0 and below 2**63")
+        if arguments.interactive and arguments.prompt:
+            raise UserError(
+                "--prompt and --interactive: give one of them; what is typed is the prompt of a conversation"
+            )
         settle_process()
         run(arguments)
     return 0
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Check everything, then write a text for each prompt. Raises UserError."""
-    import torch  # only after the process is settled
+    """Check everything, then write a text for each prompt, or talk. Raises UserError."""
+    sampling = sampling_of(arguments)
+    if arguments.lookup < 0:
+        raise UserError(f"--lookup {arguments.lookup} must be at least 0")
+    loaded = open_model(arguments)
+    weight = next(loaded.model.parameters())
+    print(f"{loaded.info.folder}: {weight.dtype} on {weight.device}", file=sys.stderr)
+    if arguments.interactive:
+        from megatronish.inference.chat import converse
 
-    from megatronish.inference.generate import generate
-    from megatronish.inference.load import DTYPES, load_for_inference, resolve_device
+        converse(loaded, sampling, arguments)
+        return
+    write(loaded, sampling, arguments)
+
+
+def write(loaded, sampling, arguments: argparse.Namespace) -> None:  # type: ignore[no-untyped-def]
+    """A text for each prompt, all made together, the first shown as it comes."""
+    import torch
+
+    from megatronish.inference.batch import Batch, Request
+    from megatronish.inference.generate import TextGeneration
     from megatronish.inference.prompt import encode_prompt
-    from megatronish.inference.sampling import GREEDY, Sampling
-    from megatronish.inference.stream import text_pieces
+    from megatronish.inference.stream import StopStrings
 
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    device = resolve_device(arguments.device)
-    model, tokenizer, info = load_for_inference(arguments.checkpoint, device, DTYPES.get(arguments.dtype))
-    print(f"{info.folder}: {next(model.parameters()).dtype} on {device}", file=sys.stderr)
-    prompts = [(text, encode_prompt(tokenizer, text)) for text in arguments.prompt or [""]]
-    generations = [
-        generate(
-            model,
-            prompt.ids,
-            arguments.max_new_tokens,
-            GREEDY if arguments.greedy else sampling,
-            tokenizer.eod_id,
-            torch.Generator(device).manual_seed(arguments.seed),
-            vocab_size=tokenizer.vocab_size,
-            first_ids=prompt.first_ids,
+    model, tokenizer, _ = loaded
+    StopStrings(arguments.stop)
+    texts = arguments.prompt or [""]
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    length = max(len(prompt.ids) for prompt in prompts) + max(0, arguments.max_new_tokens)
+    length = min(length, model.config.seq_length)
+    batch = Batch(model, len(prompts), length, eod_id=tokenizer.eod_id, vocab_size=tokenizer.vocab_size)
+    requests = []
+    for prompt in prompts:
+        draw = torch.Generator(batch.device).manual_seed(arguments.seed)
+        requests.append(
+            Request(prompt.ids, arguments.max_new_tokens, sampling, draw, prompt.first_ids, arguments.lookup)
         )
-        for _, prompt in prompts
-    ]
-    for (text, prompt), generation in zip(prompts, generations, strict=True):
+        batch.check(requests[-1])
+    start, total = time.perf_counter(), 0
+    for text, prompt, request in [(t, p, batch.add(r)) for t, p, r in zip(texts, prompts, requests, strict=True)]:
         print(text, end="", flush=True)
-        start = time.perf_counter()
-        for piece in text_pieces(tokenizer, prompt, generation):
+        for piece in TextGeneration(request, tokenizer, prompt, arguments.stop):
             print(piece, end="", flush=True)
-        seconds = time.perf_counter() - start
         print(flush=True)
+        guesses = f"; {request.accepted} of {request.guessed} guesses right" if request.guessed else ""
         print(
-            f"[{generation.new_tokens} tokens in {seconds:.2f} s, {generation.new_tokens / seconds:,.1f} tokens/s; "
-            f"prompt of {generation.prompt_tokens}; {generation.finish_reason}]",
+            f"[{request.new_tokens} tokens; prompt of {request.prompt_tokens}; {request.finish_reason}{guesses}]",
             file=sys.stderr,
         )
+        total += request.new_tokens
+    seconds = time.perf_counter() - start
+    print(f"[{total} tokens in {seconds:.2f} s, {total / seconds:,.1f} tokens/s]", file=sys.stderr)
 
 
 if __name__ == "__main__":

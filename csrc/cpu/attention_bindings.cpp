@@ -1,7 +1,5 @@
 // torch.ops.megatronish.causal_attention_fwd and _bwd, on the CPU only: schemas, checks, allocation. Like bindings.cpp it
 // talks to torch through its stable ABI.
-#include <string.h>
-
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -15,7 +13,7 @@
 #include <vector>
 
 #include "attention.h"
-#include "levels.h"
+#include "pick.h"
 
 namespace megatronish {
 namespace {
@@ -93,36 +91,7 @@ const int32_t* first_keys(const char* op, const std::optional<Tensor>& t, const 
 Heads heads_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
 template <class Args>
-using Kernel = bool (*)(const Args&, int64_t, int64_t);
-
-// The kernel of the level that levels.cpp chose.
-template <class Args>
-Kernel<Args> pick(Kernel<Args> scalar, Kernel<Args> avx2, Kernel<Args> avx512, Kernel<Args> avx512_bf16) {
-  const char* level = megatronish_cpu_level();
-  if (strcmp(level, "avx512_bf16") == 0) return avx512_bf16;
-  if (strcmp(level, "avx512") == 0) return avx512;
-  return strcmp(level, "avx2") == 0 ? avx2 : scalar;
-}
-
-#ifdef MEGATRONISH_HAS_avx2
-#define MEGATRONISH_AVX2(f) avx2::f
-#else
-#define MEGATRONISH_AVX2(f) nullptr
-#endif
-#ifdef MEGATRONISH_HAS_avx512
-#define MEGATRONISH_AVX512(f) avx512::f
-#else
-#define MEGATRONISH_AVX512(f) nullptr
-#endif
-#ifdef MEGATRONISH_HAS_avx512_bf16
-#define MEGATRONISH_AVX512_BF16(f) avx512_bf16::f
-#else
-#define MEGATRONISH_AVX512_BF16(f) nullptr
-#endif
-#define MEGATRONISH_PICK(f) pick(scalar::f, MEGATRONISH_AVX2(f), MEGATRONISH_AVX512(f), MEGATRONISH_AVX512_BF16(f))
-
-template <class Args>
-void run(const char* op, const Args& a, Kernel<Args> kernel) {
+void run(const char* op, const Args& a, bool (*kernel)(const Args&, int64_t, int64_t)) {
   if (a.seq == 0) return;
   std::atomic<bool> good{true};
   torch::stable::parallel_for(0, a.batch * a.kv_heads, 1, [&](int64_t begin, int64_t end) {

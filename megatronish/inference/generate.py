@@ -1,90 +1,17 @@
-"""Text from a model, one sequence at a time: the prompt is read once, then each new token is read behind it."""
+"""Text from a model: one sequence of ids, or several texts at once with their stop strings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 
-from megatronish.config.base import UserError
-from megatronish.inference.sampling import Sampling, choose
-from megatronish.model.kv_cache import KVCache
+from megatronish.data.tokenizer import Tokenizer
+from megatronish.inference.batch import Batch, Generation, Request
+from megatronish.inference.prompt import Prompt
+from megatronish.inference.sampling import Sampling
+from megatronish.inference.stream import StopStrings, TextStream
 from megatronish.model.transformer import Transformer
-
-FinishReason = Literal["end of document", "max new tokens", "context full"]
-# A long prompt is read so many tokens at a time: the logits of all its tokens would take [prompt, V] memory.
-PREFILL_TOKENS = 512
-
-
-class Generation(Iterator[int]):
-    """Iterator over new token ids; the end-of-document token ends it and is not among them.
-
-    `finish_reason` is None until it ends. `prompt_tokens` and `new_tokens` count what was read and given.
-    """
-
-    def __init__(
-        self,
-        model: Transformer,
-        prompt_ids: Sequence[int],
-        max_new_tokens: int,
-        sampling: Sampling,
-        eod_id: int | None,
-        generator: torch.Generator | None,
-        vocab_size: int | None,
-        first_ids: Sequence[int] | None,
-    ) -> None:
-        context, known = model.config.seq_length, vocab_size or model.config.vocab_size
-        if max_new_tokens < 1:
-            raise UserError(f"max new tokens {max_new_tokens} must be at least 1")
-        if len(prompt_ids) == 0:
-            raise UserError("the prompt is empty and the tokenizer has no end-of-document token to start from")
-        if len(prompt_ids) > context:
-            raise UserError(
-                f"the prompt has {len(prompt_ids):,} tokens, but the model's context is {context:,}: shorten the prompt, "
-                "or use a model trained with a longer seq_length"
-            )
-        if not 0 <= min(prompt_ids) <= max(prompt_ids) < known:
-            raise UserError(f"prompt ids {min(prompt_ids)}..{max(prompt_ids)} are outside 0..{known - 1}")
-        self.prompt_tokens = len(prompt_ids)
-        self.new_tokens = 0
-        self.finish_reason: FinishReason | None = None
-        self._model, self._sampling, self._generator = model, sampling, generator
-        self._eod_id, self._vocab_size, self._max_new_tokens = eod_id, known, max_new_tokens
-        self._unread, self._first_ids = list(prompt_ids), first_ids
-        self._cache: KVCache | None = None
-
-    def __next__(self) -> int:
-        if self.finish_reason is None and self.new_tokens == self._max_new_tokens:
-            self.finish_reason = "max new tokens"
-        if self.finish_reason is None and self.prompt_tokens + self.new_tokens > self._model.config.seq_length:
-            self.finish_reason = "context full"
-        if self.finish_reason is not None:
-            raise StopIteration
-        token = self._step()
-        if token == self._eod_id:
-            self.finish_reason = "end of document"
-            raise StopIteration
-        self.new_tokens += 1
-        self._unread = [token]
-        return token
-
-    # A method and not a `with` around a yield: that would leave the caller in inference mode between two tokens.
-    @torch.inference_mode()
-    def _step(self) -> int:
-        """Read what is unread and draw the token that follows it."""
-        weight = next(self._model.parameters())
-        if self._cache is None:  # made here, so that a generation that waits its turn holds no memory
-            length = min(self._model.config.seq_length, self.prompt_tokens + self._max_new_tokens)
-            self._cache = KVCache(self._model.config, 1, length, device=weight.device, dtype=weight.dtype)
-        tokens = torch.tensor([self._unread], device=weight.device)
-        for piece in tokens.split(PREFILL_TOKENS, dim=1):
-            logits = self._model(piece, cache=self._cache)[:, -1]
-        logits = logits[:, : self._vocab_size]  # a vocabulary padded for speed has ids that no tokenizer knows
-        if self._first_ids is not None and self.new_tokens == 0:
-            among = torch.tensor(self._first_ids, device=weight.device)
-            return int(among[choose(logits[:, among], self._sampling, self._generator)])
-        return int(choose(logits, self._sampling, self._generator))
 
 
 def generate(
@@ -97,12 +24,67 @@ def generate(
     *,
     vocab_size: int | None = None,
     first_ids: Sequence[int] | None = None,
+    lookup: int = 0,
 ) -> Generation:
     """Continue `prompt_ids` by at most `max_new_tokens` ids, each drawn from the model's logits.
 
     Ends at `eod_id`, or when the model has read model.config.seq_length tokens, the longest it was trained on (see
-    `Generation.finish_reason`). generator: random numbers for this call, on the model's device. vocab_size: the
-    tokenizer's; larger ids are never drawn. first_ids: the first new token is one of these (see `Prompt`). Raises UserError for an empty prompt, one longer than the context, or ids
-    outside the vocabulary, all before anything is computed.
+    `Generation.finish_reason`). generator: random numbers for this call, on the model's device. The rest is as in `Batch`
+    and `Request`. Raises UserError for an empty prompt, one longer than the context, or ids outside the vocabulary, all
+    before anything is computed.
     """
-    return Generation(model, prompt_ids, max_new_tokens, sampling, eod_id, generator, vocab_size, first_ids)
+    request = Request(prompt_ids, max_new_tokens, sampling, generator, first_ids, lookup)
+    length = max(1, min(model.config.seq_length, len(prompt_ids) + max(0, max_new_tokens)))
+    if length < len(prompt_ids) or len(prompt_ids) == 0:
+        length = model.config.seq_length  # `check` says what is wrong
+    return Batch(model, 1, length, eod_id=eod_id, vocab_size=vocab_size).add(request)
+
+
+class TextGeneration(Iterator[str]):
+    """The text of a generation, piece by piece: whole characters only, and nothing from a stop string on.
+
+    `text` is what was given so far. `finish_reason` is that of the generation, "stop string" where one ended it.
+    """
+
+    def __init__(self, generation: Generation, tokenizer: Tokenizer, prompt: Prompt, stop: Sequence[str] = ()) -> None:
+        """Raises UserError for an empty stop string."""
+        self.generation = generation
+        self.text = ""
+        self._stream = TextStream(tokenizer, prompt.ids, prompt.overlap)
+        self._stops = StopStrings(stop)
+        self._taken = 0
+        self._flushed = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether `take` has nothing more to give."""
+        return self._flushed
+
+    def take(self) -> str:
+        """The text that has become certain since the last call, from the ids that are there; ends the generation where
+        a stop string is whole."""
+        piece = ""
+        ids = self.generation.new_ids
+        while self._taken < len(ids) and not self._stops.found:
+            piece += self._stops.push(self._stream.push(ids[self._taken]))
+            self._taken += 1
+        if self._stops.found:
+            if self.generation.finish_reason is None:
+                self.generation.batch.finish(self.generation, "stop string")
+            self.generation.finish_reason = "stop string"  # also where the same step ended it otherwise
+            self._flushed = True
+        elif self.generation.finish_reason is not None and not self._flushed:
+            self._flushed = True
+            piece += self._stops.push(self._stream.finish())
+            piece += self._stops.finish()
+            if self._stops.found:
+                self.generation.finish_reason = "stop string"
+        self.text += piece
+        return piece
+
+    def __next__(self) -> str:
+        if self._flushed:
+            raise StopIteration
+        if self._taken == len(self.generation.new_ids) and self.generation.finish_reason is None:
+            self.generation.batch.step()
+        return self.take()

@@ -19,7 +19,7 @@ from megatronish.data.dataset import Dataset, check_dataset_fits, combined_finge
 from megatronish.data.sources import is_stream
 from megatronish.data.training_data import split_of
 from megatronish.inference.evaluate import ProgressLine, gzip_size, held_out_streams, score_streams, xz_size
-from megatronish.inference.load import CheckpointInfo, load_for_inference
+from megatronish.inference.load import CheckpointInfo, Loaded, load_for_inference
 from megatronish.model.checkpoints import EVALUATION_FILE, RUN_FILE
 
 
@@ -93,7 +93,15 @@ def evaluate_run(
     dtype: torch.dtype | None,
     max_tokens: int | None = None,
 ) -> tuple[Evaluation, CheckpointInfo]:
-    """Evaluate a run folder or checkpoint on held-out text (shown on stderr as it goes).
+    """Evaluate a run folder or checkpoint; see `evaluate_model`."""
+    loaded = load_for_inference(checkpoint, device, dtype)
+    return evaluate_model(loaded, data, stride, max_tokens), loaded.info
+
+
+def evaluate_model(
+    loaded: Loaded, data: str | None = None, stride: int | None = None, max_tokens: int | None = None
+) -> Evaluation:
+    """Evaluate a model on held-out text (shown on stderr as it goes).
 
     data: the prefix of a data set, by default the one that run.json names. Of the data that the run trained on, its
     held-out documents are taken; of another data set of the same tokenizer, all. stride: tokens scored a window, half
@@ -101,7 +109,7 @@ def evaluate_run(
     Raises UserError for a data set of another tokenizer, one that changed since training, and nothing held out.
     """
     start = time.monotonic()
-    model, tokenizer, info = load_for_inference(checkpoint, device, dtype)
+    model, tokenizer, info = loaded
     run = _run_config(info, required=data is None)
     context = model.config.seq_length
     stride = max(1, context // 2) if stride is None else stride
@@ -131,7 +139,7 @@ def evaluate_run(
     text = dataset.held_out_text(documents)
     if not text:
         raise UserError(f"{prefix}: the held-out documents hold no text")
-    result = Evaluation(
+    return Evaluation(
         checkpoint=str(info.folder),
         step=info.step,
         data=prefix,
@@ -149,7 +157,6 @@ def evaluate_run(
         exact_bytes=tokenizer.lossless,
         seconds=round(time.monotonic() - start, 2),
     )
-    return result, info
 
 
 def _run_config(info: CheckpointInfo, required: bool) -> RunConfig | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megatronish.config.base import UserError
 from megatronish.data.tokenizer import Tokenizer, load_tokenizer
+from megatronish.inference.quantize import QUANTIZATION_FILE, load_quantized
 from megatronish.model.checkpoints import BEST, STATE_FILE, TOKENIZER_RECORD_FILE, find_checkpoint, run_folder
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import WEIGHTS_FILE, load_model
@@ -28,9 +29,17 @@ class CheckpointInfo:
     data_identity: str | None  # of the training data, as the training state names it
 
 
+class Loaded(NamedTuple):
+    """A model opened for use, with its tokenizer and where they came from."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    info: CheckpointInfo
+
+
 def load_for_inference(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> tuple[Transformer, Tokenizer, CheckpointInfo]:
+) -> Loaded:
     """The model of a run folder (its best checkpoint, else its latest), of one checkpoint, or of an exported folder.
 
     The model is on `device` in `dtype` (as saved by default), in evaluation mode. Raises UserError when there is
@@ -41,7 +50,8 @@ def load_for_inference(
     state = _read_object(folder / STATE_FILE) if (folder / STATE_FILE).exists() else {}
     tokenizer = _load_tokenizer(folder)
     try:
-        model = load_model(folder, device, dtype)
+        quantized = (folder / QUANTIZATION_FILE).exists()
+        model = load_quantized(folder, device, dtype) if quantized else load_model(folder, device, dtype)
     except UserError:
         raise
     except ValueError as error:  # what `load_model` says of files that do not fit
@@ -51,7 +61,8 @@ def load_for_inference(
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids, the model only {model.config.vocab_size:,}: "
             "they do not belong together. Restore the tokenizer that was saved with the weights."
         )
-    return model, tokenizer, CheckpointInfo(folder, run_folder(folder), state.get("step"), state.get("data_identity"))
+    info = CheckpointInfo(folder, run_folder(folder), state.get("step"), state.get("data_identity"))
+    return Loaded(model, tokenizer, info)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""How the next token is drawn from logits: temperature, then top-k, then top-p, then one draw.
+"""How the next token is drawn from logits: repetition penalty, temperature, top-k, top-p, min-p, then one draw.
 
 The order is that of transformers' logits processors: top-p sees the probabilities that temperature and top-k left.
 """
@@ -6,6 +6,7 @@ The order is that of transformers' logits processors: top-p sees the probabiliti
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +16,16 @@ from megatronish.config.base import UserError
 
 # Below this the best token has all the probability unless logits tie within 1e-4; smaller values underflow in fp32.
 LOWEST_TEMPERATURE = 1e-6
+# Top-p sorts so many best tokens first, and all only where these do not hold p: a sort of 100,000 takes milliseconds.
+FIRST_SORTED = 512
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature: logits are divided by it (0: greedy); top_k: only the k best tokens (0: all); top_p: only the
-    fewest best tokens whose probabilities sum to at least p (1: all; Holtzman et al. 2020, section 3.1).
+    """temperature: logits are divided by it (0: greedy); top_k: only the k best tokens (0: all); top_p: only the fewest
+    best tokens whose probabilities sum to at least p (1: all; Holtzman et al. 2020, section 3.1); min_p: only tokens of
+    at least min_p times the best one's probability (0: all; Nguyen et al. 2024); repetition_penalty: positive logits of
+    tokens that occur in prompt or text are divided by it, negative ones multiplied (1: none; Keskar et al. 2019).
 
     Raises UserError for values out of range.
     """
@@ -28,6 +33,8 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -36,6 +43,12 @@ class Sampling:
             raise UserError(f"top-k {self.top_k} must be at least 0 (0 keeps all tokens)")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top-p {self.top_p} must be above 0 and at most 1 (1 keeps all tokens)")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min-p {self.min_p} must be at least 0 (0 keeps all tokens) and at most 1")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise UserError(
+                f"repetition penalty {self.repetition_penalty} must be a number above 0 (1 changes nothing)"
+            )
 
     @property
     def is_greedy(self) -> bool:
@@ -44,6 +57,18 @@ class Sampling:
 
 
 GREEDY = Sampling(temperature=0.0)
+
+
+def penalized(logits: Tensor, sampling: Sampling, seen: Sequence[int]) -> Tensor:
+    """logits [V] with the repetition penalty on the ids in `seen`; in fp32 where there is one."""
+    if sampling.repetition_penalty == 1.0 or not seen:
+        return logits
+    ids = torch.tensor(sorted(set(seen)), device=logits.device)
+    logits = logits.float().clone()
+    chosen = logits[ids]
+    penalty = sampling.repetition_penalty
+    logits[ids] = torch.where(chosen < 0, chosen * penalty, chosen / penalty)
+    return logits
 
 
 def filtered_logits(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -58,20 +83,38 @@ def filtered_logits(logits: Tensor, sampling: Sampling) -> Tensor:
         kth = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
     if sampling.top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        probabilities = ordered.softmax(-1)
-        mass_before = probabilities.cumsum(-1) - probabilities
-        excluded = mass_before >= sampling.top_p  # never the first: nothing is before it
-        excluded[..., 0] = False
-        logits = logits.masked_fill(torch.zeros_like(excluded).scatter(-1, order, excluded), -math.inf)
+        logits = _top_p(logits, sampling.top_p)
+    if sampling.min_p > 0.0:
+        # The best token's logit is 0, and that of a share p of its probability ln p.
+        logits = logits.masked_fill(logits < math.log(sampling.min_p), -math.inf)
     return logits
 
 
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+def _top_p(logits: Tensor, top_p: float) -> Tensor:
+    total = logits.logsumexp(-1, keepdim=True)
+    for count in (FIRST_SORTED, logits.shape[-1]):
+        count = min(count, logits.shape[-1])
+        if count < logits.shape[-1]:
+            ordered, order = logits.topk(count, dim=-1)
+        else:
+            ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        probabilities = (ordered - total).exp()
+        mass = probabilities.cumsum(-1)
+        if count == logits.shape[-1] or bool((mass[..., -2] >= top_p).all()):
+            break
+    kept = mass - probabilities < top_p
+    kept[..., 0] = True
+    return torch.full_like(logits, -math.inf).scatter(-1, order, ordered.masked_fill(~kept, -math.inf))
+
+
+def choose(
+    logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None, seen: Sequence[int] = ()
+) -> Tensor:
     """Draw one token from each row of logits [b, V]: int64 [b], on the device of the logits.
 
-    generator: of the same device; the default one of the device without it. Raises UserError if a row's best logit is
-    no finite number, which is a damaged or diverged model.
+    generator: of the same device; the default one of the device without it. seen: the ids that the repetition penalty
+    is for, the same for each row. Raises UserError if a row's best logit is no finite number, which is a damaged or
+    diverged model.
     """
     best = logits.amax(-1)
     if not bool(best.isfinite().all()):
@@ -79,6 +122,8 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
             "the model's logits are not finite numbers: its weights are damaged, training diverged, or fp16 overflowed. "
             "Use another checkpoint or --dtype fp32."
         )
+    if seen and sampling.repetition_penalty != 1.0:
+        logits = torch.stack([penalized(row, sampling, seen) for row in logits])
     if sampling.is_greedy:
         return logits.argmax(-1)
     probabilities = filtered_logits(logits, sampling).softmax(-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
 
+from megatronish.config.base import UserError
 from megatronish.data.tokenizer import Tokenizer
 from megatronish.inference.prompt import Prompt
 
@@ -51,6 +52,46 @@ class TextStream:
     def _added(self) -> str:
         before = self._tokenizer.decode(self._ids[self._context : self._shown])
         return self._tokenizer.decode(self._ids[self._context :])[len(before) :]
+
+
+class StopStrings:
+    """Lets text pass up to the first stop string; what may be the beginning of one waits until it is known.
+
+    `found`: a stop string has ended the text.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        """Raises UserError for an empty one, which every text contains."""
+        if any(not stop for stop in stops):
+            raise UserError("a stop string is empty: leave it out, or give the text to stop at")
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """The text that certainly comes before any stop string, with `text` behind what was held back."""
+        if self.found:
+            return ""
+        self._held += text
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if places:
+            self.found = True
+            passed, self._held = self._held[: min(places)], ""
+            return passed
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        passed = self._held[: len(self._held) - keep]
+        self._held = self._held[len(self._held) - keep :]
+        return passed
+
+    def finish(self) -> str:
+        """What was held back, for no text follows."""
+        held, self._held = self._held, ""
+        return held
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest beginning of `stop` that the held text ends in."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
 
 
 def text_pieces(tokenizer: Tokenizer, prompt: Prompt, new_ids: Iterable[int]) -> Iterator[str]:

@@ -67,7 +67,9 @@ class SelfAttention(nn.Module):
         qkv = qkv.view(b, s, self.heads + 2 * self.kv_heads, self.head_dim)
         q_bshd, k_bsgd, v_bsgd = self._position(qkv, inputs)
         if inputs.cache is not None:
-            k_bsgd, v_bsgd = inputs.cache.update(self.layer, k_bsgd, v_bsgd, self.window)
+            out_bshd = inputs.cache.attend(self.layer, q_bshd, k_bsgd, v_bsgd, self.window, self.backends.attention)
+            cached: Tensor = self.out(out_bshd.flatten(2))
+            return cached
         if inputs.sp.group is not None:
             q_bshd, k_bsgd, v_bsgd = heads_to_ranks((q_bshd, k_bsgd, v_bsgd), inputs.sp.group)
         dropout = self.dropout if self.training else 0.0

@@ -1,17 +1,25 @@
-"""Keys and values of the tokens read so far, kept for decoding."""
+"""Keys and values of the tokens read so far, kept for decoding: rows of unequal length side by side."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from megatronish.config.model import ModelConfig
+from megatronish.model.accounting import CACHE_CHUNK, cache_capacity
+from megatronish.ops.attention import attention
+from megatronish.ops.cached_attention import cached_attention_, fused_takes
+from megatronish.ops.dispatch import AttentionBackend
 
 
 class KVCache:
-    """Preallocated keys and values of every layer, [b, max_length, kv_heads, head_dim] each.
+    """Preallocated keys and values of every layer, [rows, capacity, kv_heads, head_dim] each.
 
-    `length` tokens are filled; `Transformer.forward` writes behind them and moves `length` on.
+    Position p of a row lies at p % capacity. A layer that reads all earlier tokens has room for max_length; one with a
+    sliding window rolls in window + chunk - 1 places. A row holds `lengths[row]` tokens; `Transformer.forward` writes
+    behind them and moves on. `select` gives a cache of some of the rows that shares their memory and lengths.
     """
 
     def __init__(
@@ -22,47 +30,138 @@ class KVCache:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        chunk: int = CACHE_CHUNK,
     ) -> None:
-        """Allocates 2 * layers * b * max_length * kv_heads * head_dim elements of `dtype` on `device`."""
+        """chunk: the most tokens that one forward pass adds to a row, and that `rewind` takes back, where windows slide."""
         if batch_size < 1 or max_length < 1:
             raise ValueError(
                 f"KVCache needs batch_size and max_length of at least 1, got {batch_size} and {max_length}"
             )
-        shape = (config.num_layers, batch_size, max_length, config.resolved_kv_heads, config.resolved_head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.max_length = max_length
-        self.length = 0
+        self.max_length, self.chunk = max_length, min(chunk, max_length)
+        self.slides = config.sliding_window is not None and config.sliding_window + self.chunk - 1 < max_length
+        self.keys, self.values = [], []
+        for layer in range(config.num_layers):
+            capacity = cache_capacity(config.layer_window(layer), max_length, self.chunk)
+            shape = (batch_size, capacity, config.resolved_kv_heads, config.resolved_head_dim)
+            self.keys.append(torch.zeros(shape, device=device, dtype=dtype))
+            self.values.append(torch.zeros(shape, device=device, dtype=dtype))
+        self.lengths = [0] * batch_size  # of all rows, whichever are selected
+        self.rows = list(range(batch_size))
+        self._device = self.keys[0].device
+        self._rows_tensor = torch.tensor(self.rows, dtype=torch.int32, device=self._device)
+        self._positions = torch.zeros(batch_size, 0, dtype=torch.int32)
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of keys and values."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest of the selected rows."""
+        return max(self.lengths[row] for row in self.rows)
+
+    def select(self, rows: Sequence[int]) -> KVCache:
+        """The cache of these rows, in this order: a forward pass with it reads and extends them alone."""
+        selected = object.__new__(KVCache)
+        selected.__dict__.update(self.__dict__)
+        selected.rows = [self.rows[row] for row in rows]
+        selected._rows_tensor = torch.tensor(selected.rows, dtype=torch.int32, device=self._device)
+        selected._masks = {}
+        return selected
 
     def reset(self) -> None:
-        """Forget all tokens; the memory stays."""
-        self.length = 0
+        """Forget all tokens of the selected rows; the memory stays."""
+        for row in self.rows:
+            self.lengths[row] = 0
 
     def rewind(self, length: int) -> None:
-        """Forget all tokens from `length` on. Raises ValueError if fewer are held."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot rewind a cache of {self.length} tokens to {length}")
-        self.length = length
+        """Forget all tokens of the selected rows from `length` on. Raises ValueError where fewer are held, or where a
+        sliding window has rolled over what the tokens before `length` need."""
+        for row in self.rows:
+            if not 0 <= length <= self.lengths[row]:
+                raise ValueError(f"cannot rewind a cache of {self.lengths[row]} tokens to {length}")
+            if not self.can_rewind(self.lengths[row] - length):
+                raise ValueError(
+                    f"cannot rewind a sliding window by {self.lengths[row] - length} tokens: it keeps {self.chunk}"
+                )
+            self.lengths[row] = length
 
-    def check(self, tokens: Tensor) -> None:
-        """Raise ValueError unless `tokens` [b, s] fit behind what is held."""
+    def can_rewind(self, tokens: int) -> bool:
+        """Whether so many last tokens of a row can be forgotten without reading earlier ones again."""
+        return not self.slides or tokens <= self.chunk
+
+    def begin(self, tokens: Tensor) -> Tensor:
+        """Prepare for a forward pass of `tokens` [b, s]: their positions, int32 [b, s] on the cache's device.
+
+        Raises ValueError unless they fit behind what is held.
+        """
         batch, new = tokens.shape
-        if batch != self.keys.shape[1]:
-            raise ValueError(f"the cache was made for a batch of {self.keys.shape[1]}, got tokens of {batch} rows")
+        if batch != len(self.rows):
+            raise ValueError(f"the cache was made for a batch of {len(self.rows)}, got tokens of {batch} rows")
         if self.length + new > self.max_length:
             raise ValueError(
                 f"{new} tokens do not fit behind the {self.length} in a cache of {self.max_length}: make the cache longer"
             )
+        if self.slides and new > self.chunk:
+            raise ValueError(
+                f"{new} tokens at once do not fit a sliding window's cache: give at most {self.chunk}, its chunk"
+            )
+        starts = torch.tensor([self.lengths[row] for row in self.rows], dtype=torch.int32)
+        self._positions = (starts[:, None] + torch.arange(new, dtype=torch.int32)).to(self._device)
+        self._masks = {}
+        return self._positions
 
-    def readable(self, new: int, window: int | None) -> int:
-        """How many keys `new` queries of a layer with this window can reach, themselves included."""
-        total = self.length + new
-        return total if window is None else min(total, window + new - 1)
+    def advance(self, new: int) -> None:
+        """`new` tokens of every selected row are written."""
+        for row in self.rows:
+            self.lengths[row] += new
 
-    def update(self, layer: int, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-        """Write k, v [b, new, kv_heads, head_dim] of one layer; return the keys and values its queries can reach."""
-        end = self.length + k.shape[1]
-        self.keys[layer, :, self.length : end] = k
-        self.values[layer, :, self.length : end] = v
-        start = end - self.readable(k.shape[1], window)
-        return self.keys[layer, :, start:end], self.values[layer, :, start:end]
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, backend: AttentionBackend
+    ) -> Tensor:
+        """Write k, v [b, new, kv_heads, head_dim] of one layer, then attention of q [b, new, heads, head_dim] over the
+        keys that each query can reach; returns [b, new, heads, head_dim]."""
+        keys, values = self.keys[layer], self.values[layer]
+        new = q.shape[1]
+        if backend != "reference" and fused_takes(q, keys):
+            return cached_attention_(q, k, v, keys, values, self._rows_tensor, self._positions, window)
+        start, capacity = self.lengths[self.rows[0]], keys.shape[1]
+        uniform = self.rows == list(range(self.rows[0], self.rows[-1] + 1)) and all(
+            self.lengths[row] == start for row in self.rows
+        )
+        end = start + new
+        if uniform and end <= capacity:
+            rows = slice(self.rows[0], self.rows[-1] + 1)
+            keys[rows, start:end], values[rows, start:end] = k, v
+            first = 0 if window is None else max(0, start - window + 1)
+            return attention(q, keys[rows, first:end], values[rows, first:end], backend=backend, window=window)
+        rows_index = self._rows_tensor[:, None].long()
+        places = self._positions.long() % capacity
+        keys[rows_index, places], values[rows_index, places] = k, v
+        span = min(capacity, self.length + new)
+        chosen = self._rows_tensor.long()
+        return attention(
+            q,
+            keys[chosen, :span],
+            values[chosen, :span],
+            backend="reference" if backend == "reference" else "sdpa",  # those that take a mask
+            window=window,
+            mask=self._mask(span, capacity, window),
+        )
+
+    def _mask(self, span: int, capacity: int, window: int | None) -> Tensor:
+        """Which of the first `span` places each query may read, bool [b, 1, new, span]; made once a forward pass.
+
+        A place holds the latest position that falls on it, none where that would be negative.
+        """
+        key = (span, capacity, window)
+        if key not in self._masks:
+            last = self._positions[:, -1:]
+            place = torch.arange(span, dtype=torch.int32, device=self._device)
+            position = (last - (last - place) % capacity)[:, None, None]
+            query = self._positions[:, None, :, None]
+            mask = (position >= 0) & (position <= query)
+            self._masks[key] = mask if window is None else mask & (position > query - window)
+        return self._masks[key]

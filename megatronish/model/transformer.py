@@ -129,8 +129,10 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         cache: KVCache | None = None,
+        last: int | None = None,
     ) -> Tensor:
-        """tokens [b, s] int -> logits [b, s, V] in the dtype of the weights; of V a tensor-parallel rank gives its part.
+        """tokens [b, s] int -> logits [b, s, V] in the dtype of the weights, or of the `last` tokens of each row alone; of V
+        a tensor-parallel rank gives its part.
 
         positions: [b, s] int, from 0 up and counted on behind a cache by default. cu_seqlens: int32 [documents + 1],
         cumulative document lengths over the flattened b * s tokens with the end of every row among them; attention
@@ -138,7 +140,8 @@ class Transformer(nn.Module):
         by these. Raises ValueError for shapes that do not fit and for documents behind a cache.
         """
         assert self.head is not None, "only a last stage gives logits"
-        return self.head(self._hidden(tokens, positions, cu_seqlens, max_seqlen, cache))
+        hidden = self._hidden(tokens, positions, cu_seqlens, max_seqlen, cache)
+        return self.head(hidden if last is None else hidden[:, -last:])
 
     def _hidden(
         self,
@@ -154,10 +157,15 @@ class Transformer(nn.Module):
         if cu_seqlens is not None:
             _check_documents(cu_seqlens, tokens.shape[0], tokens.shape[1] * self.sp.size)
         if cache is not None:
-            cache.check(tokens)
+            if cu_seqlens is not None:
+                raise ValueError(
+                    "documents cannot be packed behind a key/value cache: leave out cu_seqlens or the cache"
+                )
+            behind = cache.begin(tokens)
+            positions = behind if positions is None else positions
         hidden = self.run_stage(None, tokens, positions, cu_seqlens, max_seqlen, cache)
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.advance(tokens.shape[1])
         return hidden
 
     def run_stage(
@@ -241,14 +249,16 @@ class Transformer(nn.Module):
         if positions is not None:
             positions = positions.to(torch.int32)
         masks = {}
-        kv_heads = max(1, local_heads(self.config, self.tp)[1] // self.sp.size)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        for window in {self.config.layer_window(layer) for layer in range(self.config.num_layers)}:
-            keys = new if cache is None else cache.readable(new, window)
-            sizes = (batch, new, keys, kv_heads, self.config.resolved_head_dim)
+        if cache is None:  # which makes its own
+            kv_heads = max(1, local_heads(self.config, self.tp)[1] // self.sp.size)
+            dropout = self.config.attention_dropout if self.training else 0.0
+            sizes = (batch, new, new, kv_heads, self.config.resolved_head_dim)
             unread = makes_no_mask(self.backends.attention, x, *sizes, dropout)
-            if not unread and needs_mask(new, keys, window, cu_seqlens):
-                masks[window] = attention_mask(batch, new, keys, window=window, cu_seqlens=cu_seqlens, device=x.device)
+            for window in {self.config.layer_window(layer) for layer in range(self.config.num_layers)}:
+                if not unread and needs_mask(new, new, window, cu_seqlens):
+                    masks[window] = attention_mask(
+                        batch, new, new, window=window, cu_seqlens=cu_seqlens, device=x.device
+                    )
         return AttentionInputs(cos, sin, positions, offset, cu_seqlens, max_seqlen, masks, cache, sp=self.sp)
 
     def set_activation_checkpointing(self, mode: str) -> None:

@@ -63,7 +63,7 @@ def attention(
     and window - 1 earlier keys. cu_seqlens: int32 [documents + 1] over the flattened b * queries tokens, with the end
     of every row among them; attention stays inside a document; max_seqlen is the longest one (used by flash-attn, b *
     queries by default). scale: 1 / sqrt(d) by default. mask: `attention_mask` of the same arguments, made once for
-    several layers; made here when needed and not given. "sdpa" is torch's; a backend that ends in "_or_sdpa" takes our kernel for
+    several layers; made here when needed and not given ("sdpa" and "reference" take any other mask as well). "sdpa" is torch's; a backend that ends in "_or_sdpa" takes our kernel for
     CPU tensors that it computes faster and at least as exactly (ops/attention_cpu.py).
     Raises ValueError if the shapes do not fit, or if flash-attn is forced on tensors that it does not take.
     """
@@ -80,9 +80,7 @@ def attention(
         scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
         result: Tensor = attention_cpu.FusedCausalAttention.apply(q, k, v, first_key, scale)
         return result
-    if not needs_mask(queries, keys, window, cu_seqlens):
-        mask = None
-    elif mask is None:
+    if mask is None and needs_mask(queries, keys, window, cu_seqlens):
         mask = attention_mask(q.shape[0], queries, keys, window=window, cu_seqlens=cu_seqlens, device=q.device)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),

@@ -1,7 +1,8 @@
-"""Linear layers: torch's, and on CPUs in fp32 oneDNN's product in place of MKL's, where it is the faster one."""
+"""Linear layers: torch's, and on CPUs what is faster: oneDNN's product in place of MKL's in fp32, our kernel for few rows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Fewer rows (decoding, say) are no product of matrices worth the choice.
+from megatronish.ops.extension import EXTENSION
+
+# Fewer rows are no product of matrices worth the choice.
 MIN_ROWS = 64
+# Up to so many rows (decoding) the kernel of csrc/cpu/linear_rows.cpp reads the weights once, at the rate of memory.
+FEW_ROWS = 16
+_FEW_ROWS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -18,12 +24,32 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     torch takes MKL for fp32 products on CPUs and oneDNN for bf16 ones. On the AMD CPUs measured, oneDNN is 1.1 to 1.7 times
     as fast in fp32, forward and for the gradient of x (docs/benchmarks.md); the gradient of the weight is level. What is
-    compiled keeps torch's: inductor takes this operator with constant weights only.
+    compiled keeps torch's: inductor takes this operator with constant weights only. Without gradients up to FEW_ROWS rows go
+    through our kernel, in which no row's result depends on the others.
     """
+    if few_rows(x, weight.shape[1]) and x.dtype == weight.dtype and weight.is_contiguous():
+        return rows_product(torch.ops.megatronish.linear_rows, x, weight, bias=bias)
     if not torch.compiler.is_compiling() and _onednn_pays(x, weight):
         result: Tensor = _OneDNNLinear.apply(x, weight, bias)
         return result
     return F.linear(x, weight, bias)
+
+
+def few_rows(x: Tensor, width: int) -> bool:
+    """Whether x [..., width] is for the kernels of csrc/cpu/linear_rows.cpp."""
+    return (
+        x.device.type == "cpu"
+        and x.numel() <= FEW_ROWS * width
+        and x.dtype in _FEW_ROWS_DTYPES
+        and not torch.is_grad_enabled()
+        and EXTENSION.cpu
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def rows_product(operator: Callable[..., Tensor], x: Tensor, *weights: Tensor, bias: Tensor | None) -> Tensor:
+    """`operator` of x [..., in] taken as rows -> [..., out]."""
+    return operator(x.reshape(-1, x.shape[-1]), *weights, bias).view(*x.shape[:-1], weights[0].shape[0])
 
 
 def _onednn_pays(x: Tensor, weight: Tensor) -> bool:
@@ -60,3 +86,17 @@ class _OneDNNLinear(torch.autograd.Function):
         dx = _product(grad, weight.t(), None).view(x.shape) if need_x else None
         dweight = grad.t() @ x.flatten(0, -2) if need_weight else None
         return dx, dweight, grad.sum(0) if need_bias else None
+
+
+def _register_fakes() -> None:
+    """Shapes and dtypes of the results, for torch.compile and the meta device."""
+
+    def linear_rows(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+        return x.new_empty(x.shape[0], weight.shape[0])
+
+    for name in ("linear_rows", "linear_rows_int8", "linear_rows_int4"):
+        torch.library.register_fake(f"megatronish::{name}", linear_rows)
+
+
+if EXTENSION.cpu:
+    _register_fakes()

@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatronish.config.base import UserError
@@ -33,6 +33,7 @@ from tests.runs import WORDS, make_dataset
 CPU = torch.device("cpu")
 
 
+@settings(deadline=None)  # a busy machine
 @given(st.integers(2, 70), st.integers(1, 12), st.data())
 def test_windows_score_each_token_once_with_the_context_promised(length, seq_length, data):
     stride = data.draw(st.integers(1, seq_length))

@@ -1,16 +1,19 @@
 """Generation with the cache writes what reading everything anew at every token would write."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from megatronish.config.base import UserError
 from megatronish.config.model import ModelConfig
 from megatronish.data.tokenizer import ByteTokenizer, train_bpe
-from megatronish.inference import generate as generate_module
+from megatronish.inference import batch
 from megatronish.inference.generate import generate
 from megatronish.inference.prompt import Prompt, encode_prompt
 from megatronish.inference.sampling import GREEDY, Sampling, choose
 from megatronish.inference.stream import text_pieces
+from megatronish.model.kv_cache import KVCache
 from megatronish.model.transformer import Transformer
 
 SHAPE = {
@@ -42,7 +45,7 @@ def without_cache(model, prompt, count, sampling, seed):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9), Sampling(1.3, 20, 0.8)], ids=["greedy", "sampled", "top"])
 def test_cached_equals_uncached(variant, sampling, monkeypatch):
-    monkeypatch.setattr(generate_module, "PREFILL_TOKENS", 4)  # the prompt is read in three pieces
+    monkeypatch.setattr(batch, "KVCache", partial(KVCache, chunk=4))  # the prompt is read in three pieces
     model = Transformer(ModelConfig(**SHAPE, **VARIANTS[variant]), seed=3).eval()
     prompt = [5, 17, 2, 2, 60, 0, 33, 9, 41]
     expected = without_cache(model, prompt, 31, sampling, seed=11)

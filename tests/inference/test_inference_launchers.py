@@ -22,10 +22,10 @@ from megatronish.model.weights import load_model
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def launch(script, *arguments):
+def launch(script, *arguments, **options):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, str(ROOT / "launchers" / script), *arguments]
-    return subprocess.run(command, capture_output=True, env=env, timeout=120, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, env=env, timeout=120, cwd=ROOT, **options)
 
 
 def test_generate_writes_what_the_model_says(run, model):
@@ -47,7 +47,17 @@ def test_generate_writes_what_the_model_says(run, model):
         expected += prompt + tokenizer.decode(ids) + "\n"
     # Universal newlines would hide a carriage return that the model wrote: compare bytes.
     assert done.stdout == expected.encode()
-    assert done.stderr.decode().count("tokens/s; prompt of") == 2
+    assert done.stderr.decode().count("tokens; prompt of") == 2
+    assert "[24 tokens in" in done.stderr.decode()
+
+
+def test_a_conversation_over_a_pipe(run):
+    done = launch("generate.py", "--checkpoint", str(run.folder), "--interactive", "--max-new-tokens", "4", "--greedy",
+                  "--device", "cpu", input=b"/set top_k 3\nhi\n/nonsense\n/history\n/quit\nnever read\n")  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    shown = done.stderr.decode()
+    assert "top_k 3" in shown and "error: no command /nonsense" in shown and "user: hi" in shown
+    assert "never read" not in shown and done.stdout.endswith(b"\n")
 
 
 def test_evaluate_prints_and_writes(run):
@@ -73,6 +83,9 @@ def test_bad_input_is_one_line_and_status_2(run):
     [
         (["--top-p", "1.5"], "top-p 1.5 must be above 0"),
         (["--top-k", "-2"], "top-k -2"),
+        (["--min-p", "2"], "min-p 2.0"),
+        (["--lookup", "-1"], "--lookup -1 must be at least 0"),
+        (["--stop", ""], "a stop string is empty"),
         (["--max-new-tokens", "0"], "max new tokens 0 must be at least 1"),
         (["--prompt", "fits", "--prompt", "x" * 33], "the prompt has 34 tokens, but the model's context is 32"),
         (["--checkpoint", "nowhere/run"], "nowhere/run: no such folder"),

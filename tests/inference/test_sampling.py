@@ -4,10 +4,17 @@ import math
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from megatronish.config.base import UserError
-from megatronish.inference.sampling import GREEDY, Sampling, choose, filtered_logits
+from megatronish.inference.sampling import FIRST_SORTED, GREEDY, Sampling, choose, filtered_logits, penalized
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
@@ -26,6 +33,45 @@ def test_equals_transformers(temperature, top_k, top_p):
     # The best logit is subtracted before the division here and inside softmax there: a few roundings of fp32 apart, of
     # exponents up to |logit| / temperature = 60 (relative error of exp: 60 * 2^-23 = 7e-6).
     torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("min_p", [0.001, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("top_p", [0.7, 1.0])
+def test_min_p_equals_transformers(min_p, top_p):
+    logits = 3 * torch.randn(16, 500, generator=torch.Generator().manual_seed(0))
+    processors = LogitsProcessorList([TemperatureLogitsWarper(1.4)])
+    if top_p < 1:
+        processors.append(TopPLogitsWarper(top_p))
+    processors.append(MinPLogitsWarper(min_p))
+    expected = processors(None, logits).softmax(-1)
+    actual = filtered_logits(logits, Sampling(1.4, top_p=top_p, min_p=min_p)).softmax(-1)
+    assert torch.equal(actual > 0, expected > 0)
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-9)  # see above
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3])
+def test_repetition_penalty_equals_transformers(penalty, generator):
+    logits, seen = torch.randn(2, 100, generator=generator), [3, 99, 3, 41, 0]
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([seen, seen]), logits.clone())
+    sampling = Sampling(repetition_penalty=penalty)
+    for row, right in zip(logits, expected):
+        assert torch.equal(penalized(row, sampling, seen), right)
+    # Among other options: it comes first.
+    among = Sampling(0.5, 10, repetition_penalty=penalty)
+    draws = choose(logits[:1].expand(500, -1), among, generator, seen)
+    assert set(draws.tolist()) <= set(filtered_logits(expected[0], among).isfinite().nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_top_p_of_a_large_vocabulary(spread, generator):
+    """Whether the first sorted tokens hold p or not."""
+    logits = spread * torch.randn(3, 5 * FIRST_SORTED, generator=generator)
+    expected = TopPLogitsWarper(0.8)(None, logits).softmax(-1)
+    actual = filtered_logits(logits, Sampling(top_p=0.8)).softmax(-1)
+    assert (int((expected > 0).sum(-1).min()) > FIRST_SORTED) == (spread < 1)
+    # A token at the edge may fall on either side: sums of thousands of fp32 probabilities in two orders.
+    assert int(((actual > 0) != (expected > 0)).sum()) <= 2
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_ties_at_the_kth_token_are_kept_and_top_p_counts_them_once():
@@ -82,6 +128,9 @@ def test_a_generator_alone_decides():
         ({"top_p": 0.0}, "top-p 0.0 must be above 0 and at most 1"),
         ({"top_p": 1.01}, "top-p 1.01"),
         ({"top_p": math.nan}, "top-p nan"),
+        ({"min_p": -0.1}, "min-p -0.1 must be at least 0"),
+        ({"min_p": 1.5}, "min-p 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition penalty 0.0 must be a number above 0"),
     ],
 )
 def test_bad_values(values, message):

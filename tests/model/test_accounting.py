@@ -107,7 +107,7 @@ def test_window_layers_cost_less() -> None:
 def test_cache_bytes() -> None:
     config = resolve_model({"preset": "tiny"})
     cache = KVCache(config, 3, 20, dtype=torch.bfloat16)
-    assert kv_cache_bytes(config, 3, 20) == cache.keys.nbytes + cache.values.nbytes
+    assert kv_cache_bytes(config, 3, 20) == cache.nbytes
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:

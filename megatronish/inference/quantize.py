@@ -1,0 +1,215 @@
+"""Weights in 8 or 4 bits for inference: the matrices are narrowed, activations and sums stay as they are.
+
+int8: a row of a matrix in 8 bits with a scale of its own. int4: groups of a row in 4 bits with a scale and a low end of their
+own, clipped where that makes the squared error smaller; embedding and head, and matrices whose rows groups do not divide, in
+int8. What is read a token shrinks, which is what decoding waits for.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from megatronish.config.base import UserError
+from megatronish.config.files import sync, write_whole
+from megatronish.model.transformer import Transformer
+from megatronish.model.weights import CONFIG_FILE, WEIGHTS_FILE, load_config
+from megatronish.ops.linear import few_rows, rows_product
+
+Format = Literal["int8", "int4"]
+QUANTIZATION_FILE = "quantization.json"
+GROUPS = (32, 64, 128)
+_BLOCK = 32  # values packed together: 16 bytes whose low halves are values 0 to 15 and high halves 16 to 31
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # parts of a group's range that are tried
+
+
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [n, k] -> codes int8 [n, k] and scales fp32 [n], weight = codes * scales within half a scale."""
+    wide = weight.float()
+    scales = wide.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (wide / scales[:, None]).round_().to(torch.int8), scales
+
+
+def to_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """weight [n, k] -> packed codes uint8 [n, k / 2] and ranges bf16 [n, k / group, 2] (scale, low end)."""
+    wide = weight.float().unflatten(1, (-1, group))
+    low, high = wide.amin(2), wide.amax(2)
+    middle, best = (low + high) / 2, torch.full_like(low, torch.inf)
+    codes, ranges = torch.zeros_like(wide), torch.zeros(*low.shape, 2, dtype=torch.bfloat16, device=weight.device)
+    for shrink in _SHRINK:
+        tried = torch.stack(((high - low) * shrink / 15, middle - (high - low) * shrink / 2), -1).to(torch.bfloat16)
+        scale, start = tried.float()[..., :1], tried.float()[..., 1:]
+        found = ((wide - start) / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_().clamp_(0, 15)
+        error = (found * scale + start - wide).square().sum(2)
+        better = error < best
+        best = torch.where(better, error, best)
+        codes = torch.where(better[..., None], found, codes)
+        ranges = torch.where(better[..., None], tried, ranges)
+    blocks = codes.to(torch.uint8).view(len(weight), -1, 2, _BLOCK // 2)
+    return (blocks[:, :, 0] | blocks[:, :, 1] << 4).flatten(1), ranges
+
+
+def from_int4(codes: Tensor, ranges: Tensor) -> Tensor:
+    """The weight [n, k] in fp32 that `to_int4` made codes and ranges of."""
+    blocks = codes.unflatten(1, (-1, _BLOCK // 2))
+    values = torch.stack((blocks & 15, blocks >> 4), 2).view(len(codes), ranges.shape[1], -1)
+    wide = ranges.float()
+    return (values * wide[..., :1] + wide[..., 1:]).flatten(1)
+
+
+class Int8Linear(nn.Module):
+    """x weight^T + bias, the weight int8 [out, in] times scales [out]."""
+
+    def __init__(self, rows: int, columns: int, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.empty(rows, columns, dtype=torch.int8))
+        self.register_buffer("scales", torch.empty(rows, dtype=torch.float32))
+        self.bias = bias
+
+    def fill(self, weight: Tensor) -> None:
+        """Take the values of `weight`."""
+        self.codes, self.scales = to_int8(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        if few_rows(x, self.codes.shape[1]):
+            return rows_product(torch.ops.megatronish.linear_rows_int8, x, self.codes, self.scales, bias=self.bias)
+        # The sums are scaled and not the weight, whose codes every dtype holds exactly.
+        y = F.linear(x, self.codes.to(x.dtype)) * self.scales.to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+class Int4Linear(nn.Module):
+    """x weight^T + bias, the weight in 4 bits with a range a group."""
+
+    def __init__(self, rows: int, columns: int, group: int, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.group = group
+        self.register_buffer("codes", torch.empty(rows, columns // 2, dtype=torch.uint8))
+        self.register_buffer("ranges", torch.empty(rows, columns // group, 2, dtype=torch.bfloat16))
+        self.bias = bias
+
+    def fill(self, weight: Tensor) -> None:
+        """Take the values of `weight`."""
+        self.codes, self.ranges = to_int4(weight, self.group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        if few_rows(x, 2 * self.codes.shape[1]):
+            return rows_product(torch.ops.megatronish.linear_rows_int4, x, self.codes, self.ranges, bias=self.bias)
+        return F.linear(x, from_int4(self.codes, self.ranges).to(x.dtype), self.bias)
+
+
+class Int8Embedding(nn.Module):
+    """Rows of an int8 table; `head` shares its codes where the model ties the two."""
+
+    def __init__(self, head: Int8Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("codes", head.codes)
+        self.register_buffer("scales", head.scales)
+        self.dtype = dtype
+
+    def fill(self, weight: Tensor) -> None:
+        """Take the values of `weight`."""
+        self.codes, self.scales = to_int8(weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [b, s] -> [b, s, hidden]."""
+        return (self.codes[tokens] * self.scales[tokens].unsqueeze(-1)).to(self.dtype)
+
+
+@torch.no_grad()
+def quantize_model(model: Transformer, form: Format, group: int = 64) -> Transformer:
+    """Replace the weight matrices of `model` in place, those on the meta device without filling them; returns it.
+
+    group: columns that share a range in int4. Raises UserError for an unknown group.
+    """
+    assert form in get_args(Format)
+    if group not in GROUPS:
+        raise UserError(f"group {group}: choose {', '.join(map(str, GROUPS))}")
+    table, dtype = model.embedding.weight, next(model.parameters()).dtype
+    head_weight, tied = model.head.weight, model.config.tie_embeddings
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Linear):
+                rows, columns = layer.weight.shape
+                narrow: Int8Linear | Int4Linear = Int8Linear(rows, columns, layer.bias)
+                if form == "int4" and columns % group == 0:
+                    narrow = Int4Linear(rows, columns, group, layer.bias)
+                setattr(parent, name, _filled(narrow, layer.weight))
+    head = _filled(Int8Linear(*head_weight.shape, None), head_weight)
+    embedding = Int8Embedding(head, dtype)
+    model.head, model.embedding = head, embedding if tied else _filled(embedding, table)
+    return model
+
+
+def _filled(layer: nn.Module, weight: Tensor) -> nn.Module:
+    if weight.is_meta:
+        return layer.to("meta")
+    layer.fill(weight)
+    return layer
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Memory of a model's weights, each counted once."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def save_quantized(folder: Path, model: Transformer, form: Format, group: int) -> None:
+    """Write a quantized model's weights, its configuration and how it was quantized into `folder`."""
+    state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        state = {name: value for name, value in state.items() if not name.startswith("embedding.")}
+    folder.mkdir(parents=True, exist_ok=True)
+    text = model.config.model_dump_json(indent=2)
+    partial = folder / f".{WEIGHTS_FILE}.partial"
+    save_file(state, partial, metadata={"format": "pt", "model_config": text})
+    sync(partial)
+    partial.replace(folder / WEIGHTS_FILE)
+    write_whole(folder / CONFIG_FILE, text + "\n")
+    write_whole(folder / QUANTIZATION_FILE, json.dumps({"format": form, "group": group}) + "\n")
+    sync(folder)
+
+
+def load_quantized(folder: Path, device: torch.device | str, dtype: torch.dtype | None) -> Transformer:
+    """The quantized model in `folder`, in evaluation mode. Raises UserError for files that are torn or do not fit."""
+    path = folder / QUANTIZATION_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        form, group = found["format"], found["group"]
+        if form not in get_args(Format):
+            raise ValueError(f"unknown format {form!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not how a model was quantized ({error}): make it again with tools/quantize.py"
+        ) from None
+    config = load_config(folder)
+    with torch.device("meta"):
+        model = Transformer(config, seed=None)
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt", device=str(device)) as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{folder / WEIGHTS_FILE}: torn or missing ({error}): make it again with tools/quantize.py"
+        ) from None
+    with torch.device("meta"):
+        quantize_model(model, form, group)
+    if config.tie_embeddings:
+        state |= {f"embedding.{name}": state[f"head.{name}"] for name in ("codes", "scales") if f"head.{name}" in state}
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{folder}: weights and configuration are of different models: {error}") from None
+    for parameter in model.parameters():  # not `model.to`: scales stay as they are
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
+    model.embedding.dtype = next(model.parameters()).dtype
+    return model.eval()

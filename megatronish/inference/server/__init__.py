@@ -1,0 +1,1 @@
+"""A server of one model that speaks OpenAI's protocol."""
