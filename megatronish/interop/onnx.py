@@ -25,6 +25,8 @@ from megatronish.interop.tokenizer_files import find_origin, special_ids, write_
 from megatronish.model.attention import AttentionInputs
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import load_model
+from megatronish.ops.attention import attention
+from megatronish.ops.dispatch import AttentionBackend
 
 ONNX_FILE = "model.onnx"
 OPSET = 18
@@ -36,15 +38,18 @@ TOLERANCE = 1e-4
 class _Past:
     """A cache that holds nothing: keys and values come in, longer ones go out; [b, kv_heads, tokens, d]."""
 
-    def __init__(self, past: list[Tensor]) -> None:
-        self._past = past
+    def __init__(self, past: list[Tensor], masks: dict[int | None, Tensor]) -> None:
+        self._past, self._masks = past, masks
         self.present: list[Tensor] = []
 
-    def update(self, layer: int, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-        """k, v [b, new, kv_heads, d] behind what is held, [b, tokens, kv_heads, d]. Masks keep to the window."""
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, backend: AttentionBackend
+    ) -> Tensor:
+        """Attention of q [b, new, heads, d] over what is held and k, v [b, new, kv_heads, d]; masks keep to the window."""
         pair = [torch.cat((self._past[2 * layer + i], new.transpose(1, 2)), dim=2) for i, new in enumerate((k, v))]
         self.present += pair
-        return pair[0].transpose(1, 2), pair[1].transpose(1, 2)
+        keys, values = (tensor.transpose(1, 2) for tensor in pair)
+        return attention(q, keys, values, backend=backend, window=window, mask=self._masks[window])
 
 
 class OnnxDecoder(nn.Module):
@@ -75,9 +80,9 @@ class OnnxDecoder(nn.Module):
                 reach = reach & (key > query - window)
             # A padded token reads itself: a row that reads nothing would turn into NaN, and spoil others by 0 * NaN.
             masks[window] = (reach & attention_mask.bool()[:, None, None, :]) | (key == query)
-        cache: Any = _Past(past)
+        cache: Any = _Past(past, masks)
         inputs = AttentionInputs(
-            self.get_buffer("cos"), self.get_buffer("sin"), position_ids, masks=masks, cache=cache, in_place=False
+            self.get_buffer("cos"), self.get_buffer("sin"), position_ids, cache=cache, in_place=False
         )
         assert model.embedding is not None and model.head is not None
         x, residual = model.embedding(input_ids), None
