@@ -44,6 +44,7 @@ def few_rows(x: Tensor, width: int) -> bool:
         and not torch.is_grad_enabled()
         and EXTENSION.cpu
         and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_exporting()  # a graph for other programs keeps torch's operators
     )
 
 
