@@ -193,7 +193,7 @@ def pretrain(config: RunConfig, rank: Rank) -> Path:
     meeting = meet_by_environment(config.megatronish.train.start_timeout, what_ranks_share(config))
     try:
         with start_watchdog(meeting, config) as watchdog:
-            start_process_group(meeting=meeting)
+            start_process_group(collective_minutes(config.megatronish.train.hang_timeout), meeting)
             _Trainer(run, rank, watchdog).train()
     except BaseException:
         end_within(SHUTDOWN_SECONDS, status=1)  # peers may wait for this rank in a collective: the launcher ends them
@@ -217,6 +217,11 @@ def start_watchdog(meeting: Meeting, config: RunConfig) -> AbstractContextManage
         on_cpu and config.megatronish.parallel.pipeline == 1
     )  # pipeline stages wait for one another by their nature
     return Watchdog(meeting, train.hang_timeout, Path(train.save_dir), count_cpu=on_cpu, compare=compare)
+
+
+def collective_minutes(hang_timeout: float) -> float:
+    """How long a collective may last: torch's half an hour, or longer than the watchdog ever waits."""
+    return max(30.0, 11 * hang_timeout / 60)
 
 
 class _Trainer:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 PRETRAIN = str(ROOT / "launchers" / "pretrain.py")
 SETTLED = ("OMP_", "DS_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCH", "WANDB", "PYTEST", "SLURM")
-LIMIT_SECONDS = 120.0
+LIMIT_SECONDS = 240.0  # a launcher starts three processes one after another, on a machine that may be busy
 
 # Stands for pdsh: runs the command once a host, all here, with %n replaced as pdsh does; -S: the largest exit status.
 PDSH = """

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatronish.config.base import UserError, explained
+from megatronish.parallel import watchdog
 from megatronish.parallel.ending import STOPPED
 from megatronish.parallel.meeting import meet_by_environment
 from megatronish.parallel.watchdog import Watchdog
@@ -34,17 +35,17 @@ def watched(folder: Path) -> Iterator[Watchdog]:
     from megatronish.training.engine import start_process_group, stop_process_group
 
     meeting = meet_by_environment(60.0)
-    with Watchdog(meeting, TIMEOUT, folder, count_cpu=True) as watchdog:
+    with Watchdog(meeting, TIMEOUT, folder, count_cpu=True, compare=True) as watch:
         start_process_group(meeting=meeting)
-        yield watchdog
+        yield watch
     stop_process_group()
 
 
 def steps(rank: int, folder: Path, fault: Callable[[int, int], Any]) -> int:
     """All-reduces in a loop; `fault(rank, step)` comes before each."""
-    with explained(rank == 0), watched(folder) as watchdog:
+    with explained(rank == 0), watched(folder) as watch:
         for step in range(LAST_STEP):
-            watchdog.mark("training", step)
+            watch.mark("training", step)
             if fault(rank, step):
                 break
             dist.all_reduce(torch.ones(1))
@@ -167,6 +168,20 @@ def test_a_users_error_after_the_ranks_have_met(start: Callable[..., FaultyRanks
     assert ranks.wait() == {0: 2, 1: 2, 2: 2}, [ranks.said(rank) for rank in ranks.pids]
     (message,) = errors(ranks)
     assert message.endswith("the loss is nan") and ("rank 1 (" in message) == (failing == {1})
+
+
+def test_a_slow_rank(start: Callable[..., FaultyRanks], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes while the others wait; rank 0 says so, and the run goes on."""
+    monkeypatch.setattr(watchdog, "SLOW_SECONDS", 3.0)
+
+    def compute(rank: int, step: int) -> None:
+        if rank == 1:
+            time.sleep(0.1)
+
+    ranks = start(compute)
+    ranks.wait_until_said(0, "note: rank 1 (")
+    assert "is slow: it waits for others" in ranks.said(0)
+    assert errors(ranks) == [] and ranks.said(0).count("note: ") == 1
 
 
 def test_a_job_that_is_suspended_as_a_whole(start: Callable[..., FaultyRanks]) -> None:
