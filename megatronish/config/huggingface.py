@@ -20,6 +20,20 @@ from megatronish.config.base import ConfigError, explain
 from megatronish.config.model import ModelConfig
 
 CONFIG_JSON = "config.json"
+# Well-known architectures that ModelConfig cannot say, and why.
+_INEXPRESSIBLE: Mapping[str, str] = MappingProxyType(
+    {
+        "gemma": "its norms add 1 to their weights and its embeddings are scaled by sqrt(hidden_size)",
+        "gemma2": "attn_logit_softcapping and norms behind each branch",
+        "gemma3_text": "two rotary bases and norms behind each branch",
+        "gpt2": "positions are learned (wpe), not rotary",
+        "mixtral": "num_local_experts: the feed-forward layer is a mixture of experts",
+        "olmo2": "norms behind each branch",
+        "opt": "positions are learned",
+        "qwen3_moe": "num_experts: the feed-forward layer is a mixture of experts",
+        "smollm3": "no_rope_layers: some layers do not rotate",
+    }
+)
 _NEEDED = object()  # no default: config.json has to say it
 _SIZES: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", _NEEDED),
@@ -36,7 +50,7 @@ _PLAIN = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_ta
 # What does not change the logits.
 _WITHOUT_EFFECT_LIST = """
     architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id
-    unk_token_id _name_or_path _attn_implementation _attn_implementation_autoset attn_implementation is_llama_config
+    unk_token_id attn_implementation is_llama_config
     pretraining_tp transformers.js_config output_attentions output_hidden_states return_dict id2label label2id
     classifier_dropout unsloth_fixed unsloth_version tokenizer_class cache_implementation is_decoder
 """
@@ -220,7 +234,8 @@ def family_of(raw: Mapping[str, Any], place: str) -> Family:
     """The table's row for a config.json. Raises ConfigError for any other architecture, with the list."""
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ConfigError(f"{place}: model_type {kind!r} is not one that can be expressed: {', '.join(FAMILIES)}.")
+        why = f" ({_INEXPRESSIBLE[kind]})" if isinstance(kind, str) and kind in _INEXPRESSIBLE else ""
+        raise ConfigError(f"{place}: model_type {kind!r} is not one that can be expressed{why}: {', '.join(FAMILIES)}.")
     if "auto_map" in raw:
         raise ConfigError(f"{place}: auto_map names code that comes with the model, which is never run here.")
     return FAMILIES[kind]
@@ -259,7 +274,7 @@ def from_huggingface(raw: Mapping[str, Any], place: str) -> ModelConfig:
     known |= set() if family.windows == "none" else {"sliding_window", "layer_types"}
     known |= {"use_sliding_window", "max_window_layers"} if family.windows == "layers" else set()
     for name, value in raw.items():
-        if name not in known and value not in (None, False, [], {}):
+        if name not in known and not name.startswith("_") and value not in (None, False, [], {}):
             raise _inexpressible(
                 place,
                 name,

@@ -64,6 +64,10 @@ class HuggingFaceWeights:
                 f"{self.folder}: quantization_config: its weights are quantised; take the unquantised model."
             )
         self._files = ShardedFolder(self.folder)
+        if self.config.num_layers > len(self._files.entries):  # before a model of that size is thought up
+            raise UserError(
+                f"{self.folder}: {self.config.num_layers:,} layers in {CONFIG_JSON}, fewer tensors than that."
+            )
         self._layout = Layout(self.config, self.model_type)
         self.shapes = parameter_shapes(self.config)
         self._check()

@@ -185,6 +185,7 @@ def change(path: Path, **fields: Any) -> None:
     [
         ({"model_type": "bert"}, "model_type 'bert' is not one that can be expressed: llama, mistral, qwen2"),
         ({"model_type": 7}, "model_type 7 is not one"),
+        ({"model_type": "gemma"}, "'gemma' is not one that can be expressed \\(its norms add 1.*: llama, mistral"),
         ({"auto_map": {"AutoConfig": "evil.py"}}, "auto_map names code"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu': expressible: silu, gelu"),
         ({"hidden_size": "absent"}, '"hidden_size" is missing'),
@@ -203,6 +204,7 @@ def change(path: Path, **fields: Any) -> None:
         ({"model_type": "qwen3", "qk_norm": True}, "knows no such field|has no tensor|qk_norm"),
         ({"intermediate_size": 96}, "gate_proj.weight' is \\[80, 48\\], config.json says \\[96, 48\\]"),
         ({"num_hidden_layers": 2}, "holds 'model.layers.2.* does not account for"),
+        ({"num_hidden_layers": 10**12}, "1,000,000,000,000 layers in config.json, fewer tensors"),
         ({"num_hidden_layers": 4}, "has no tensor 'model.layers.3.input_layernorm.weight', which should be \\[48\\]"),
         ({"attention_bias": True}, "has no tensor 'model.layers.0.self_attn.q_proj.bias'"),
     ],
@@ -211,6 +213,29 @@ def test_a_config_that_does_not_fit_is_refused_by_its_field(folder: Path, fields
     change(folder / "config.json", **fields)
     with pytest.raises(UserError, match=message):
         HuggingFaceWeights(folder)
+
+
+def test_fields_without_effect_are_no_obstacle(folder: Path) -> None:
+    before = HuggingFaceWeights(folder).config
+    change(folder / "config.json", _made_by="someone", unused=None, tokenizer_class="X", pretraining_tp=2, empty=[])
+    assert HuggingFaceWeights(folder).config == before
+
+
+def test_both_ways_of_writing_rotary_settings(folder: Path) -> None:
+    """As transformers 4 and 5 write them; the original length falls back to max_position_embeddings."""
+    fields = {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}
+    change(folder / "config.json", rope_parameters={**fields, "rope_theta": 5000.0})
+    new = HuggingFaceWeights(folder).config
+    change(folder / "config.json", rope_parameters="absent", rope_scaling=fields, rope_theta=5000)
+    old = HuggingFaceWeights(folder).config
+    change(folder / "config.json", rope_scaling={**fields, "rope_type": "absent", "type": "yarn"})
+    assert new == old and new.rope_theta == 5000.0
+    assert new.rope_scaling is not None
+    assert (new.rope_scaling.type, new.rope_scaling.beta_fast, new.rope_scaling.original_seq_length) == (
+        "yarn",
+        16.0,
+        64,
+    )
 
 
 @pytest.mark.parametrize(
