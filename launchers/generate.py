@@ -34,7 +34,9 @@ def main() -> int:
     arguments = build_parser().parse_args()
     with explained():
         if arguments.interactive and arguments.prompt:
-            raise UserError("--prompt and --interactive: give one of them; what is typed is the prompt of a conversation")
+            raise UserError(
+                "--prompt and --interactive: give one of them; what is typed is the prompt of a conversation"
+            )
         settle_process()
         run(arguments)
     return 0

@@ -26,14 +26,25 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen; others than this machine need a key")
     add("--port", type=int, default=8000, metavar="N", help="(8000)")
-    add("--api-key-file", type=Path, metavar="FILE", help=f"the key that clients must send (or the variable {KEY_VARIABLE})")
+    add(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"the key that clients must send (or the variable {KEY_VARIABLE})",
+    )
     add("--model-name", metavar="NAME", help="what clients call the model (the name of its folder)")
     add("--slots", type=int, default=8, metavar="N", help="sequences written side by side (8)")
     add("--max-context", type=int, metavar="N", help="tokens of prompt and answer (the model's context)")
-    add("--max-waiting", type=int, default=64, metavar="N", help="further requests that may wait; more are refused (64)")
+    add(
+        "--max-waiting", type=int, default=64, metavar="N", help="further requests that may wait; more are refused (64)"
+    )
     add("--timeout", type=float, default=300.0, metavar="S", help="seconds that a request may take (300)")
     add("--max-body", type=int, default=1 << 20, metavar="BYTES", help="size of a request (1048576)")
-    add("--keep-prefixes", action="store_true", help="do not read again what a slot's last prompt began with; rounds differently")
+    add(
+        "--keep-prefixes",
+        action="store_true",
+        help="do not read again what a slot's last prompt began with; rounds differently",
+    )
     add_quantize(parser)
     return parser
 

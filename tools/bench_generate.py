@@ -242,14 +242,18 @@ def main(arguments: list[str] | None = None) -> int:
             changes["num_layers"] = options.layers
         config, device = resolve_model({"preset": options.preset, **changes}), torch.device(options.device)
         if config.norm != "rmsnorm" or config.activation != "swiglu":
-            raise UserError(f"--preset {options.preset}: the peers are built as Llamas; choose an RMSNorm and SwiGLU preset")
+            raise UserError(
+                f"--preset {options.preset}: the peers are built as Llamas; choose an RMSNorm and SwiGLU preset"
+            )
         lacking = {name: package for name in options.names if (package := missing(name))}
         for name, package in lacking.items():
             print(f"left out: {name}: {package} is not installed")
         names = [name for name in NAMES if name in options.names and name not in lacking]
         contestants = {name: build(name, config, device) for name in names}
         results = []
-        print(f"{options.preset}, prompt {options.prompt_tokens}, new {options.new_tokens}, {torch.get_num_threads()} threads")
+        print(
+            f"{options.preset}, prompt {options.prompt_tokens}, new {options.new_tokens}, {torch.get_num_threads()} threads"
+        )
         print(f"{'':28}{'batch':>6}{'prefill tok/s':>14}{'decode':>12}{'against compiled transformers':>31}")
         for batch in options.batch:
             draw = torch.Generator().manual_seed(batch)
@@ -261,7 +265,9 @@ def main(arguments: list[str] | None = None) -> int:
             show(found)
             results += found
         if options.json:
-            options.json.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n", encoding="utf-8")
+            options.json.write_text(
+                json.dumps([asdict(result) for result in results], indent=2) + "\n", encoding="utf-8"
+            )
     return 0
 
 

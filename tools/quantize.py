@@ -21,7 +21,11 @@ def main() -> int:
     add("--format", choices=("int8", "int4"), required=True, help="bits of a weight")
     add("--group", type=int, default=64, metavar="N", help="int4: columns that share a range: 32, 64 or 128 (64)")
     add("--output", type=Path, metavar="DIR", help="write the model here; without it, only compare")
-    add("--data", metavar="PREFIX", help="a data set of the same tokenizer to compare on (the one that the run trained on)")
+    add(
+        "--data",
+        metavar="PREFIX",
+        help="a data set of the same tokenizer to compare on (the one that the run trained on)",
+    )
     add("--max-tokens", type=int, default=20_000, metavar="N", help="compare on so many held-out tokens (20,000)")
     arguments = parser.parse_args()
     with explained():

@@ -21,7 +21,9 @@ def model_parser(program: str, description: str | None) -> argparse.ArgumentPars
         metavar="DIR",
         help="a run's folder (its best checkpoint, else its latest), one checkpoint, or an exported or quantized folder",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one"
+    )
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: as saved")
     return parser
 
@@ -39,11 +41,25 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser, temperature: float = 0.8) -> None:
     """How tokens are drawn."""
     add = parser.add_argument
-    add("--temperature", type=float, default=temperature, metavar="T", help=f"divides the logits; 0 is greedy ({temperature})")
+    add(
+        "--temperature",
+        type=float,
+        default=temperature,
+        metavar="T",
+        help=f"divides the logits; 0 is greedy ({temperature})",
+    )
     add("--top-k", type=int, default=0, metavar="K", help="draw from the K best tokens; 0 is all (0)")
-    add("--top-p", type=float, default=0.95, metavar="P", help="draw from the best tokens of total probability P (0.95)")
+    add(
+        "--top-p", type=float, default=0.95, metavar="P", help="draw from the best tokens of total probability P (0.95)"
+    )
     add("--min-p", type=float, default=0.0, metavar="P", help="only tokens of P times the best one's probability (0)")
-    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: what was written comes back less (1)")
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="above 1: what was written comes back less (1)",
+    )
     add("--greedy", action="store_true", help="always take the best token, as --temperature 0")
     add("--seed", type=int, default=1234, help="of the random numbers of each prompt (1234)")
 

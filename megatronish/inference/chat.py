@@ -71,7 +71,12 @@ class Chat:
             del conversation[first : first + 2]
             prompt = self.format.prompt(conversation)
         request = Request(
-            prompt.ids, self.max_new_tokens, self.sampling, self._generator, lookup=self.lookup, stop_ids=self.format.stop_ids
+            prompt.ids,
+            self.max_new_tokens,
+            self.sampling,
+            self._generator,
+            lookup=self.lookup,
+            stop_ids=self.format.stop_ids,
         )
         generation = self._batch.add(request)
         text = TextGeneration(generation, self._tokenizer, prompt, self.stop)
@@ -128,7 +133,11 @@ def converse(loaded: Loaded, sampling: Sampling, arguments: argparse.Namespace) 
         stop=tuple(arguments.stop),
         lookup=arguments.lookup,
     )
-    shape = "its chat template" if chat.format.template else 'plain lines ("User: ...", "Assistant: ..."): it has no template'
+    shape = (
+        "its chat template"
+        if chat.format.template
+        else 'plain lines ("User: ...", "Assistant: ..."): it has no template'
+    )
     _tell(f"A conversation in {shape}. /help lists what else can be typed.")
     if sys.stdin.isatty():
         import readline  # noqa: F401  # line editing and history for input()

@@ -48,7 +48,11 @@ class ChatFormat:
         variables = {name: text for name in names if (text := _content(settings.get(name))) is not None}
         if template is None:
             return cls(tokenizer, None, special_ids, variables, frozenset(), ("\nUser:", "\nSystem:"))
-        ends = {special_ids[text] for text in (variables.get("eos_token"), "<|im_end|>", "<|eot_id|>") if text in special_ids}
+        ends = {
+            special_ids[text]
+            for text in (variables.get("eos_token"), "<|im_end|>", "<|eot_id|>")
+            if text in special_ids
+        }
         return cls(tokenizer, template, special_ids, variables, frozenset(ends), ())
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
@@ -65,7 +69,9 @@ class ChatFormat:
         if self.special_ids:
             # A mark inside each: no special token any more, until it is taken out again from plain text.
             messages = [
-                Message(role=m["role"], content=pattern.sub(lambda found: found[0][0] + mark + found[0][1:], m["content"]))
+                Message(
+                    role=m["role"], content=pattern.sub(lambda found: found[0][0] + mark + found[0][1:], m["content"])
+                )
                 for m in messages
             ]
         text = self._render(messages)
@@ -86,7 +92,9 @@ class ChatFormat:
             raise TemplateError(message)
 
         # As Hugging Face sets it up; sandboxed, for a template comes from where the weights came from.
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = refuse
         assert self.template is not None, "plain lines need no template"
         try:
@@ -118,7 +126,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore it, or delete it to talk without a template") from None
+        raise UserError(
+            f"{path}: cannot be read ({error}); restore it, or delete it to talk without a template"
+        ) from None
     return content if isinstance(content, dict) else {}
 
 

@@ -46,9 +46,7 @@ class TextGeneration(Iterator[str]):
     `text` is what was given so far. `finish_reason` is that of the generation, "stop string" where one ended it.
     """
 
-    def __init__(
-        self, generation: Generation, tokenizer: Tokenizer, prompt: Prompt, stop: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, generation: Generation, tokenizer: Tokenizer, prompt: Prompt, stop: Sequence[str] = ()) -> None:
         """Raises UserError for an empty stop string."""
         self.generation = generation
         self.text = ""

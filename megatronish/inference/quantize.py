@@ -188,7 +188,9 @@ def load_quantized(folder: Path, device: torch.device | str, dtype: torch.dtype 
         if form not in get_args(Format):
             raise ValueError(f"unknown format {form!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not how a model was quantized ({error}): make it again with tools/quantize.py") from None
+        raise UserError(
+            f"{path}: not how a model was quantized ({error}): make it again with tools/quantize.py"
+        ) from None
     config = load_config(folder)
     with torch.device("meta"):
         model = Transformer(config, seed=None)
@@ -196,7 +198,9 @@ def load_quantized(folder: Path, device: torch.device | str, dtype: torch.dtype 
         with safe_open(folder / WEIGHTS_FILE, framework="pt", device=str(device)) as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder / WEIGHTS_FILE}: torn or missing ({error}): make it again with tools/quantize.py") from None
+        raise UserError(
+            f"{folder / WEIGHTS_FILE}: torn or missing ({error}): make it again with tools/quantize.py"
+        ) from None
     with torch.device("meta"):
         quantize_model(model, form, group)
     if config.tie_embeddings:

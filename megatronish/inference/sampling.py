@@ -46,7 +46,9 @@ class Sampling:
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min-p {self.min_p} must be at least 0 (0 keeps all tokens) and at most 1")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise UserError(f"repetition penalty {self.repetition_penalty} must be a number above 0 (1 changes nothing)")
+            raise UserError(
+                f"repetition penalty {self.repetition_penalty} must be a number above 0 (1 changes nothing)"
+            )
 
     @property
     def is_greedy(self) -> bool:

@@ -141,7 +141,9 @@ class Transformer(nn.Module):
             _check_documents(cu_seqlens, tokens)
         if cache is not None:
             if cu_seqlens is not None:
-                raise ValueError("documents cannot be packed behind a key/value cache: leave out cu_seqlens or the cache")
+                raise ValueError(
+                    "documents cannot be packed behind a key/value cache: leave out cu_seqlens or the cache"
+                )
             behind = cache.begin(tokens)
             positions = behind if positions is None else positions
         x = self.embedding(tokens)
@@ -199,7 +201,9 @@ class Transformer(nn.Module):
         if cache is None and not uses_flash(self.backends.attention, x, self.config.resolved_head_dim):
             for window in {self.config.layer_window(layer) for layer in range(self.config.num_layers)}:
                 if needs_mask(new, new, window, cu_seqlens):
-                    masks[window] = attention_mask(batch, new, new, window=window, cu_seqlens=cu_seqlens, device=x.device)
+                    masks[window] = attention_mask(
+                        batch, new, new, window=window, cu_seqlens=cu_seqlens, device=x.device
+                    )
         return AttentionInputs(cos, sin, positions, offset, cu_seqlens, max_seqlen, masks, cache)
 
     def set_activation_checkpointing(self, mode: str) -> None:

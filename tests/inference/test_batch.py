@@ -167,7 +167,9 @@ def test_log_probabilities_are_the_model_s_own():
 
 
 def test_a_limit_below_the_context_is_named():
-    with pytest.raises(UserError, match=r"context is 8: shorten the prompt, or raise the limit \(the model's own is 64\)"):
+    with pytest.raises(
+        UserError, match=r"context is 8: shorten the prompt, or raise the limit \(the model's own is 64\)"
+    ):
         Batch(build(), 1, 8).add(Request([1] * 9, 1, GREEDY))
 
 

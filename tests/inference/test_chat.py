@@ -5,7 +5,6 @@ import json
 import re
 
 import pytest
-
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 

@@ -8,7 +8,6 @@ import torch
 from megatronish.config.base import UserError
 from megatronish.config.model import ModelConfig
 from megatronish.data.tokenizer import ByteTokenizer, train_bpe
-
 from megatronish.inference import batch
 from megatronish.inference.generate import generate
 from megatronish.inference.prompt import Prompt, encode_prompt

@@ -182,7 +182,13 @@ async def _answer(
         for choice in range(body.n or 1):
             draw = torch.Generator(scheduler.device).manual_seed(seed + choice)  # type: ignore[arg-type]
             wish = Wish(
-                prompt.ids, max_tokens, sampling, draw, prompt.first_ids, logprobs=logprobs, stop_ids=scheduler.format.stop_ids
+                prompt.ids,
+                max_tokens,
+                sampling,
+                draw,
+                prompt.first_ids,
+                logprobs=logprobs,
+                stop_ids=scheduler.format.stop_ids,
             )
             scheduler.check(wish, stop)
 
@@ -230,7 +236,9 @@ async def _arriving(
                 scheduler.cancel(job)
 
 
-async def _stream(arriving: AsyncIterator[tuple[int, Event]], reply: Reply, include_usage: bool) -> AsyncIterator[bytes]:
+async def _stream(
+    arriving: AsyncIterator[tuple[int, Event]], reply: Reply, include_usage: bool
+) -> AsyncIterator[bytes]:
     async with contextlib.aclosing(arriving) as events:  # type: ignore[type-var]
         try:
             for chunk in reply.opening():

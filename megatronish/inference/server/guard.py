@@ -14,7 +14,9 @@ OPEN = {"/", "/health"}  # no secret is there, and a page must load before it ca
 KNOWN = {"/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"}
 
 
-def error_body(status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
+def error_body(
+    status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None
+) -> JSONResponse:
     """An error in OpenAI's form."""
     kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
@@ -82,8 +84,9 @@ class Guard:
         return None
 
     def _too_large(self) -> JSONResponse:
-        return error_body(413, f"the request is larger than {self._body_bytes:,} bytes", headers={"Connection": "close"})
-
+        return error_body(
+            413, f"the request is larger than {self._body_bytes:,} bytes", headers={"Connection": "close"}
+        )
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

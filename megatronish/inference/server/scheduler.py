@@ -63,7 +63,11 @@ class Scheduler:
     ) -> None:  # fmt: skip
         """max_context: tokens of prompt and answer, the model's context by default. max_waiting: jobs beyond those that run.
         Raises UserError for limits below 1."""
-        for name, value in (("slots", slots), ("max context", 1 if max_context is None else max_context), ("max waiting", max_waiting)):
+        for name, value in (
+            ("slots", slots),
+            ("max context", 1 if max_context is None else max_context),
+            ("max waiting", max_waiting),
+        ):
             if value < 1:
                 raise UserError(f"{name} {value} must be at least 1")
         self.tokenizer = loaded.tokenizer
