@@ -9,10 +9,15 @@ import argparse
 import signal
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from megatronish.config.base import UserError, explained
 from megatronish.inference.arguments import add_quantize, add_sampling, model_parser, open_model, sampling_of
 from megatronish.parallel.startup import settle_process
+
+if TYPE_CHECKING:  # torch: only after the process is settled
+    from megatronish.inference.load import Loaded
+    from megatronish.inference.sampling import Sampling
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     write(loaded, sampling, arguments)
 
 
-def write(loaded, sampling, arguments: argparse.Namespace) -> None:  # type: ignore[no-untyped-def]
+def write(loaded: Loaded, sampling: Sampling, arguments: argparse.Namespace) -> None:
     """A text for each prompt, all made together, the first shown as it comes."""
     import torch
 

@@ -84,12 +84,12 @@ def transformers(config: ModelConfig, form: str, device: torch.device) -> Contes
     """`generate` with a static cache; int8 by torchao's weight-only quantization."""
     from transformers import CompileConfig
 
-    model = build_transformers(config, compiled=False).model.to(device, torch.bfloat16).eval()
+    model: Any = build_transformers(config, compiled=False).model.to(device, torch.bfloat16).eval()
     model.config.use_cache = model.generation_config.use_cache = True
     if form.startswith("int8"):
         quantization = import_module("torchao.quantization")
         quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    compiling = CompileConfig(fullgraph=False)
+    compiling: Any = CompileConfig(fullgraph=False)
     compiling._compile_all_devices = True
     options: dict[str, Any] = {"compile_config": compiling} if form.endswith("compiled") else {"disable_compile": True}
 
@@ -111,7 +111,7 @@ def transformers(config: ModelConfig, form: str, device: torch.device) -> Contes
 
 def litgpt(config: ModelConfig, form: str, device: torch.device) -> Contestant:
     """litgpt's own loop over its model with its cache."""
-    model = build_litgpt(config, compiled=False).model.to(device, torch.bfloat16).eval()
+    model: Any = build_litgpt(config, compiled=False).model.to(device, torch.bfloat16).eval()
     base = import_module("litgpt.generate.base")
     call = torch.compile(model) if form.endswith("compiled") else model
     ready = 0
@@ -201,7 +201,8 @@ def summarise(contestants: dict[str, Contestant], batch: int, options: argparse.
         decode = statistics.median(total - first for total, first in zip(each.total, each.prefill, strict=True))
         prefill = batch * options.prompt_tokens / statistics.median(each.prefill)
         results.append(Result(name, batch, prefill, batch * options.new_tokens / max(decode, 1e-9)))
-        each.prefill.clear(), each.total.clear()
+        each.prefill.clear()
+        each.total.clear()
     return results
 
 

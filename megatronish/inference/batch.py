@@ -1,6 +1,6 @@
 """Several sequences generated side by side over one key/value cache, each coming and going when it likes.
 
-A step reads a piece of one prompt, then one new token (or a guessed run of them) of every sequence that has read its own:
+A step reads a piece of a prompt or several short prompts, then one new token (or a guessed run of them) of every sequence that has read its own:
 "continuous batching" (Yu et al. 2022, Orca) with prompts in pieces (Agrawal et al. 2023, Sarathi).
 """
 
@@ -172,13 +172,19 @@ class Batch:
     # Not a `with` around a yield: that would leave the caller in inference mode between two tokens.
     @torch.inference_mode()
     def step(self) -> None:
-        """One piece of a prompt, and one decoding pass for all that have read theirs."""
+        """A piece of a prompt, or several short ones, and one decoding pass for all that have read theirs."""
         while self.waiting and self._free:
             self._admit(self.waiting.popleft())
-        reading = next((each for each in self.running if each.unread > 1), None)
-        if reading is not None:
-            self._read_piece(reading)
-        self._decode([each for each in self.running if each.unread == 1 and each is not reading])
+        ready = [each for each in self.running if each.unread == 1]
+        room = self._cache.chunk
+        for each in [each for each in self.running if each.unread > 1]:
+            # A piece is never cut by what was read before it: its numbers do not depend on its neighbours.
+            piece = min(each.unread, self._cache.chunk)
+            if piece > room:
+                break
+            self._read_piece(each)
+            room -= piece
+        self._decode(ready)
 
     def _admit(self, generation: Generation) -> None:
         """Give it the free slot whose contents its prompt shares the longest beginning with."""

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -107,7 +108,7 @@ class Chat:
                     raise UserError(f"max_new_tokens {value} must be at least 1")
                 self.max_new_tokens = int(value)
             elif name in names:
-                number = int(value) if name == "top_k" else float(value)
+                number: Any = int(value) if name == "top_k" else float(value)
                 self.sampling = dataclasses.replace(self.sampling, **{name: number})
             else:
                 raise UserError(f"no setting {name!r}: there are {', '.join([*names, 'seed', 'max_new_tokens'])}")

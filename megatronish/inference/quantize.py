@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,9 @@ def from_int4(codes: Tensor, ranges: Tensor) -> Tensor:
 class Int8Linear(nn.Module):
     """x weight^T + bias, the weight int8 [out, in] times scales [out]."""
 
+    codes: Tensor
+    scales: Tensor
+
     def __init__(self, rows: int, columns: int, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.register_buffer("codes", torch.empty(rows, columns, dtype=torch.int8))
@@ -89,6 +92,9 @@ class Int8Linear(nn.Module):
 class Int4Linear(nn.Module):
     """x weight^T + bias, the weight in 4 bits with a range a group."""
 
+    codes: Tensor
+    ranges: Tensor
+
     def __init__(self, rows: int, columns: int, group: int, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.group = group
@@ -109,6 +115,9 @@ class Int4Linear(nn.Module):
 
 class Int8Embedding(nn.Module):
     """Rows of an int8 table; `head` shares its codes where the model ties the two."""
+
+    codes: Tensor
+    scales: Tensor
 
     def __init__(self, head: Int8Linear, dtype: torch.dtype) -> None:
         super().__init__()
@@ -134,23 +143,26 @@ def quantize_model(model: Transformer, form: Format, group: int = 64) -> Transfo
     assert form in get_args(Format)
     if group not in GROUPS:
         raise UserError(f"group {group}: choose {', '.join(map(str, GROUPS))}")
-    table, dtype = model.embedding.weight, next(model.parameters()).dtype
-    head_weight, tied = model.head.weight, model.config.tie_embeddings
+    table, head_weight = model.get_parameter("embedding.weight"), model.get_parameter("head.weight")
+    dtype, tied = table.dtype, model.config.tie_embeddings
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear):
                 rows, columns = layer.weight.shape
-                narrow: Int8Linear | Int4Linear = Int8Linear(rows, columns, layer.bias)
                 if form == "int4" and columns % group == 0:
-                    narrow = Int4Linear(rows, columns, group, layer.bias)
-                setattr(parent, name, _filled(narrow, layer.weight))
-    head = _filled(Int8Linear(*head_weight.shape, None), head_weight)
+                    setattr(parent, name, _filled(Int4Linear(rows, columns, group, layer.bias), layer.weight))
+                else:
+                    setattr(parent, name, _filled(Int8Linear(rows, columns, layer.bias), layer.weight))
+    head = _filled(Int8Linear(head_weight.shape[0], head_weight.shape[1], None), head_weight)
     embedding = Int8Embedding(head, dtype)
     model.head, model.embedding = head, embedding if tied else _filled(embedding, table)
     return model
 
 
-def _filled(layer: nn.Module, weight: Tensor) -> nn.Module:
+Narrow = TypeVar("Narrow", Int8Linear, Int4Linear, Int8Embedding)
+
+
+def _filled(layer: Narrow, weight: Tensor) -> Narrow:
     if weight.is_meta:
         return layer.to("meta")
     layer.fill(weight)
@@ -211,5 +223,6 @@ def load_quantized(folder: Path, device: torch.device | str, dtype: torch.dtype 
         raise UserError(f"{folder}: weights and configuration are of different models: {error}") from None
     for parameter in model.parameters():  # not `model.to`: scales stay as they are
         parameter.data = parameter.data.to(dtype or parameter.dtype)
+    assert isinstance(model.embedding, Int8Embedding)
     model.embedding.dtype = next(model.parameters()).dtype
     return model.eval()

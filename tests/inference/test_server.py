@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import http.client
 import json
 import socket
 import threading
@@ -228,19 +227,17 @@ def until(condition):
 
 
 def test_a_client_that_leaves_frees_its_slot(loaded):
-    with serving(loaded, slowly=0.05, slots=1) as (address, scheduler):
-        body = json.dumps({"prompt": "x", "max_tokens": 30, "temperature": 0, "stream": True})
-        for streamed in (True, False):
-            asked = body if streamed else body.replace("true", "false")
-            connection = http.client.HTTPConnection(address.removeprefix("http://"))
-            connection.request("POST", COMPLETIONS, asked, {"Content-Type": "application/json"})
-            if streamed:
-                assert connection.getresponse().read(6) == b"data: "
-            until(lambda: scheduler._jobs)
-            written = scheduler._jobs[0].text.generation
-            connection.close() if not streamed else connection.sock.close()
-            until(lambda: not scheduler._jobs)
-            assert written.finish_reason == "cancelled" and written.new_tokens < 30
+    with serving(loaded, slowly=0.2, slots=1) as (address, scheduler):
+        body = {"prompt": "x", "max_tokens": 30, "temperature": 0}
+        with httpx.stream("POST", address + COMPLETIONS, json={**body, "stream": True}) as answer:
+            assert next(answer.iter_raw()).startswith(b"data: ")
+            streamed = scheduler._jobs[0].text.generation
+        until(lambda: not scheduler._jobs)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(address + COMPLETIONS, json=body, timeout=httpx.Timeout(30, read=0.5))
+        until(lambda: not scheduler._jobs)
+        assert (streamed.finish_reason, streamed.batch.running) == ("cancelled", [])
+        assert 0 < streamed.new_tokens < 30
         assert httpx.post(address + COMPLETIONS, json={"prompt": "y", "max_tokens": 2}).status_code == 200
 
 

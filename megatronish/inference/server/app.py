@@ -177,7 +177,8 @@ async def _answer(
     )
     seed = secrets.randbelow(2**62) if body.seed is None else body.seed % 2**62
     events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-    loop, stop, jobs = asyncio.get_running_loop(), (*body.stops, *stops), []
+    loop, stop = asyncio.get_running_loop(), (*body.stops, *stops)
+    jobs: list[Job] = []
     for prompt in prompts:
         for choice in range(body.n or 1):
             draw = torch.Generator(scheduler.device).manual_seed(seed + choice)  # type: ignore[arg-type]
@@ -247,9 +248,8 @@ async def _stream(
                 if event.error is not None:
                     yield _line({"error": {"message": event.error, "type": "server_error"}})
                     return
-                chunk = reply.chunk(number, event)
-                if chunk is not None:
-                    yield _line(chunk)
+                if (told := reply.chunk(number, event)) is not None:
+                    yield _line(told)
         except TimedOut as error:
             yield _line({"error": {"message": str(error), "type": "timeout"}})
             return
