@@ -20,6 +20,8 @@ from megatronish.parallel.layers import shard_of
 from megatronish.parallel.mesh import ParallelMesh
 from megatronish.training.fragments import MASTER, Extent, SavedFragments, save_fragments
 
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of the loss scale, what is no setting
+
 
 @dataclass(frozen=True)
 class Place:
@@ -165,7 +167,7 @@ class HeldState:
 
     def _scaler_numbers(self) -> dict[str, float]:
         found = vars(self._scaler()) if self._scaler() is not None else {}
-        return {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
+        return {key: float(found[key]) for key in SCALER if isinstance(found.get(key), int | float)}
 
     def _update_weights(self) -> None:
         """Make the weights of the forward pass those of the master copy."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from megatronish.config.run import RunConfig
 from megatronish.model.transformer import Transformer
 from megatronish.parallel.layers import Shard
 from megatronish.training.fragments import MASTER, Extent, SavedFragments, save_fragments
+from megatronish.training.loop import check_streams
+from megatronish.training.state import TrainState, save_streams
+from tests.config.raw import read
 from tests.distributed import run_ranks
 from tests.runs import engine_loop, make_dataset, small_run
 from tests.training.test_resume import BF16, LION, MUON, OFFLOAD, pretrain_rank, read_losses
@@ -130,6 +134,25 @@ def test_moving_changes_no_number(changes: dict[str, Any], path: list[str], tmp_
 
 
 @pytest.mark.distributed
+def test_the_loss_scale_of_fp16_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halved by overflows of the first steps, then good, it is taken up by another of DeepSpeed's optimizers."""
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)  # denied on CPUs, which are slow at it
+    data = make_dataset(tmp_path)
+    fp16 = {"fp16": {"enabled": True, "initial_scale_power": 24, "hysteresis": 1}}
+    first = layout_run(data, "unused", "dp2 zero1", fp16, steps=8)
+    run_ranks(2, train_and_save, first, 2, tmp_path / "0")
+    saved = SavedFragments(tmp_path / "0" / "engine").scalars
+    assert saved["cur_scale"] < 2**24 and saved["cur_iter"] == 8 and 0 < saved["step"] < 8
+    config = layout_run(data, "unused", "dp1 zero0", {"fp16": {**fp16["fp16"], "loss_scale_window": 7}}, steps=2)
+    run_ranks(1, take_up, config, 1, tmp_path / "0", tmp_path / "1")
+    found = SavedFragments(tmp_path / "1" / "engine").scalars
+    assert found.keys() >= {"cur_scale", "cur_iter", "last_overflow_iter", "step"}
+    assert found == {key: saved[key] for key in found}
+
+
+@pytest.mark.distributed
 def test_a_run_goes_on_under_other_layouts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Two steps each under five layouts, by the trainer with resume auto: the losses are those of one process."""
     data = make_dataset(tmp_path)
@@ -228,3 +251,13 @@ def test_missing_and_torn_files(tmp_path: Path) -> None:
             ConfigError, match=r"state-rank-00002.safetensors: cannot be read .*use an older checkpoint"
         ):
             SavedFragments(tmp_path)
+
+
+def test_streamed_text_is_not_divided_anew(tmp_path: Path) -> None:
+    """Each data-parallel rank stands somewhere in the text; their number stays, other axes may change."""
+    saved = TrainState.start(read(), read().batch_plan(2), "abc")
+    check_streams(tmp_path, saved, replace(saved, data_size=1))  # nothing streamed
+    save_streams(tmp_path, 0, {"parts": {}})
+    check_streams(tmp_path, saved, replace(saved, tensor=2))
+    with pytest.raises(ConfigError, match=r"saved with 2 data-parallel ranks.*; this run has 1\. Start with 2"):
+        check_streams(tmp_path, saved, replace(saved, data_size=1))
