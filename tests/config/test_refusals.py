@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -344,13 +343,13 @@ def test_did_you_mean_keeps_quiet_when_nothing_is_near() -> None:
 def test_a_user_error_ends_the_program_without_a_traceback(
     is_first: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first rank speaks at once; another one after a while, in which its launcher ends it if the first has spoken."""
+    """The first rank speaks at once; another waits to be ended by the launcher, then says what it alone met with."""
     waits: list[float] = []
-    monkeypatch.setattr(time, "sleep", waits.append)
-    with pytest.raises(SystemExit) as ended, explained(is_first, "rank 3 (node7)"):
+    monkeypatch.setattr(base.time, "sleep", waits.append)
+    with pytest.raises(SystemExit) as ended, explained(is_first, "rank 3 (node)"):
         raise ConfigError("the words")
     assert ended.value.code == 2
-    assert capsys.readouterr() == ("", "error: the words\n" if is_first else "error: rank 3 (node7): the words\n")
+    assert capsys.readouterr() == ("", "error: the words\n" if is_first else "error: rank 3 (node): the words\n")
     assert waits == ([] if is_first else [base.SECOND_VOICE_SECONDS])
     with pytest.raises(KeyError), explained():
         raise KeyError("a bug of ours is not dressed up as the user's error")
