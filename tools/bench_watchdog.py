@@ -44,7 +44,13 @@ def small_training_step() -> Any:
     from megatronish.config.model import ModelConfig
     from megatronish.model.transformer import Transformer
 
-    shape = {"vocab_size": 512, "num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 256}
+    shape: dict[str, Any] = {
+        "vocab_size": 512,
+        "num_layers": 4,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 256,
+    }
     model = Transformer(ModelConfig(**shape, seq_length=128))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tokens = torch.randint(512, (2, 128))
