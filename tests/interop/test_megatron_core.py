@@ -7,7 +7,6 @@ MEGATRONISH_INTEROP=require makes that a failure, MEGATRONISH_INTEROP=off skips 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 
 from megatronish.config.data import DataConfig
+from megatronish.data import surgery
 from megatronish.data.builder import IndexedWriter
 from megatronish.data.indexed import IndexedReader
 from megatronish.data.megatron_order import MegatronBlend, greedy_blend, normalized
@@ -176,13 +176,11 @@ def test_ours_reads_megatrons(peer: Path, name: str) -> None:
 
 
 def test_merging_is_adding_indexes(peer: Path) -> None:
-    if importlib.util.find_spec("megatronish.data.surgery") is None:
-        pytest.skip("no merging here")
-    surgery = importlib.import_module("megatronish.data.surgery")
     inputs = [str(next((peer / f"set{seed}").glob("*.manifest.json"))) for seed in (0, 1, 2)]
-    merged = surgery.merge([name.removesuffix(".manifest.json") for name in inputs], str(peer / "merged" / "ours"))
+    surgery.merge([name.removesuffix(".manifest.json") for name in inputs], str(peer / "merged" / "ours"))
     for suffix in ("bin", "idx"):
-        assert Path(f"{merged}.{suffix}").read_bytes() == (peer / "merged" / f"theirs.{suffix}").read_bytes()
+        ours, theirs = (peer / "merged" / f"{name}.{suffix}" for name in ("ours", "theirs"))
+        assert ours.read_bytes() == theirs.read_bytes()
 
 
 def split_of_blend(case: dict[str, Any]) -> str:
