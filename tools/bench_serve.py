@@ -109,7 +109,14 @@ def percentiles(seconds: list[float]) -> str:
 
 def start_server(options: argparse.Namespace, port: int) -> subprocess.Popen[bytes]:
     """The server, ready. Raises SystemExit if it does not get so far."""
-    command = [sys.executable, str(ROOT / "launchers/serve.py"), "--checkpoint", options.checkpoint, "--port", str(port)]
+    command = [
+        sys.executable,
+        str(ROOT / "launchers/serve.py"),
+        "--checkpoint",
+        options.checkpoint,
+        "--port",
+        str(port),
+    ]
     command += ["--slots", str(options.slots), "--max-waiting", str(options.clients), *options.server_options]
     server = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
     for _ in range(600):
@@ -146,7 +153,10 @@ def main(arguments: list[str] | None = None) -> int:
         before = process.memory_info().rss
         seen, seconds = asyncio.run(attack(address, options))
         after = process.memory_info().rss
-        print(f"{options.clients} clients for {seconds:.0f} s on {options.slots} slots: {seen.finished} completions, ", end="")
+        print(
+            f"{options.clients} clients for {seconds:.0f} s on {options.slots} slots: {seen.finished} completions, ",
+            end="",
+        )
         print(f"{len(seen.lost)} lost, {seen.refused} refused; {seen.tokens / seconds:,.0f} tokens/s")
         print(f"first token: {percentiles(seen.first)}")
         print(f"between tokens: {percentiles(seen.between)}")

@@ -55,6 +55,23 @@ def _load_library(path: Path) -> str:
     return ""
 
 
+class _NothingKept:
+    """Stands in for the context of a function without a backward pass."""
+
+    def save_for_backward(self, *_tensors: Tensor | None) -> None:
+        """Keep nothing."""
+
+    def set_materialize_grads(self, _value: bool) -> None:
+        """There are no gradients."""
+
+
+def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply`, or without gradients its forward pass alone: autograd takes longer than the kernel for one token."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function.apply(*arguments)
+    return function.forward(_NothingKept(), *arguments)
+
+
 class FusedRMSNorm(torch.autograd.Function):
     """Keeps x, the weight and one number a row."""
 

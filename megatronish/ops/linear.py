@@ -27,7 +27,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     compiled keeps torch's: inductor takes this operator with constant weights only. Without gradients up to FEW_ROWS rows go
     through our kernel, in which no row's result depends on the others.
     """
-    if few_rows(x, weight.shape[1]) and x.dtype == weight.dtype and weight.is_contiguous():
+    if (
+        not torch.is_grad_enabled()
+        and few_rows(x, weight.shape[1])
+        and x.dtype == weight.dtype
+        and weight.is_contiguous()
+    ):
         return rows_product(torch.ops.megatronish.linear_rows, x, weight, bias=bias)
     if not torch.compiler.is_compiling() and _onednn_pays(x, weight):
         result: Tensor = _OneDNNLinear.apply(x, weight, bias)

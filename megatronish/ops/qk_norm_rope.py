@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatronish.ops.dispatch import OpsBackend, check_floating
-from megatronish.ops.extension import FusedQKNormRope
+from megatronish.ops.extension import FusedQKNormRope, run
 from megatronish.ops.rms_norm import rms_norm
 from megatronish.ops.rope import check_rotation, rope
 
@@ -39,8 +39,8 @@ def qk_norm_rope(
     if backend == "fused" and qkv.shape[3] <= MAX_FUSED_HEAD_DIM:
         if positions is not None:
             positions = positions.to(torch.int32)
-        q, k, v = FusedQKNormRope.apply(
-            qkv, q_weight, k_weight, cos, sin, positions, offset, heads, eps, 0.0, interleaved
+        q, k, v = run(
+            FusedQKNormRope, qkv, q_weight, k_weight, cos, sin, positions, offset, heads, eps, 0.0, interleaved
         )
         return q, k, v
     groups, *counts = heads

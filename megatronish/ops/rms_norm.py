@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatronish.ops import reference, third_party
 from megatronish.ops.dispatch import OpsBackend, check_floating, compiled
-from megatronish.ops.extension import FusedAddRMSNorm, FusedRMSNorm, FusedRMSNormThrough
+from megatronish.ops.extension import FusedAddRMSNorm, FusedRMSNorm, FusedRMSNormThrough, run
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -45,7 +45,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: OpsBackend = "re
     _check("rms_norm", x, weight)
     result: Tensor
     if backend == "fused":
-        result = FusedRMSNorm.apply(x, weight, eps, 0.0)
+        result = run(FusedRMSNorm, x, weight, eps, 0.0)
     elif backend == "compiled":
         result = compiled(reference.rms_norm)(x, weight, eps)
     elif backend == "liger" and third_party.liger_takes(x):
@@ -69,7 +69,7 @@ def add_rms_norm(
     if residual is None:
         if backend != "fused":
             return rms_norm(x, weight, eps, backend=backend), x
-        y, total = FusedRMSNormThrough.apply(x, weight, eps, 0.0)
+        y, total = run(FusedRMSNormThrough, x, weight, eps, 0.0)
         return y, total
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ValueError(
@@ -77,7 +77,7 @@ def add_rms_norm(
             f"{tuple(x.shape)}, as x"
         )
     if backend == "fused":
-        y, total = FusedAddRMSNorm.apply(x, residual, weight, eps, 0.0)
+        y, total = run(FusedAddRMSNorm, x, residual, weight, eps, 0.0)
         return y, total
     if backend == "liger" and third_party.liger_takes(x):
         return third_party.liger_add_rms_norm(x, residual, weight, eps)

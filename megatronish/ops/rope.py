@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatronish.ops import reference, third_party
 from megatronish.ops.dispatch import OpsBackend, check_floating, compiled
-from megatronish.ops.extension import FusedRope, FusedRopeQKV
+from megatronish.ops.extension import FusedRope, FusedRopeQKV, run
 
 
 class _Rope(torch.autograd.Function):
@@ -66,7 +66,7 @@ def rope(
     check_rotation("rope", x, cos, sin, positions, offset)
     result: Tensor
     if backend == "fused":
-        result = FusedRope.apply(x, cos, sin, _int32(positions), offset, interleaved)
+        result = run(FusedRope, x, cos, sin, _int32(positions), offset, interleaved)
     elif backend == "compiled":
         result = compiled(reference.rope)(x, cos, sin, positions, offset=offset, interleaved=interleaved)
     elif backend == "liger" and not interleaved and third_party.liger_takes(x):
@@ -117,7 +117,7 @@ def rope_qkv_(
     if backend == "fused" and qkv.is_contiguous():
         if positions is None:
             cos, sin = cos[offset:], sin[offset:]
-        q, k, v = FusedRopeQKV.apply(qkv, cos, sin, _int32(positions), (q_heads, kv_heads), interleaved)
+        q, k, v = run(FusedRopeQKV, qkv, cos, sin, _int32(positions), (q_heads, kv_heads), interleaved)
         return q, k, v
     q, k, v = qkv.split((q_heads, kv_heads, kv_heads), dim=2)
     if backend == "liger" and not interleaved and q_heads > 0 and kv_heads > 0 and third_party.liger_takes(qkv):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatronish.ops import reference, third_party
 from megatronish.ops.dispatch import OpsBackend, check_floating, compiled
-from megatronish.ops.extension import FusedSwiGLU
+from megatronish.ops.extension import FusedSwiGLU, run
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -55,7 +55,7 @@ def swiglu(gate_up: Tensor, *, backend: OpsBackend = "reference") -> Tensor:
     _check("swiglu", gate_up)
     result: Tensor
     if backend == "fused":
-        result = FusedSwiGLU.apply(gate_up)
+        result = run(FusedSwiGLU, gate_up)
     elif backend == "compiled":
         result = compiled(reference.swiglu)(gate_up)
     elif backend == "liger" and third_party.liger_takes(gate_up):
