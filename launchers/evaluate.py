@@ -9,7 +9,7 @@ import argparse
 import signal
 import sys
 
-from megatronish.config.base import explained
+from megatronish.config.errors import explained
 from megatronish.inference.arguments import add_quantize, model_parser, open_model
 from megatronish.parallel.startup import settle_process
 

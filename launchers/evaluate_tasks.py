@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from megatronish.config.base import UserError, explained
+from megatronish.config.errors import UserError, explained
 from megatronish.parallel.startup import settle_process
 
 

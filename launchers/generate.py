@@ -11,7 +11,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from megatronish.config.base import UserError, explained
+from megatronish.config.errors import UserError, explained
 from megatronish.inference.arguments import add_quantize, add_sampling, model_parser, open_model, sampling_of
 from megatronish.parallel.startup import settle_process
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from megatronish.config.base import explained
 from megatronish.config.cli import parse
+from megatronish.config.errors import explained
 from megatronish.parallel.ending import run_program
 from megatronish.parallel.startup import settle_process
 

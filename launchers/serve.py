@@ -13,7 +13,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatronish.config.base import UserError, explained
+from megatronish.config.errors import UserError, explained
 from megatronish.inference.arguments import add_quantize, model_parser, open_model
 from megatronish.parallel.startup import settle_process
 

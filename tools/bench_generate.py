@@ -29,7 +29,7 @@ tune_allocator()
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from megatronish.config.base import UserError, explained  # noqa: E402
+from megatronish.config.errors import UserError, explained  # noqa: E402
 from megatronish.config.model import ModelConfig  # noqa: E402
 from megatronish.config.presets import resolve_model  # noqa: E402
 from megatronish.inference.batch import Batch, Request  # noqa: E402

@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from megatronish.config.base import UserError, explained
+from megatronish.config.errors import UserError, explained
 from megatronish.inference.arguments import model_parser, open_model
 from megatronish.parallel.startup import settle_process
 

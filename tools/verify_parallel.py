@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
-from megatronish.config.base import ConfigError, explained
 from megatronish.config.cli import parse_options
+from megatronish.config.errors import ConfigError, explained
 from megatronish.parallel.startup import settle_process
 
 if TYPE_CHECKING:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from megatronish.config.errors import ConfigError, UserError
-
-SECOND_VOICE_SECONDS = 10.0  # launchers end the other ranks within 3 s of the first one's end
+from megatronish.config.errors import ConfigError, did_you_mean
 
 
 class Frozen(BaseModel):
@@ -28,34 +22,6 @@ class Frozen(BaseModel):
         if not isinstance(raw, dict):
             return raw
         return {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in raw.items()}
-
-
-@contextlib.contextmanager
-def explained(is_first: bool = True, name: str = "") -> Iterator[None]:
-    """End the program on a UserError: its text on stderr, exit status 2, no traceback.
-
-    The first rank speaks for all: another, called `name`, says its error only if the launcher has not ended it
-    SECOND_VOICE_SECONDS later, for then the first rank has not met with that error. Ctrl-C ends it with status 130, as a shell does.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        if is_first:
-            print("\nstopped by Ctrl-C; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
-        sys.exit(130)
-    except UserError as error:
-        if is_first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(SECOND_VOICE_SECONDS)
-            print(f"error: {name}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """' Did you mean "x"?' for the nearest known name, or '' when nothing is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f' Did you mean "{near[0]}"?' if near else ""
 
 
 def nested_model(annotation: Any) -> type[BaseModel] | None:

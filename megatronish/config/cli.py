@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from megatronish.config.base import ConfigError, did_you_mean, merge, nested_model
+from megatronish.config.base import merge, nested_model
 from megatronish.config.deepspeed_json import DeepSpeedConfig
+from megatronish.config.errors import ConfigError, did_you_mean
 from megatronish.config.run import BLOCK, MegatronishConfig, RunConfig
 
 LAUNCHER_FLAGS = {

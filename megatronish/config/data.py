@@ -8,7 +8,8 @@ from pydantic import Field, GetJsonSchemaHandler, ValidationError, field_validat
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from megatronish.config.base import ConfigError, Frozen, explain
+from megatronish.config.base import Frozen, explain
+from megatronish.config.errors import ConfigError
 
 
 class Corpus(Frozen):

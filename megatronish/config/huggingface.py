@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from megatronish.config.base import ConfigError, explain
+from megatronish.config.base import explain
+from megatronish.config.errors import ConfigError
 from megatronish.config.model import ModelConfig
 
 CONFIG_JSON = "config.json"

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatronish.config.base import ConfigError, Frozen
+from megatronish.config.base import Frozen
+from megatronish.config.errors import ConfigError
 from megatronish.config.model import ModelConfig
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from megatronish.config.base import ConfigError, did_you_mean, merge
+from megatronish.config.base import merge
+from megatronish.config.errors import ConfigError, did_you_mean
 from megatronish.config.huggingface import TRAINING_ONLY, from_huggingface, read_config
 from megatronish.config.model import ModelConfig
 

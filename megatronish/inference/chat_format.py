@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megatronish.inference.prompt import Prompt
 

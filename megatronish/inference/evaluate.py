@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.data.indexed import IndexedReader
 from megatronish.model.transformer import IGNORED_LABEL, Transformer
 from megatronish.ops.cross_entropy import cross_entropy

@@ -13,7 +13,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.data.tokenizer import Tokenizer
 from megatronish.inference.evaluate import LOGITS_CPU, LOGITS_CUDA
 from megatronish.inference.generate import generate

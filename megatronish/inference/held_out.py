@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatronish.config.base import UserError
 from megatronish.config.data import DataConfig
+from megatronish.config.errors import UserError
 from megatronish.config.run import RunConfig
 from megatronish.data.dataset import Dataset, check_dataset_fits, combined_fingerprint, open_dataset
 from megatronish.data.sources import is_stream

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.data.tokenizer import Tokenizer, load_tokenizer
 from megatronish.inference.quantize import QUANTIZATION_FILE, load_quantized
 from megatronish.model.checkpoints import BEST, STATE_FILE, TOKENIZER_RECORD_FILE, find_checkpoint, run_folder

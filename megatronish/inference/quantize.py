@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.config.files import sync, write_whole
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import CONFIG_FILE, WEIGHTS_FILE, load_config

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 
 # Below this the best token has all the probability unless logits tie within 1e-4; smaller values underflow in fp32.
 LOWEST_TEMPERATURE = 1e-6

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.data.tokenizer import load_tokenizer
 from megatronish.interop.tokenizer_files import TOKENIZER_FILES
 from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.config.files import sync, sync_tree, write_whole
 from megatronish.config.huggingface import (
     CONFIG_JSON,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.config.huggingface import CONFIG_JSON, to_huggingface
 from megatronish.config.model import KernelConfig, ModelConfig
 from megatronish.interop.huggingface import new_folder

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.config.files import sync, write_whole
 
 SINGLE = "model.safetensors"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.config.huggingface import CONFIG_JSON
 from megatronish.data.tokenizer import EOD_TOKEN, Tokenizer, byte_alphabet, load_tokenizer
 from megatronish.model.checkpoints import RUN_FILE, TOKENIZER_RECORD_FILE

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatronish.config.base import ConfigError
+from megatronish.config.errors import ConfigError
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"

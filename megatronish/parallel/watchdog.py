@@ -26,7 +26,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import NoReturn
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.parallel import verdict
 from megatronish.parallel.ending import STOPPED, end_now
 from megatronish.parallel.links import GONE, Links, Message

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatronish.config.base import ConfigError
+from megatronish.config.errors import ConfigError
 from megatronish.config.model import ModelConfig
 from megatronish.planning.hardware import Hardware
 from megatronish.planning.layout import Layout

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from megatronish.config.base import ConfigError
+from megatronish.config.errors import ConfigError
 from megatronish.config.files import sync, sync_tree, write_whole
 from megatronish.model.checkpoints import BEST, CHECKPOINTS, LATEST, STATE_FILE, find_checkpoint, read_pointer
 from megatronish.model.checkpoints import RUN_FILE as RUN_FILE

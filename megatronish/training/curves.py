@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.config.run import RunConfig
 from megatronish.model.accounting import parameter_counts
 from megatronish.model.checkpoints import EVALUATION_FILE, RUN_FILE

@@ -41,7 +41,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.config.run import BLOCK, BatchPlan, RunConfig
 from megatronish.model.layout import VocabularyPart
 from megatronish.model.transformer import IGNORED_LABEL, Transformer

@@ -8,28 +8,25 @@ import math
 import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megatronish import __version__
-from megatronish.config.base import ConfigError, UserError
-from megatronish.config.model import ModelConfig
-from megatronish.config.parallel import ParallelConfig
+from megatronish.config.errors import ConfigError, UserError
 from megatronish.config.run import BatchPlan, RunConfig
-from megatronish.data.dataset import Dataset, check_tokenizer_fits
+from megatronish.data.dataset import Dataset
 from megatronish.data.loader import MicroBatchLoader
 from megatronish.data.sampler import MicroBatchSampler
-from megatronish.data.training_data import TrainingData, open_training_data
+from megatronish.data.training_data import TrainingData
 from megatronish.interop.huggingface import HuggingFaceWeights
-from megatronish.interop.tokenizer_files import fingerprints
-from megatronish.model.accounting import flops_per_token, layer_costs, parameter_counts
+from megatronish.model.accounting import flops_per_token, layer_costs
 from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
 from megatronish.model.init import init_weights
 from megatronish.model.transformer import Transformer
-from megatronish.model.weights import load_config, save_model
+from megatronish.model.weights import save_model
 from megatronish.parallel.ending import SHUTDOWN_SECONDS, end_within
 from megatronish.parallel.layers import TensorParallel
 from megatronish.parallel.meeting import Meeting, meet_by_environment
@@ -37,7 +34,8 @@ from megatronish.parallel.mesh import ParallelMesh, build_mesh
 from megatronish.parallel.pipeline import balanced_stages
 from megatronish.parallel.startup import Rank, has_gpu
 from megatronish.parallel.watchdog import Watchdog
-from megatronish.training.checkpoint import ENGINE_TAG, RUN_FILE, CheckpointStore, check_writable
+from megatronish.training.announcement import announce
+from megatronish.training.checkpoint import ENGINE_TAG, RUN_FILE, CheckpointStore
 from megatronish.training.engine import (
     Batch,
     device,
@@ -47,137 +45,17 @@ from megatronish.training.engine import (
     start_process_group,
     stop_process_group,
 )
-from megatronish.training.fragments import SavedFragments
-from megatronish.training.held_state import can_move
-from megatronish.training.memory import fit_to_host
-from megatronish.training.monitor import Monitor, clock
-from megatronish.training.peak import Peak, find_peak
+from megatronish.training.monitor import Monitor
+from megatronish.training.peak import find_peak
+from megatronish.training.preparation import Prepared, prepare
 from megatronish.training.schedules import rate_share
-from megatronish.training.state import TrainState, load_streams, save_streams
+from megatronish.training.state import load_streams, save_streams
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CPU_EFFICIENCY = 0.4  # of the measured matmul rate, for the first guess of a step's time
-SLOW_STEP_SECONDS = 60.0
 
 
 class TrainingStopped(UserError):
     """Training cannot go on: the loss is no number."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run that has passed every check that needs no other rank."""
-
-    config: RunConfig
-    plan: BatchPlan
-    data: TrainingData
-    run_dir: Path
-    resume_from: Path | None
-    state: TrainState
-    moved: str = ""  # how the layout differs from that of the checkpoint
-    imported: HuggingFaceWeights | None = None  # what a run begins with instead of random weights
-
-
-def prepare(config: RunConfig, rank: Rank) -> Prepared:
-    """Check data, batch arithmetic, folder and checkpoint before any process group exists. Raises UserError."""
-    ours = config.megatronish
-    plan = config.batch_plan(ours.parallel.data_size(rank.world_size))
-    if not has_gpu():
-        kind, recompute = config.deepspeed.dtype, ours.train.activation_checkpointing
-        plan = fit_to_host(plan, ours.model, kind, recompute, rank.local_world_size)
-    data = open_training_data(
-        ours.data,
-        seq_length=ours.model.seq_length,
-        vocab_size=ours.model.vocab_size,
-        seed=ours.train.seed,
-        samples=ours.train.steps * plan.samples,
-        group=plan.samples,
-    )
-    run_dir = Path(ours.train.save_dir)
-    check_writable(run_dir)
-    state = TrainState.start(config, plan, data.fingerprint, data.order)
-    found = CheckpointStore(run_dir, ours.train.keep_last, rank.is_first, lambda: None).find(ours.train.resume)
-    if found is None:
-        imported = None
-        if ours.model.from_hf is not None:
-            imported = HuggingFaceWeights(ours.model.from_hf, ours.model)
-            check_imported_tokenizer(Path(ours.model.from_hf), data)
-        return Prepared(config, plan, data, run_dir, found, state, imported=imported)
-    check_same_model(found, config)
-    check_same_tokenizer(found, data)
-    moves = check_engine_state(found, ours.model) and can_move(config)
-    saved = TrainState.load(found)
-    moved = saved.moved(state)
-    state = saved.continue_as(state, found, moves=moves)
-    check_streams(found, saved, state)
-    return Prepared(config, plan, data, run_dir, found, state, moved)
-
-
-def check_same_model(checkpoint: Path, config: RunConfig) -> None:
-    """Refuse a checkpoint of another model. Raises ConfigError naming the fields that differ."""
-    try:
-        saved = load_config(checkpoint)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    now = config.megatronish.model
-    differing = [
-        f"{name} {getattr(saved, name)} (this run: {getattr(now, name)})"
-        for name in type(now).model_fields
-        if name not in ("preset", "from_hf") and getattr(saved, name) != getattr(now, name)
-    ]
-    if differing:
-        raise ConfigError(
-            f"{checkpoint} is of another model: {', '.join(differing)}. Give that model's fields, "
-            "or train this one in another --train.save_dir."
-        )
-
-
-def check_same_tokenizer(checkpoint: Path, data: TrainingData) -> None:
-    """Refuse data whose token ids mean something else than those the checkpoint learned. Raises UserError."""
-    path = checkpoint / TOKENIZER_RECORD_FILE
-    try:
-        learned = json.loads(path.read_text(encoding="utf-8"))["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error!r}); use an older checkpoint.") from None
-    record = data.tokenizer_record
-    check_tokenizer_fits(record, record.vocab_size, learned, place=data.sources[0].name)
-
-
-def check_imported_tokenizer(folder: Path, data: TrainingData) -> None:
-    """Refuse data whose token ids mean something else than those the imported model learned. Raises ConfigError."""
-    learned, record = fingerprints(folder), data.tokenizer_record
-    if learned and record.sha256 not in learned:
-        raise ConfigError(
-            f"{data.sources[0].name} was made with another tokenizer than that of the model in model.from_hf {folder}: its "
-            f"token ids mean something else there. Prepare the data with --tokenizer-model {folder}."
-        )
-
-
-def check_engine_state(checkpoint: Path, model: ModelConfig) -> bool:
-    """Whether the checkpoint's optimizer state can be read by any layout.
-
-    Raises ConfigError where there is none, as in a copy made for inference, or not all of it.
-    """
-    folder = checkpoint / ENGINE_TAG
-    if saved := SavedFragments(folder):
-        with torch.device("meta"):
-            saved.check_whole(name for name, _ in Transformer(model, seed=None).named_parameters())
-        return True
-    if not any(folder.glob("*.pt")):
-        raise ConfigError(
-            f"{folder} holds no training state, so this checkpoint can be read but not continued. "
-            "Use another one, or begin afresh with --train.resume never and another --train.save_dir."
-        )
-    return False
-
-
-def check_streams(checkpoint: Path, saved: TrainState, now: TrainState) -> None:
-    """Refuse to divide streamed text anew among other ranks. Raises ConfigError."""
-    if saved.data_size != now.data_size and load_streams(checkpoint, 0) is not None:
-        raise ConfigError(
-            f"{checkpoint} was saved with {saved.data_size} data-parallel ranks, each in a place of its own in streamed text; "
-            f"this run has {now.data_size}. Start with {saved.data_size} to continue it."
-        )
 
 
 def pretrain(config: RunConfig, rank: Rank) -> Path:
@@ -237,7 +115,7 @@ class _Trainer:
         self.store = CheckpointStore(run.run_dir, ours.train.keep_last, rank.is_first, dist.barrier)
         peak = find_peak(self.device, self.dtype)
         if rank.is_first:
-            self._announce(peak)
+            announce(run, rank, self.device, peak)
         self.mesh = build_mesh(ours.parallel, self.device.type)
         model = build_model(run.config, run.plan, self.mesh, run.imported)
         self.engine = start_engine(model, run.config, run.plan, self.mesh)
@@ -358,51 +236,6 @@ class _Trainer:
             self.monitor.say(f"saved {saved}")
             self.monitor.pause_ends(time.monotonic() - start)
 
-    def _announce(self, peak: Peak | None) -> None:
-        """Say once what is about to be trained, on what, and write the resolved configuration."""
-        config, run, plan = self.run.config, self.run, self.run.plan
-        ours, tokens = config.megatronish, run.data.tokens_of(0, plan.samples)
-        counts = parameter_counts(ours.model)
-        if self.device.type == "cpu":
-            step_seconds = tokens * self.flops / (peak.flops * CPU_EFFICIENCY) if peak else 0.0
-            slow = f"; a step may take about {clock(step_seconds)}" if step_seconds > SLOW_STEP_SECONDS else ""
-            print(
-                f"No GPU here: training on CPU, {self.rank.world_size} rank(s) x {torch.get_num_threads()} thread(s){slow}."
-                + (" Try --model.preset tiny." if slow else "")
-            )
-        asked = config.batch_plan(plan.data_size)
-        if asked != plan:
-            print(
-                f"Micro batch {asked.micro} -> {plan.micro}, accumulation {asked.accumulation} -> {plan.accumulation} "
-                "to fit this machine's memory: the same samples and the same mean loss a step."
-            )
-        print(json.dumps(config.to_json(), indent=None, separators=(", ", ": ")))
-        config.save(run.run_dir / RUN_FILE)
-        stage, kind = config.deepspeed.zero_optimization.stage, config.deepspeed.dtype
-        print(
-            f"model {ours.model.preset or 'custom'}: {counts.total:,} parameters, {self.flops / 1e9:.3g} GFLOP a token; "
-            f"{kind}, ZeRO-{stage}, {config.deepspeed.optimizer.type}; {tokens:,} tokens a step "
-            f"({plan.micro} micro x {plan.accumulation} accumulation x {plan.data_size} ranks x {ours.model.seq_length})"
-            + describe(ours.parallel)
-        )
-        print("\n".join(run.data.describe(ours.train.steps * plan.samples)))
-        if ours.schedule.warmup_steps >= ours.train.steps:
-            print(
-                f"note: schedule.warmup_steps {ours.schedule.warmup_steps} lasts the whole run: lr stays below its peak"
-            )
-        if peak:
-            print(f"MFU is of {peak.flops / 1e12:.4g} TFLOP/s: {peak.source}")
-        if run.imported:
-            print(f"beginning with the weights of {run.imported.folder}")
-        if run.resume_from:
-            print(f"continuing {run.resume_from} at step {run.state.step}" + (f": {run.moved}" if run.moved else ""))
-            before = run.state.samples / run.state.step
-            if before != plan.samples:
-                print(
-                    f"note: a step was {before:g} samples so far and is {plan.samples} from here on; give --train_batch_size "
-                    f"{before:.0f} to go on as before"
-                )
-
 
 def build_model(
     config: RunConfig, plan: BatchPlan, mesh: ParallelMesh, imported: HuggingFaceWeights | None = None
@@ -431,14 +264,6 @@ def build_model(
     if ours.train.compile:
         model.compile_blocks(ours.train.compile_mode)
     return model
-
-
-def describe(parallel: ParallelConfig) -> str:
-    """How a sample is divided over ranks, for the announcement; '' when it is not."""
-    told = f"; every matrix over {parallel.tensor} tensor-parallel ranks" if parallel.tensor > 1 else ""
-    told += ", the sequence too" if parallel.tensor_sequence else ""
-    told += f"; every sequence over {parallel.sequence} ranks" if parallel.sequence > 1 else ""
-    return told + (f"; layers over {parallel.pipeline} pipeline stages" if parallel.pipeline > 1 else "")
 
 
 def to_device(batch: Batch, target: torch.device) -> Batch:

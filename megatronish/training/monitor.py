@@ -11,7 +11,7 @@ from typing import Any, Protocol, TextIO
 import psutil
 import torch
 
-from megatronish.config.base import ConfigError
+from megatronish.config.errors import ConfigError
 from megatronish.config.files import write_whole
 from megatronish.config.run import RunConfig
 from megatronish.training.peak import Peak

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megatronish.config.base import ConfigError
+from megatronish.config.errors import ConfigError
 from megatronish.config.run import BatchPlan, RunConfig
 from megatronish.model.checkpoints import STATE_FILE
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatronish.config.base import ConfigError
 from megatronish.config.cli import parse
+from megatronish.config.errors import ConfigError
 from megatronish.config.run import BLOCK, RunConfig
 from tests.config.raw import SMALLEST
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatronish.config.base import ConfigError
 from megatronish.config.cli import fields, help_text, known_names, parse, type_name
 from megatronish.config.deepspeed_json import DeepSpeedConfig
+from megatronish.config.errors import ConfigError
 from megatronish.config.run import MegatronishConfig, RunConfig
 from tests.config.raw import SMALLEST
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.config.model import ModelConfig
 from megatronish.data.tokenizer import ByteTokenizer
 from megatronish.inference.batch import Batch, Request

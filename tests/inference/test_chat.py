@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, train_bpe
 from megatronish.inference import chat as chat_module
 from megatronish.inference.chat import Chat, command

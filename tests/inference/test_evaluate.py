@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.data.splits import split_documents
 from megatronish.inference.evaluate import (
     ProgressLine,

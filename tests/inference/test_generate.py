@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.config.model import ModelConfig
 from megatronish.data.tokenizer import ByteTokenizer, train_bpe
 from megatronish.inference import batch

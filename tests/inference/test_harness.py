@@ -15,7 +15,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
 from launchers import evaluate_tasks
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.data.tokenizer import ByteTokenizer
 from megatronish.inference import harness
 from megatronish.inference.harness import HarnessModel

@@ -12,7 +12,7 @@ import torch
 
 from launchers import evaluate as evaluate_launcher
 from launchers import generate as generate_launcher
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.data.tokenizer import ByteTokenizer
 from megatronish.inference.generate import generate
 from megatronish.inference.load import load_for_inference

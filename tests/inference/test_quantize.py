@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.config.model import ModelConfig
 from megatronish.inference.generate import generate
 from megatronish.inference.load import load_for_inference

@@ -14,7 +14,7 @@ import torch
 import uvicorn
 
 from launchers import serve as serve_launcher
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.data.tokenizer import ByteTokenizer
 from megatronish.inference.generate import generate
 from megatronish.inference.load import load_for_inference

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.config.model import ModelConfig
 from megatronish.interop.huggingface import HuggingFaceWeights, export_model, import_model
 from megatronish.interop.shards import INDEX, SINGLE, Entry, ShardedFolder, TensorFileWriter

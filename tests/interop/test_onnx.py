@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.config.model import ModelConfig
 from megatronish.interop import onnx as ours_onnx
 from megatronish.model.transformer import Transformer

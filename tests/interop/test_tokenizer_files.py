@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.config.model import ModelConfig
 from megatronish.data.tokenizer import EOD_TOKEN, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from megatronish.inference.load import load_for_inference

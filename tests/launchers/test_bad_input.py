@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from launchers import pretrain
-from megatronish.config import base
+from megatronish.config import errors
 from megatronish.model.weights import CONFIG_FILE
 from megatronish.training.state import TrainState
 from tests.config.raw import read
@@ -39,7 +39,7 @@ def refused(
         raise AssertionError("the ranks meet, though everything here can be known before")
 
     monkeypatch.setattr(loop, "meet_by_environment", met)
-    monkeypatch.setattr(base, "SECOND_VOICE_SECONDS", 0.0)
+    monkeypatch.setattr(errors, "SECOND_VOICE_SECONDS", 0.0)
     before = dict(os.environ)
 
     def launch(*words: str, rank: int = 0, ranks: int = 1, config: Path | None = None, lines: int = 1) -> str:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatronish.config.base import ConfigError
+from megatronish.config.errors import ConfigError
 from megatronish.config.parallel import ParallelConfig
 from megatronish.ops.cross_entropy import token_losses
 from megatronish.parallel.layers import (

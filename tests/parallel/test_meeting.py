@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatronish.config import base
-from megatronish.config.base import explained
+from megatronish.config import errors
+from megatronish.config.errors import explained
 from megatronish.parallel.meeting import meet, meet_by_environment, ranks_text
 from megatronish.parallel.startup import LaunchError, free_port
 from tests.parallel.faulty_ranks import start_ranks
@@ -127,7 +127,7 @@ def meet_and_leave(rank: int) -> None:
 def test_one_message_for_all_ranks(tmp_path: Path) -> None:
     """In processes, as launched: rank 0 says who is missing, status 2 everywhere; the other's voice comes later."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "SECOND_VOICE_SECONDS", 1.0)
+        patch.setattr(errors, "SECOND_VOICE_SECONDS", 1.0)
         ranks = start_ranks(3, tmp_path, meet_and_leave, ranks=[0, 2])
         try:
             assert ranks.wait() == {0: 2, 2: 2}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatronish.config.base import ConfigError
+from megatronish.config.errors import ConfigError
 from megatronish.parallel import layers
 from megatronish.training.fragments import SavedFragments
 from megatronish.training.verify.layouts import DEFAULT_LAYOUTS, layout_run, parse_layout

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatronish.config.base import UserError, explained
+from megatronish.config.errors import UserError, explained
 from megatronish.parallel import watchdog
 from megatronish.parallel.ending import STOPPED
 from megatronish.parallel.meeting import meet_by_environment

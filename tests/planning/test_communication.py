@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatronish.config.base import ConfigError
+from megatronish.config.errors import ConfigError
 from megatronish.config.model import ModelConfig
 from megatronish.config.presets import resolve_model
 from megatronish.planning.communication import Kind, collective_seconds, sent_bytes, step_traffic

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatronish.config.base import ConfigError
+from megatronish.config.errors import ConfigError
 from megatronish.config.presets import resolve_model
 from megatronish.model.accounting import flops_per_token
 from megatronish.planning.communication import collective_seconds

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatronish.config.base import ConfigError
+from megatronish.config.errors import ConfigError
 from megatronish.training import checkpoint
 from megatronish.training.checkpoint import CheckpointStore, check_writable, step_name
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.training.curves import draw_curves, read_curves, short_count, smooth
 from tests.runs import small_run
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatronish.config.base import ConfigError
+from megatronish.config.errors import ConfigError
 from megatronish.config.run import RunConfig
 from megatronish.training import monitor as monitor_module
 from megatronish.training.monitor import DeviceMetrics, JsonLines, Monitor, TensorBoard, WandB, clock

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatronish.config.base import ConfigError
+from megatronish.config.errors import ConfigError
 from megatronish.config.model import ModelConfig
 from megatronish.config.run import RunConfig
 from megatronish.model.transformer import Transformer
 from megatronish.parallel.layers import Shard
 from megatronish.training.fragments import MASTER, Extent, SavedFragments, save_fragments
-from megatronish.training.loop import check_streams
+from megatronish.training.preparation import check_streams
 from megatronish.training.state import TrainState, save_streams
 from tests.config.raw import read
 from tests.distributed import run_ranks

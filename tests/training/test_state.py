@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatronish.config.base import ConfigError
+from megatronish.config.errors import ConfigError
 from megatronish.training.state import STATE_FILE, TrainState
 from tests.config.raw import read
 

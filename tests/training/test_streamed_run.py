@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.config.run import RunConfig
 from megatronish.data.training_data import open_training_data
 from megatronish.parallel.startup import Rank

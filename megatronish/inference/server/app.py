@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.inference.batch import Request as Wish
 from megatronish.inference.chat_format import Message
 from megatronish.inference.prompt import Prompt, encode_prompt

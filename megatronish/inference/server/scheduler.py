@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.inference.batch import Batch, FinishReason, Request, TokenScore
 from megatronish.inference.chat_format import ChatFormat
 from megatronish.inference.generate import TextGeneration

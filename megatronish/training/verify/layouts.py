@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from megatronish.config.base import ConfigError, merge
+from megatronish.config.base import merge
+from megatronish.config.errors import ConfigError
 from megatronish.config.parallel import ParallelConfig
 from megatronish.config.run import BLOCK, RunConfig
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.config.run import RunConfig
 from megatronish.training.verify.layouts import Layout, layout_run
 from megatronish.training.verify.memory import RankBytes

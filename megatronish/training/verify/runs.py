@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
-from megatronish.config.base import UserError
+from megatronish.config.errors import UserError
 from megatronish.config.run import RunConfig
 from megatronish.model.linear import Linear
 from megatronish.model.transformer import IGNORED_LABEL, Head, Transformer
