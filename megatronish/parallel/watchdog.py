@@ -130,7 +130,16 @@ class Watchdog:
         return self._meeting.places[1:] if self._meeting.rank == 0 else self._meeting.places[:1]
 
     def _watch(self) -> None:
-        """The thread: hear, look, tell, judge."""
+        """The thread: until this rank takes leave, or, should the watchdog itself fail, without leaving the others alarmed."""
+        try:
+            self._rounds()
+        finally:
+            self._links.send_all({"bye": True})
+            self._links.flush(1.0)
+            self._links.close()
+
+    def _rounds(self) -> None:
+        """Hear, look, tell and judge, again and again."""
         looked = time.monotonic()
         beaten, ran = 0.0, self.beat_seconds  # seconds that this process ran; the first beat goes at once
         told_failure = False
@@ -151,9 +160,6 @@ class Watchdog:
                 self._links.send_all({"beat": astuple(standing)})
                 self._judge(ran - beaten)
                 beaten = ran
-        self._links.send_all({"bye": True})
-        self._links.flush(1.0)
-        self._links.close()
 
     def _hear(self, rank: int, message: Message) -> None:
         if rank not in self._silence:
@@ -279,4 +285,5 @@ def communication_failed(error: BaseException) -> bool:
 def _write(text: str) -> None:
     """To stderr without its lock, which a hanging main thread may hold."""
     lead = "\n" if sys.stdout.isatty() else ""  # below the live line
-    os.write(2, f"{lead}{text}\n".encode())
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        os.write(2, f"{lead}{text}\n".encode())
