@@ -4,7 +4,7 @@ A thread of every rank looks where the main thread stands (standing.py) and tell
 thread judges, the others judge rank 0:
 - a socket that closes without a farewell: that process is gone;
 - no heartbeat for `timeout` seconds: stopped, frozen, or cut off;
-- no rank moved for `timeout` seconds (ten times as long while starting or while a checkpoint is written or read): stuck;
+- no rank moved for `timeout` seconds (ten times as long while starting, which reads checkpoints, or saving): stuck;
 - a rank that reports its own error: as it says.
 Then rank 0 prints the message, every rank writes its stacks to a file and ends with status 75 (ending.STOPPED), and ranks that
 cannot hear it are killed by those on their machine. Time is monotonic and of each rank alone; the time in which a rank itself
@@ -34,7 +34,7 @@ from megatronish.parallel.meeting import Meeting, Place
 from megatronish.parallel.standing import COLLECTIVES, Sampler, Standing
 
 STACKS = "stacks"
-PATIENT_PHASES = {"starting": 10.0, "saving": 10.0, "loading": 10.0}
+PATIENT_PHASES = {"starting": 10.0, "saving": 10.0}
 LOOK_SECONDS = 0.25
 BEAT_SECONDS = 1.0
 BEAT_SECONDS_A_RANK = 0.02  # rank 0 reads a heartbeat in 50 microseconds: 0.25% of its time, however many ranks
@@ -89,7 +89,7 @@ class Watchdog:
         return self._thread.ident
 
     def mark(self, phase: str, step: int) -> None:
-        """Say what this rank does now: "training", "validating", "saving" or "loading"; steps done."""
+        """Say what this rank does now: "training", "validating" or "saving"; steps done."""
         self._sampler.step, self._sampler.phase = step, phase
 
     def close(self) -> None:
@@ -130,7 +130,16 @@ class Watchdog:
         return self._meeting.places[1:] if self._meeting.rank == 0 else self._meeting.places[:1]
 
     def _watch(self) -> None:
-        """The thread: hear, look, tell, judge."""
+        """The thread: until this rank takes leave, or, should the watchdog itself fail, without leaving the others alarmed."""
+        try:
+            self._rounds()
+        finally:
+            self._links.send_all({"bye": True})
+            self._links.flush(1.0)
+            self._links.close()
+
+    def _rounds(self) -> None:
+        """Hear, look, tell and judge, again and again."""
         looked = time.monotonic()
         beaten, ran = 0.0, self.beat_seconds  # seconds that this process ran; the first beat goes at once
         told_failure = False
@@ -151,9 +160,6 @@ class Watchdog:
                 self._links.send_all({"beat": astuple(standing)})
                 self._judge(ran - beaten)
                 beaten = ran
-        self._links.send_all({"bye": True})
-        self._links.flush(1.0)
-        self._links.close()
 
     def _hear(self, rank: int, message: Message) -> None:
         if rank not in self._silence:
@@ -279,4 +285,5 @@ def communication_failed(error: BaseException) -> bool:
 def _write(text: str) -> None:
     """To stderr without its lock, which a hanging main thread may hold."""
     lead = "\n" if sys.stdout.isatty() else ""  # below the live line
-    os.write(2, f"{lead}{text}\n".encode())
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        os.write(2, f"{lead}{text}\n".encode())
