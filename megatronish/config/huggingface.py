@@ -262,30 +262,35 @@ def from_huggingface(raw: Mapping[str, Any], place: str) -> ModelConfig:
         if raw.get(name, value) != value:
             raise _inexpressible(place, name, raw[name], f"only {value!r} can be expressed")
     act = raw.get("hidden_act", family.default_activation)
-    if act not in family.activations:
+    if not isinstance(act, str) or act not in family.activations:
         raise _inexpressible(place, "hidden_act", act, f"expressible: {', '.join(family.activations)}")
     ours["activation"] = family.activations[act]
     ours["num_kv_heads"] = ours.get("num_kv_heads") or ours["num_attention_heads"]
     ours["head_dim"] = _head_dim(ours, raw, family, place)
     ours |= _windows(raw, family, ours["num_layers"], place)
     ours |= _rotation(raw, family, place)
-    known = {*family.fields, *family.only, "hidden_act", *_ROPE, *_WITHOUT_EFFECT, family.theta}
-    known |= {"head_dim", *([family.rotated[0]] if family.rotated else [])}
-    known |= set() if family.scalings else {"original_max_position_embeddings"}  # of a scaling, refused above
-    known |= set() if family.windows == "none" else {"sliding_window", "layer_types"}
-    known |= {"use_sliding_window", "max_window_layers"} if family.windows == "layers" else set()
+    known = _known_fields(family)
     for name, value in raw.items():
         if name not in known and not name.startswith("_") and value not in (None, False, [], {}):
-            raise _inexpressible(
-                place,
-                name,
-                value,
-                f"{family.architecture} of our table knows no such field; remove it if it has no effect",
-            )
+            why = f"{family.architecture} of our table knows no such field; remove it if it has no effect"
+            raise _inexpressible(place, name, value, why)
     try:
         return ModelConfig.model_validate(ours)
     except ValidationError as error:
         raise explain(error, ModelConfig, place, "model") from None
+
+
+def _known_fields(family: Family) -> set[str]:
+    known = {*family.fields, *family.only, "hidden_act", "head_dim", *_ROPE, *_WITHOUT_EFFECT, family.theta}
+    if family.rotated:
+        known.add(family.rotated[0])
+    if not family.scalings:
+        known.add("original_max_position_embeddings")  # of a scaling, and those are refused
+    if family.windows != "none":
+        known |= {"sliding_window", "layer_types"}
+    if family.windows == "layers":
+        known |= {"use_sliding_window", "max_window_layers"}
+    return known
 
 
 def _inexpressible(place: str, name: str, value: Any, why: str) -> ConfigError:
@@ -309,6 +314,8 @@ def _windows(raw: Mapping[str, Any], family: Family, layers: int, place: str) ->
         if not raw.get("use_sliding_window", False):
             window = None
         first = raw.get("max_window_layers", 28)
+        if type(first) is not int:
+            raise _inexpressible(place, "max_window_layers", first, "a whole number is expected")
         slides = [window is not None and layer >= first for layer in range(layers)]
     kinds = raw.get("layer_types")
     if kinds is not None:
@@ -354,6 +361,8 @@ def _rotation(raw: Mapping[str, Any], family: Family, place: str) -> dict[str, A
         allowed = ", ".join(("default", *family.scalings))
         raise _inexpressible(place, "rope_scaling type", kind, f"expressible for {family.architecture}: {allowed}")
     length = settings.pop("original_max_position_embeddings", None) or raw["max_position_embeddings"]
+    if type(length) is not int or length < 1:
+        raise _inexpressible(place, "original_max_position_embeddings", length, "a whole number above 0 is expected")
     scaling: dict[str, Any] = {"type": kind, "factor": settings.pop("factor", None)}
     if kind == "yarn" and scaling["factor"] is None:
         scaling["factor"] = raw["max_position_embeddings"] / length

@@ -188,6 +188,13 @@ def change(path: Path, **fields: Any) -> None:
         ({"model_type": "gemma"}, "'gemma' is not one that can be expressed \\(its norms add 1.*: llama, mistral"),
         ({"auto_map": {"AutoConfig": "evil.py"}}, "auto_map names code"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu': expressible: silu, gelu"),
+        ({"hidden_act": ["silu"]}, "hidden_act is \\['silu'\\]: expressible"),
+        ({"head_dim": "8"}, "model.head_dim"),
+        ({"rope_theta": "big", "rope_parameters": "absent"}, "model.rope_theta"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": "x"}},
+            "original_max_position_embeddings is 'x': a whole number",
+        ),
         ({"hidden_size": "absent"}, '"hidden_size" is missing'),
         ({"hidden_size": "48"}, "hidden_size is '48': a whole number above 0"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0: a whole number above 0"),
@@ -242,6 +249,8 @@ def test_both_ways_of_writing_rotary_settings(folder: Path) -> None:
     ("fields", "message"),
     [
         ({"max_window_layers": 1}, "max_window_layers is 1: sliding layers can be all, or all but every k-th"),
+        ({"max_window_layers": "all"}, "max_window_layers is 'all': a whole number"),
+        ({"layer_types": 3}, "layer_types is 3"),
         ({"layer_types": ["chunked_attention"] * 3}, "layer_types is"),
         ({"layer_types": ["sliding_attention"]}, "expected 3 of sliding_attention"),
     ],
