@@ -15,7 +15,7 @@ from megatronish.parallel.startup import settle_process
 def main() -> int:
     with explained():
         rank = settle_process()
-    with explained(rank.is_first):
+    with explained(rank.is_first, rank.name):
         config = parse(sys.argv[1:], "launchers/pretrain.py")
         from megatronish.training.loop import pretrain  # torch and deepspeed: only after the process is settled
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import difflib
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from megatronish.config.errors import ConfigError, UserError
+
+SECOND_VOICE_SECONDS = 10.0  # launchers end the other ranks within 3 s of the first one's end
 
 
 class Frozen(BaseModel):
@@ -28,10 +31,11 @@ class Frozen(BaseModel):
 
 
 @contextlib.contextmanager
-def explained(is_first: bool = True) -> Iterator[None]:
-    """End the program on a UserError: its text on stderr (from the first rank only), exit status 2, no traceback.
+def explained(is_first: bool = True, name: str = "") -> Iterator[None]:
+    """End the program on a UserError: its text on stderr, exit status 2, no traceback.
 
-    Ctrl-C ends it with status 130, as a shell does.
+    The first rank speaks for all: another, called `name`, says its error only if the launcher has not ended it
+    SECOND_VOICE_SECONDS later, for then the first rank has not met with that error. Ctrl-C ends it with status 130, as a shell does.
     """
     try:
         yield
@@ -42,6 +46,9 @@ def explained(is_first: bool = True) -> Iterator[None]:
     except UserError as error:
         if is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(SECOND_VOICE_SECONDS)
+            print(f"error: {name}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

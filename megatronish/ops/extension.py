@@ -6,7 +6,6 @@ says why and nothing is registered.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from megatronish.ops.fakes import FAKES
 
 BUILD_HINT = "run `python setup.py build_ext --inplace` in the source folder (it needs a C++ compiler)"
 
@@ -32,7 +33,8 @@ def _load() -> Extension:
     folder = Path(__file__).resolve().parents[1]
     cpu_problem = _load_library(folder / "_C.so")
     if not cpu_problem:
-        _register_fakes()
+        for fake in FAKES:
+            torch.library.register_fake(f"megatronish::{fake.__name__}", fake)
     if cpu_problem:
         cuda_problem = cpu_problem
     elif torch.version.cuda is None:
@@ -51,105 +53,6 @@ def _load_library(path: Path) -> str:
     except OSError as error:
         return f"{path.name} does not load ({error}): {BUILD_HINT} again"
     return ""
-
-
-def _register_fakes() -> None:
-    """Shapes and dtypes of the results, for torch.compile and the meta device."""
-
-    def wide(x: Tensor) -> torch.dtype:
-        return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-    def rms_norm_fwd(x: Tensor, w: Tensor | None, eps: float, w_offset: float) -> tuple[Tensor, Tensor]:
-        return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=wide(x))
-
-    def add_rms_norm_fwd(
-        x: Tensor, residual: Tensor, w: Tensor | None, eps: float, w_offset: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=wide(x))
-
-    def rms_norm_bwd(
-        dy: Tensor, dres: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, w_offset: float, need_dw: bool
-    ) -> tuple[Tensor, Tensor]:
-        dw = x.new_empty(0) if w is None else w.new_empty(w.shape if need_dw else 0)
-        return x.new_empty(x.shape), dw
-
-    def swiglu_fwd(gate_up: Tensor) -> Tensor:
-        return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
-
-    def swiglu_bwd(dy: Tensor, gate_up: Tensor, recompute_y: bool) -> tuple[Tensor, Tensor]:
-        return gate_up.new_empty(gate_up.shape), gate_up.new_empty(dy.shape if recompute_y else 0)
-
-    def rope(
-        x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int, interleaved: bool, inverse: bool
-    ) -> Tensor:
-        return x.new_empty(x.shape)
-
-    def rope_qkv_(qkv: Tensor, *_: Any) -> None:
-        return None
-
-    def rope_qkv_bwd(dq: Tensor, dk: Tensor, dv: Tensor, *_: Any) -> Tensor:
-        b, s, heads, d = dq.shape
-        return dq.new_empty(b, s, heads + dk.shape[2] + dv.shape[2], d)
-
-    def qk_norm_rope_fwd(
-        qkv: Tensor,
-        q_weight: Tensor,
-        k_weight: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        positions: Tensor | None,
-        offset: int,
-        heads: list[int],
-        *_: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        b, s, d = qkv.shape[0], qkv.shape[1], qkv.shape[3]
-        groups, q_heads, k_heads = heads[:3]
-        q, k = qkv.new_empty(b, s, groups * q_heads, d), qkv.new_empty(b, s, groups * k_heads, d)
-        return q, k, qkv.new_empty(b, s, groups * (q_heads + k_heads), dtype=wide(qkv))
-
-    def qk_norm_rope_bwd(
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-        qkv: Tensor,
-        q_weight: Tensor,
-        k_weight: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        positions: Tensor | None,
-        rstd: Tensor,
-        offset: int,
-        heads: list[int],
-        w_offset: float,
-        interleaved: bool,
-        need_dw: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        size = q_weight.shape[0] if need_dw else 0
-        return qkv.new_empty(qkv.shape), q_weight.new_empty(size), k_weight.new_empty(size)
-
-    def cross_entropy_fwd(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        max_, sum_, target_logit = (logits.new_empty(logits.shape[0], dtype=wide(logits)) for _ in range(3))
-        return max_, sum_, target_logit
-
-    def cross_entropy_bwd_(logits: Tensor, *_: Any) -> None:
-        return None
-
-    fakes: tuple[Callable[..., Any], ...] = (
-        rms_norm_fwd,
-        add_rms_norm_fwd,
-        rms_norm_bwd,
-        swiglu_fwd,
-        swiglu_bwd,
-        rope,
-        rope_qkv_,
-        rope_qkv_bwd,
-        qk_norm_rope_fwd,
-        qk_norm_rope_bwd,
-        cross_entropy_fwd,
-        cross_entropy_bwd_,
-    )
-    for fake in fakes:
-        torch.library.register_fake(f"megatronish::{fake.__name__}", fake)
 
 
 class FusedRMSNorm(torch.autograd.Function):

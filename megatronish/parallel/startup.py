@@ -42,6 +42,11 @@ class Rank:
         """Whether this is the process that talks to the user and writes the files."""
         return self.rank == 0
 
+    @property
+    def name(self) -> str:
+        """For messages: the rank and its machine."""
+        return f"rank {self.rank} ({socket.gethostname()})"
+
 
 def find_rank(env: MutableMapping[str, str]) -> Rank:
     """Read the rank from the launcher's variables: torch's names first, then Open MPI's, then Slurm's.

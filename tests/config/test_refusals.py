@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatronish.config import base
 from megatronish.config.base import ConfigError, did_you_mean, explained
 from megatronish.config.deepspeed_json import OURS, load_json
 from megatronish.config.run import BatchPlan, RunConfig
@@ -339,10 +340,16 @@ def test_did_you_mean_keeps_quiet_when_nothing_is_near() -> None:
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_a_user_error_ends_the_program_without_a_traceback(is_first: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended, explained(is_first):
+def test_a_user_error_ends_the_program_without_a_traceback(
+    is_first: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rank speaks at once; another waits to be ended by the launcher, then says what it alone met with."""
+    waits: list[float] = []
+    monkeypatch.setattr(base.time, "sleep", waits.append)
+    with pytest.raises(SystemExit) as ended, explained(is_first, "rank 3 (node)"):
         raise ConfigError("the words")
     assert ended.value.code == 2
-    assert capsys.readouterr() == ("", "error: the words\n" if is_first else "")
+    assert capsys.readouterr() == ("", "error: the words\n" if is_first else "error: rank 3 (node): the words\n")
+    assert waits == ([] if is_first else [base.SECOND_VOICE_SECONDS])
     with pytest.raises(KeyError), explained():
         raise KeyError("a bug of ours is not dressed up as the user's error")

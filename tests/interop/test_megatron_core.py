@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 
 from megatronish.config.data import DataConfig
+from megatronish.data import surgery
 from megatronish.data.builder import IndexedWriter
 from megatronish.data.indexed import IndexedReader
 from megatronish.data.megatron_order import MegatronBlend, greedy_blend, normalized
-from megatronish.data.surgery import merge
 from megatronish.data.training_data import open_training_data
 from tests.runs import make_dataset
 
@@ -177,9 +177,10 @@ def test_ours_reads_megatrons(peer: Path, name: str) -> None:
 
 def test_merging_is_adding_indexes(peer: Path) -> None:
     inputs = [str(next((peer / f"set{seed}").glob("*.manifest.json"))) for seed in (0, 1, 2)]
-    merge([name.removesuffix(".manifest.json") for name in inputs], str(peer / "merged" / "ours"))
+    surgery.merge([name.removesuffix(".manifest.json") for name in inputs], str(peer / "merged" / "ours"))
     for suffix in ("bin", "idx"):
-        assert (peer / "merged" / f"ours.{suffix}").read_bytes() == (peer / "merged" / f"theirs.{suffix}").read_bytes()
+        ours, theirs = (peer / "merged" / f"{name}.{suffix}" for name in ("ours", "theirs"))
+        assert ours.read_bytes() == theirs.read_bytes()
 
 
 def split_of_blend(case: dict[str, Any]) -> str:
