@@ -116,15 +116,20 @@ def choose(
     is for, the same for each row. Raises UserError if a row's best logit is no finite number, which is a damaged or
     diverged model.
     """
-    best = logits.amax(-1)
+    if seen and sampling.repetition_penalty != 1.0:
+        logits = torch.stack([penalized(row, sampling, seen) for row in logits])
+    if sampling.is_greedy:
+        ids = logits.argmax(-1)  # of NaN, where there is one
+        _check_finite(logits.gather(-1, ids[:, None]))
+        return ids
+    _check_finite(logits.amax(-1))
+    probabilities = filtered_logits(logits, sampling).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+def _check_finite(best: Tensor) -> None:
     if not bool(best.isfinite().all()):
         raise UserError(
             "the model's logits are not finite numbers: its weights are damaged, training diverged, or fp16 overflowed. "
             "Use another checkpoint or --dtype fp32."
         )
-    if seen and sampling.repetition_penalty != 1.0:
-        logits = torch.stack([penalized(row, sampling, seen) for row in logits])
-    if sampling.is_greedy:
-        return logits.argmax(-1)
-    probabilities = filtered_logits(logits, sampling).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
