@@ -1,9 +1,7 @@
-"""Streaming: every document once an epoch over any number of parts, exact resumption, and the network's faults."""
+"""Streaming: every document once an epoch over any number of parts, and exact resumption."""
 
 from __future__ import annotations
 
-import gzip
-import itertools
 import json
 import os
 import random
@@ -13,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,78 +25,19 @@ from megatronish.data.errors import DataError
 from megatronish.data.indexed import IndexedReader
 from megatronish.data.loader import MicroBatchLoader
 from megatronish.data.packing import PackedDataset
-from megatronish.data.remote import Retry
 from megatronish.data.sampler import MicroBatchSampler
-from megatronish.data.sources import NAMED, expand_counts, is_stream, parse_hub, resolve
-from megatronish.data.streaming import DocumentStream, PackedReader, StreamOptions, open_stream
-from tests.data.shard_server import STALL_SECONDS, shard_server
-
-EOD = 256  # of the byte tokenizer
-QUICK = Retry(attempts=25, first_wait=0.001, longest_wait=0.004, timeout=5.0)
-FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def write_shard(path: Path, texts: Sequence[str], key: str = "text") -> Path:
-    """One shard in the format that its name says."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        from pyarrow import parquet
-
-        table = pyarrow.table({"id": list(range(len(texts))), key: list(texts)})
-        parquet.write_table(table, path, row_group_size=4)
-        return path
-    lines = "".join(json.dumps({key: text, "other": 1}) + "\n" for text in texts).encode()
-    if path.suffix == ".gz":
-        lines = gzip.compress(lines, mtime=0)
-    elif path.suffix == ".zst":
-        lines = pytest.importorskip("zstandard").ZstdCompressor().compress(lines)
-    path.write_bytes(lines)
-    return path
-
-
-def make_texts(shard: int, count: int) -> list[str]:
-    """Distinct documents of distinct lengths, some not ASCII."""
-    return [f"shard {shard} document {i} " + "ä¬x"[i % 3] * (7 * i % 41) for i in range(count)]
-
-
-def make_corpus(folder: Path, suffix: str, counts: Sequence[int] = (9, 17, 5)) -> Counter[str]:
-    """Shards part-0, part-1, ... with so many documents; all their texts."""
-    everything: Counter[str] = Counter()
-    for shard, count in enumerate(counts):
-        texts = make_texts(shard, count)
-        write_shard(folder / f"part-{shard}.{suffix}", texts)
-        everything.update(texts)
-    return everything
-
-
-def options(**changes: Any) -> StreamOptions:
-    return StreamOptions(
-        **{"tokenizer": "bytes", "seq_length": 16, "seed": 3, "buffer_documents": 6, "retry": QUICK} | changes
-    )
-
-
-def samples(reader: PackedReader, count: int) -> list[tuple[list[int], list[int]]]:
-    return [(tokens.tolist(), starts.tolist()) for tokens, starts in (reader.next_sample() for _ in range(count))]
-
-
-def documents_of(reader: PackedReader, count: int) -> list[str]:
-    """The first `count` documents, put together again from samples; checks overlap and document starts."""
-    stream: list[int] = []
-    begins: set[int] = set()
-    while stream.count(EOD) <= count:
-        tokens, starts = reader.next_sample()
-        assert tokens.dtype == np.int64 and starts[0] == 0
-        if stream:
-            assert stream[-1] == tokens[0]
-            stream.pop()
-        begins |= {len(stream) + int(start) for start in starts[1:]}
-        stream.extend(tokens.tolist())
-    ends = [position for position, token in enumerate(stream) if token == EOD]
-    assert {end + 1 for end in ends if end + 1 < len(stream)} == begins
-    edges = [-1, *ends[:count]]
-    return [bytes(stream[a + 1 : b]).decode() for a, b in itertools.pairwise(edges)]
+from megatronish.data.streaming import open_stream
+from tests.data.shard_server import shard_server
+from tests.data.text_shards import (
+    FORMATS,
+    ROOT,
+    documents_of,
+    make_corpus,
+    make_texts,
+    options,
+    samples,
+    write_shard,
+)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -184,122 +122,6 @@ def test_any_chain_of_resumptions_gives_the_same_samples(
         assert found == expected
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_faults_of_the_network_change_nothing(tmp_path: Path, suffix: str) -> None:
-    """500, 503, reset at once, reset midway and truncated bodies, on two requests of five."""
-    make_corpus(tmp_path, suffix, (60, 80))
-    with shard_server(tmp_path) as (url, behaviour):
-        stream = open_stream(f"{url}/part-{{0..1}}.{suffix}", options())
-        calm = samples(stream.open(0, 1), 300)
-        quiet_requests = len(behaviour.requests)
-        behaviour.faults = 0.4
-        assert samples(stream.open(0, 1), 300) == calm
-        assert len(behaviour.requests) > 1.3 * (2 * quiet_requests - quiet_requests), "no fault was met"
-        reader = stream.open(0, 1)
-        found = samples(reader, 150)
-        assert found + samples(stream.open(0, 1, reader.state()), 150) == calm
-
-
-def test_a_large_body_cut_many_times_is_read_once_through(tmp_path: Path) -> None:
-    """Each retry asks for the bytes behind the last one received, and nothing is read twice."""
-    texts = [f"{i} " + "x" * 20_000 for i in range(60)]
-    write_shard(tmp_path / "big.jsonl", texts)
-    size = (tmp_path / "big.jsonl").stat().st_size
-    with shard_server(tmp_path, faults=0.8, kinds=("truncate", "reset later")) as (url, behaviour):
-        stream = open_stream(f"{url}/big.jsonl", options(seq_length=4000, buffer_documents=100))
-        assert sorted(documents_of(stream.open(0, 1), 60)) == sorted(texts)
-        offsets = [int(asked.split("=")[1].rstrip("-")) if asked else 0 for _, asked, _ in behaviour.requests]
-        assert sum(0 < offset < size for offset in offsets) >= 2, "the body was never cut"
-        # It goes back only where a new epoch begins: the window behind the 60 documents is of the next one.
-        assert sum(later < offset for offset, later in itertools.pairwise(offsets)) <= 1
-
-
-def test_a_connection_that_falls_silent(tmp_path: Path) -> None:
-    """A body that stops coming is dropped after the timeout and asked for again from where it stopped."""
-    make_corpus(tmp_path, "jsonl", (40,))
-    retry = Retry(attempts=25, first_wait=0.001, longest_wait=0.004, timeout=STALL_SECONDS / 5)
-    with shard_server(tmp_path) as (url, behaviour):
-        stream = open_stream(f"{url}/part-0.jsonl", options(retry=retry))
-        calm = samples(stream.open(0, 1), 40)
-        behaviour.faults, behaviour.kinds = 0.9, ("stall",)
-        assert samples(stream.open(0, 1), 40) == calm
-        assert any(asked for _, asked, _ in behaviour.requests), "nothing was asked for again"
-
-
-def test_a_server_without_ranges(tmp_path: Path) -> None:
-    """JSON lines are read past what is known already; Parquet cannot be."""
-    make_corpus(tmp_path, "jsonl", (30,))
-    write_shard(tmp_path / "p.parquet", make_texts(0, 30))
-    with shard_server(tmp_path, ranges=False) as (url, behaviour):
-        stream = open_stream(f"{url}/part-0.jsonl", options())
-        reader = stream.open(0, 1)
-        found = samples(reader, 20)
-        state = reader.state()
-        assert state["byte"] > 0
-        behaviour.faults, behaviour.kinds = 0.5, ("truncate",)
-        assert found + samples(stream.open(0, 1, state), 20) == samples(stream.open(0, 1), 40)
-        behaviour.faults = 0.0
-        with pytest.raises(DataError, match="does not honour byte ranges"):
-            open_stream(f"{url}/p.parquet", options()).open(0, 1).next_sample()
-
-
-def test_a_server_that_stays_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many attempts as asked for, waits that double with jitter up to the longest, then one clear error."""
-    make_corpus(tmp_path, "jsonl", (5,))
-    waits: list[float] = []
-    monkeypatch.setattr(time, "sleep", waits.append)
-    retry = Retry(attempts=7, first_wait=1.0, longest_wait=10.0, timeout=5.0)
-    with shard_server(tmp_path, faults=1.0, kinds=("500",)) as (url, behaviour):
-        stream = open_stream(f"{url}/part-0.jsonl", options(retry=retry))
-        with pytest.raises(DataError, match=r"HTTP 500 .* 7 times in a row"):
-            stream.open(0, 1).next_sample()
-        assert len(behaviour.requests) == 7
-    assert len(waits) == 6
-    for wait, limit in zip(waits, (1, 2, 4, 8, 10, 10), strict=True):
-        assert limit / 2 <= wait <= limit
-    assert len({wait / limit for wait, limit in zip(waits, (1, 2, 4, 8, 10, 10), strict=True)}) > 1, "no jitter"
-    with pytest.raises(DataError, match="refused"):  # the server is gone
-        stream.open(0, 1).next_sample()
-
-
-@pytest.mark.parametrize(("status", "words"), [(404, "check the location"), (403, "gated"), (401, "token")])
-def test_what_retrying_cannot_mend_is_said_at_once(tmp_path: Path, status: int, words: str) -> None:
-    make_corpus(tmp_path, "jsonl", (5,))
-    with shard_server(tmp_path, refuse=status) as (url, behaviour):
-        with pytest.raises(DataError, match=f"HTTP {status}.*{words}"):
-            open_stream(f"{url}/part-0.jsonl", options()).open(0, 1).next_sample()
-        assert len(behaviour.requests) == 1
-
-
-def test_another_file_under_the_same_url_is_refused(tmp_path: Path) -> None:
-    make_corpus(tmp_path, "jsonl", (30,))
-    path = tmp_path / "part-0.jsonl"
-    original = path.read_bytes()
-    with shard_server(tmp_path) as (url, _):
-        stream = open_stream(f"{url}/part-0.jsonl", options())
-        reader = stream.open(0, 1)
-        reader.next_sample()
-        state = reader.state()
-        path.write_bytes(original.replace(b"document 1", b"document 2"))
-        with pytest.raises(DataError, match="another file lies there now"):
-            stream.open(0, 1, state).next_sample()
-        path.write_bytes(original)
-        stream.open(0, 1, state).next_sample()
-
-
-def test_a_replaced_local_shard_is_refused(tmp_path: Path) -> None:
-    make_corpus(tmp_path, "jsonl", (30,))
-    stream = open_stream(str(tmp_path / "part-0.jsonl"), options())
-    reader = stream.open(0, 1)
-    reader.next_sample()
-    with open(tmp_path / "part-0.jsonl", "a") as file:
-        file.write('{"text": "one more"}\n')
-    with pytest.raises(DataError, match="not those of the saved state"):
-        open_stream(str(tmp_path / "part-0.jsonl"), options()).open(0, 1, reader.state())
-    with pytest.raises(DataError, match="part 0 of 1, this is part 1 of 2"):
-        stream.open(1, 2, reader.state())
-
-
 KILLED = """
 import json, os, sys
 from megatronish.data.remote import Retry
@@ -344,169 +166,6 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         expected = samples(open_stream(location, options()).open(0, 1), 400)
     found = [tuple(json.loads(line)[0]) for line in log.read_text().splitlines()]
     assert found == expected
-
-
-def hub_answers(repository: str, sha: str, names: Sequence[str]) -> dict[str, bytes]:
-    """The hub's description of a dataset, for its newest state and for that commit."""
-    info = {
-        "id": repository,
-        "sha": sha,
-        "siblings": [{"rfilename": name} for name in names],
-        "tags": [],
-        "private": False,
-    }
-    content = json.dumps(info | {"downloads": 0, "likes": 0}).encode()
-    return {f"/api/datasets/{repository}{end}": content for end in ("", "/revision/main", f"/revision/{sha}")}
-
-
-def test_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A named dataset by the hub's interface, its files redirected to another host, which never sees the token."""
-    pytest.importorskip("huggingface_hub")
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    sha = "0123456789abcdef0123456789abcdef01234567"
-    place = tmp_path / "datasets/allenai/c4/resolve" / sha
-    names = ["README.md", "en/c4-train.00000-of-00002.json.gz", "en/c4-train.00001-of-00002.json.gz"]
-    names += ["en/c4-validation.00000-of-00001.json.gz", "realnewslike/c4-train.00000-of-00001.json.gz"]
-    for number, name in enumerate(names[1:]):
-        write_shard(place / name, make_texts(number, 8))
-    with shard_server(tmp_path) as (store, stored), shard_server(tmp_path, redirect_to=store) as (hub, asked):
-        hub = hub.replace("127.0.0.1", "localhost")
-        asked.answers = hub_answers("allenai/c4", sha, names)
-        asked.faults, asked.kinds = 0.3, ("500", "reset")
-        stream = open_stream("hf://allenai/c4:en", options(), endpoint=hub)
-        assert len(stream.shards) == 2 and all(shard.pinned for shard in stream.shards)
-        assert any("ODC-BY" in line for line in stream.describe()) and sha[:12] in stream.describe()[0]
-        found = documents_of(stream.open(0, 1), 16)
-        assert Counter(found) == Counter(make_texts(0, 8) + make_texts(1, 8))
-        assert "hf_secret" not in repr(stream.shards)
-        assert any(token == "Bearer hf_secret" for _, _, token in asked.requests)
-        assert stored.requests and all(token is None for _, _, token in stored.requests)
-        held_out = open_stream("hf://c4:en/validation", options(), endpoint=hub)
-        assert sorted(documents_of(held_out.open(0, 1), 8)) == sorted(make_texts(2, 8))
-        asked.answers = {}
-        asked.faults, asked.redirect_to = 0.0, None
-        with pytest.raises(DataError, match="hf://allenai/c4"):
-            open_stream("hf://allenai/c4", options(), endpoint=hub)
-
-
-def test_unknown_hub_datasets_and_url_lists(tmp_path: Path) -> None:
-    """A dataset that is not known by name is its shards that name the split; RedPajama is a list of URLs."""
-    pytest.importorskip("huggingface_hub")
-    sha = "f" * 40
-    with shard_server(tmp_path) as (hub, asked):
-        names = ["data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl", "extra/train.jsonl", "card.md"]
-        asked.answers = hub_answers("some/corpus", sha, names)
-        folder = tmp_path / "datasets/some/corpus/resolve" / sha
-        for number, name in enumerate(names[:3]):
-            write_shard(folder / name, make_texts(number, 4))
-
-        def shards(location: str) -> list[str]:
-            return [shard.name.split(f"{sha}/")[1] for shard in resolve(location, QUICK, hub).shards]
-
-        assert shards("hf://some/corpus") == [names[0], names[2]]
-        assert shards("hf://some/corpus:extra") == [names[2]]
-        assert shards(f"hf://some/corpus@{sha}:data/test") == [names[1]]
-        with pytest.raises(DataError, match="no shard of split 'dev'"):
-            shards("hf://some/corpus:data/dev")
-        repository = "togethercomputer/RedPajama-Data-1T"
-        asked.answers = hub_answers(repository, sha, ["urls/arxiv.txt"])
-        listed = tmp_path / f"datasets/{repository}/resolve/{sha}/urls/arxiv.txt"
-        write_shard(tmp_path / "arxiv_0.jsonl", make_texts(0, 4))
-        listed.parent.mkdir(parents=True)
-        listed.write_text(f"{hub}/arxiv_0.jsonl\n\n")
-        stream = open_stream("hf://redpajama:arxiv", options(), endpoint=hub)
-        assert sorted(documents_of(stream.open(0, 1), 4)) == sorted(make_texts(0, 4))
-
-
-def test_named_sources() -> None:
-    """Every dataset that is promised is known by name and by repository, with fields, a licence and a train split."""
-    assert {source.name for source in NAMED} >= {
-        "c4", "openwebtext2", "redpajama", "oscar", "the-stack", "fineweb-edu", "dolly"
-    }  # fmt: skip
-    for source in NAMED:
-        for location in (f"hf://{source.name}", f"hf://{source.repository}"):
-            found, revision, split = parse_hub(location)
-            assert (found.name, revision, split) == (source.name, None, "train")
-        assert source.keys and source.licence and "{" not in found.pattern("train")
-    assert parse_hub("hf://fineweb-edu:sample-100BT")[0].pattern("train") == "sample/100BT/*.parquet"
-    assert parse_hub("hf://fineweb-edu:CC-MAIN-2024-10")[0].pattern("train") == "data/CC-MAIN-2024-10/*.parquet"
-    assert parse_hub("hf://oscar:de")[0].pattern("train") == "de_meta/de_meta_part_*.jsonl.zst"
-    assert parse_hub("hf://allenai/c4@v1.2:en/validation")[1:] == ("v1.2", "validation")
-    with pytest.raises(DataError, match="no dataset known as 'c5'"):
-        parse_hub("hf://c5")
-    with pytest.raises(DataError, match="has no split 'dev'"):
-        parse_hub("hf://c4:en/dev")[0].pattern("dev")
-
-
-def test_several_fields_make_a_document(tmp_path: Path) -> None:
-    """Dolly's instruction, context and response; an empty context leaves no gap."""
-    records = [
-        {"instruction": "Add.", "context": "", "response": "2"},
-        {"instruction": "Name it.", "context": "A dog.", "response": "Rex", "category": "x"},
-    ]
-    (tmp_path / "dolly.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    location = resolve(str(tmp_path / "dolly.jsonl"), QUICK)
-    keys = next(source.keys for source in NAMED if source.name == "dolly")
-    stream = DocumentStream(type(location)(location.name, location.shards, keys), options())
-    assert sorted(documents_of(stream.open(0, 1), 2)) == ["Add.\n\n2", "Name it.\n\nA dog.\n\nRex"]
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        (b"{", "line 3: not JSON"),
-        (b'{"body": "x"}', r"line 3: no key 'text'; keys are \['body'\]"),
-        (b'{"text": null}', "line 3: the value of 'text' is 'None', not a string"),
-        (b'["x"]', "line 3: a JSON object is needed, found list"),
-        (b'{"text": "\\ud800"}', "line 3: the text has a lone surrogate"),
-        (b'{"text": "\xff"}', "line 3: not JSON: 'utf-8'"),
-    ],
-)
-def test_a_faulty_document(tmp_path: Path, line: bytes, words: str) -> None:
-    """Names file and line, or is passed over where asked; blank lines and empty texts never matter."""
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"text": "first"}\n\n' + line + b'\n{"text": ""}\n{"text": "last"}\n')
-    with pytest.raises(DataError, match=words):
-        samples(open_stream(str(path), options()).open(0, 1), 9)
-    stream = open_stream(str(path), options(on_error="skip"))
-    assert sorted(documents_of(stream.open(0, 1), 2)) == ["first", "last"]
-
-
-def test_damaged_shards(tmp_path: Path) -> None:
-    """What is cut off or no shard is said, with the file's name, and never taken for its end."""
-    for suffix in ("jsonl.gz", "jsonl.zst"):
-        whole = write_shard(tmp_path / f"whole.{suffix}", make_texts(0, 300)).read_bytes()
-        (tmp_path / f"cut.{suffix}").write_bytes(whole[: len(whole) - 9])
-        with pytest.raises(DataError, match=rf"cut\.{suffix}: truncated"):
-            samples(open_stream(str(tmp_path / f"cut.{suffix}"), options(buffer_documents=1000)).open(0, 1), 1)
-        (tmp_path / f"bad.{suffix}").write_bytes(b"no such thing" * 9)
-        with pytest.raises(DataError, match=rf"bad\.{suffix}: .*corrupt"):
-            samples(open_stream(str(tmp_path / f"bad.{suffix}"), options()).open(0, 1), 1)
-    (tmp_path / "bad.parquet").write_bytes(b"no such thing" * 9)
-    with pytest.raises(DataError, match=r"bad\.parquet: not a Parquet file"):
-        samples(open_stream(str(tmp_path / "bad.parquet"), options()).open(0, 1), 1)
-    write_shard(tmp_path / "other.parquet", make_texts(0, 3), key="body")
-    with pytest.raises(DataError, match=r"no column 'text'; columns are \['id', 'body'\]"):
-        samples(open_stream(str(tmp_path / "other.parquet"), options()).open(0, 1), 1)
-    assert len(samples(open_stream(str(tmp_path / "other.parquet"), options(text_key="body")).open(0, 1), 1)) == 1
-    (tmp_path / "array.json").write_text('[{"text": "x"}]')
-    with pytest.raises(DataError, match=r"array\.json: a JSON array"):
-        samples(open_stream(str(tmp_path / "array.json"), options()).open(0, 1), 1)
-
-
-def test_locations() -> None:
-    assert expand_counts("a-{08..10}.gz") == ["a-08.gz", "a-09.gz", "a-10.gz"]
-    assert expand_counts("{0..1}{5..6}") == ["05", "06", "15", "16"]
-    with pytest.raises(DataError, match="runs backwards"):
-        expand_counts("{3..1}")
-    for yes in ("hf://c4", "https://x/y.jsonl", "data/*.jsonl.zst", "a.parquet", "A.JSON.GZ"):
-        assert is_stream(yes)
-    for no in ("data/default_text_document", "corpus", "x.txt"):
-        assert not is_stream(no)
-    with pytest.raises(DataError, match="no such shard"):
-        resolve("nowhere/*.jsonl", QUICK)
-    with pytest.raises(DataError, match="a shard ends in one of"):
-        resolve("https://host/file.txt", QUICK)
 
 
 def test_options_and_too_little_text(tmp_path: Path) -> None:
