@@ -63,6 +63,9 @@ def _fork(
         from megatronish.training.engine import start_process_group, stop_process_group
 
         torch.set_num_threads(1)
+        signal.signal(
+            signal.SIGPIPE, signal.SIG_IGN
+        )  # as Python starts: `--help`, which another test called, changes it
         if group:
             start_process_group(timeout_minutes=3)
         graphs = _compiled_graphs()
@@ -70,6 +73,8 @@ def _fork(
         assert _compiled_graphs() == graphs, (
             "a forked rank used torch.compile, whose workers hang now and then in a fork"
         )
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # a rank that ends while others still connect to it would reset them
         stop_process_group()
         (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
         status = 0

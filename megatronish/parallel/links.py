@@ -70,6 +70,7 @@ class Links:
         self._selector = selectors.DefaultSelector()
         self._hangups = select.epoll()
         self._links: dict[int, _Link] = {}
+        self._uncalled = set(range(1, meeting.world_size)) if meeting.rank == 0 else set()
         self._listener: socket.socket | None = None
         if meeting.world_size == 1:
             return
@@ -164,6 +165,13 @@ class Links:
             link.push()
         return found
 
+    def welcome(self, seconds: float) -> list[tuple[int, Message]]:
+        """Rank 0: wait up to `seconds` until every rank has called; what came meanwhile. A rank it does not know it cannot tell."""
+        deadline, found = time.monotonic() + seconds, []
+        while self._uncalled and time.monotonic() < deadline:
+            found += self.receive(0.01)
+        return found
+
     def _accept(self) -> None:
         assert self._listener is not None
         with contextlib.suppress(OSError):  # BlockingIOError when there are no more
@@ -181,6 +189,7 @@ class Links:
                         raise ValueError("a stranger")
                     link.rank = int(message["rank"])
                     self._links[link.rank] = link
+                    self._uncalled.discard(link.rank)
                 messages.append((link.rank, message))
             except (ValueError, KeyError, TypeError):
                 gone = True

@@ -38,6 +38,7 @@ PATIENT_PHASES = {"starting": 10.0, "saving": 10.0}
 LOOK_SECONDS = 0.25
 BEAT_SECONDS = 1.0
 BEAT_SECONDS_A_RANK = 0.02  # rank 0 reads a heartbeat in 50 microseconds: 0.25% of its time, however many ranks
+WELCOME_SECONDS = 2.0  # for all ranks to call rank 0: they do at once after they have met
 GRACE_SECONDS = 2.0  # for a rank's error to turn out to be every rank's, or the consequence of a death
 LONGEST_ERROR = 20_000  # letters of a traceback that are told
 SLOW_SECONDS = 60.0  # over which ranks are compared
@@ -132,6 +133,8 @@ class Watchdog:
     def _watch(self) -> None:
         """The thread: until this rank takes leave, or, should the watchdog itself fail, without leaving the others alarmed."""
         try:
+            for rank, message in self._links.welcome(min(WELCOME_SECONDS, self._timeout / 4)):
+                self._hear(rank, message)
             self._rounds()
         finally:
             self._links.send_all({"bye": True})
