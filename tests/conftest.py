@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -26,3 +28,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 2 if item.get_closest_marker("slow") else 1 if item.get_closest_marker("distributed") else 0
 
     items.sort(key=cost)
+
+
+@pytest.fixture(autouse=True)
+def _sigpipe_as_python_starts() -> Iterator[None]:
+    """Programs that write for `| head` give SIGPIPE its default action; ranks forked by later tests would die of it."""
+    before = signal.getsignal(signal.SIGPIPE)
+    yield
+    signal.signal(signal.SIGPIPE, before)
