@@ -13,12 +13,15 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))  # built by make install
 
 import pytest
+from hypothesis import settings
 
 from megatronish.parallel.startup import has_gpu, tune_allocator
 
 if not has_gpu():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 tune_allocator()
+settings.register_profile("same every time", derandomize=True)  # --hypothesis-profile default looks for new cases
+settings.load_profile("same every time")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -204,7 +204,9 @@ class Watchdog:
         """End the run if it does not go on; elapsed: seconds since the last judgement."""
         for rank in self._silence:
             self._silence[rank] += elapsed
-        quiet = [place for place in self._listened_to() if self._silence.get(place.rank, 0.0) > self._timeout]
+        # Rank 1 judges a silent rank 0 before the others do: who kills it first would leave rank 1 a dead one to explain.
+        patience = self._timeout + (2 * GRACE_SECONDS if self._meeting.rank > 1 else 0.0)
+        quiet = [place for place in self._listened_to() if self._silence.get(place.rank, 0.0) > patience]
         if quiet:
             text = verdict.silent(quiet, self._timeout, self._standings) if self._meeting.rank <= 1 else ""
             self._end(STOPPED, text, quiet)
