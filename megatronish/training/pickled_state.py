@@ -26,7 +26,7 @@ class PickledState:
     name = "PickledState"
 
     def __init__(self, classes: Sequence[Callable[..., Any]]) -> None:
-        self._classes = list(classes)
+        self._classes: list[Any] = list(classes)
         self.written: list[Path] = []
         self.error: OSError | None = None
 

@@ -28,13 +28,20 @@ from megatronish.training.preparation import Prepared, continue_from
 
 
 def settle_resume(run: Prepared, meeting: Meeting) -> Prepared:
-    """The run as every rank of the meeting goes on with it.
+    """The run as every rank of the meeting goes on with it. Raises UserError as `choose_checkpoint` and `continue_from` do."""
+    train = run.config.megatronish.train
+    chosen = choose_checkpoint(CheckpointStore(run.run_dir, train.keep_last), train.resume, meeting)
+    return run if chosen is None or chosen == run.resume_from else continue_from(run, chosen)
 
-    Raises ConfigError, with every checkpoint and what is wrong with it, when there are some and none is good.
+
+def choose_checkpoint(store: CheckpointStore, resume: str, meeting: Meeting) -> Path | None:
+    """The checkpoint to go on from, None to begin afresh. Every rank of the meeting calls it; store: of the run.
+
+    resume: as `store.wanted` takes it. Raises ConfigError, with every checkpoint and what is wrong with it, when there are
+    some and none is good.
     """
-    train, agreement = run.config.megatronish.train, Agreement(meeting, "resume")
-    store = CheckpointStore(run.run_dir, train.keep_last)
-    wanted = [str(path) for path in store.wanted(train.resume)] if meeting.rank == 0 else []
+    agreement = Agreement(meeting, "resume")
+    wanted = [str(path) for path in store.wanted(resume)] if meeting.rank == 0 else []
     refused: dict[str, list[str]] = {}
     chosen: Path | None = None
     for candidate in map(Path, agreement.agree(wanted, lambda lists: lists[0])):
@@ -46,11 +53,9 @@ def settle_resume(run: Prepared, meeting: Meeting) -> Prepared:
     agreement.leave()
     if refused and chosen is None:
         raise ConfigError(_none_good(refused))
-    if refused and meeting.rank == 0:
+    if chosen is not None and refused and meeting.rank == 0:
         _tell(refused, chosen, store)
-    if chosen is None or chosen == run.resume_from:
-        return run
-    return continue_from(run, chosen)
+    return chosen
 
 
 def shares(files: Mapping[str, FileRecord], count: int) -> list[list[str]]:
@@ -79,14 +84,13 @@ def _join(found: list[Any]) -> list[str]:
     return list(dict.fromkeys(fault for faults in found for fault in faults))
 
 
-def _tell(refused: Mapping[str, list[str]], chosen: Path | None, store: CheckpointStore) -> None:
+def _tell(refused: Mapping[str, list[str]], chosen: Path, store: CheckpointStore) -> None:
     """On the first rank: say loudly what is lost, and set aside what is damaged."""
     lines = [f"WARNING: {path} cannot be gone on from: {listed(faults)}" for path, faults in refused.items()]
     for path in map(Path, refused):
         if certainly_damaged(path, refused[str(path)]):
             store.set_aside(path)
             lines.append(f"WARNING: it is kept as {DAMAGED}{path.name}; remove that when you have looked at it")
-    assert chosen is not None
     lost = max(step_of(Path(path)) for path in refused) - step_of(chosen)
     again = f"; {lost} steps are trained again" if lost > 0 else ""
     print("\n".join([*lines, f"WARNING: going on from {chosen} instead{again}"]), file=sys.stderr, flush=True)
