@@ -51,13 +51,21 @@ def step_of(checkpoint: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
-def fault_of(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint that shows without reading its files: '' when its manifest and all sizes are right."""
+def faults_of(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint that shows without reading its files: [] when its manifest and all sizes are right."""
     try:
-        faults = outer_faults(checkpoint, read_manifest(checkpoint))
+        return outer_faults(checkpoint, read_manifest(checkpoint))
     except DamagedError as error:
-        return str(error)
-    return f"{checkpoint} is damaged: {listed(faults)}" if faults else ""
+        return [str(error)]
+
+
+def none_good(refused: Mapping[str, list[str]]) -> ConfigError:
+    """The error to raise where there are checkpoints, and these are the faults of all of them."""
+    told = "\n".join(f"  {path}: {listed(faults)}" for path, faults in refused.items())
+    return ConfigError(
+        f"none of {len(refused)} checkpoint(s) that this run could go on from is good:\n{told}\nRestore one from a copy, name another "
+        "one with --train.resume PATH, or begin afresh with another --train.save_dir."
+    )
 
 
 class CheckpointStore:
@@ -129,7 +137,7 @@ class CheckpointStore:
 
     def newest(self) -> Path | None:
         """The first of `candidates` whose manifest and sizes are right, else None."""
-        return next((path for path in self.candidates() if not fault_of(path)), None)
+        return next((path for path in self.candidates() if not faults_of(path)), None)
 
     def candidates(self) -> list[Path]:
         """The checkpoints in the order in which to go on from them.
@@ -185,7 +193,7 @@ class CheckpointStore:
         because a bad one stands beside it.
         """
         best = read_pointer(self.folder, BEST)
-        good = [path for path in self.complete() if path.name <= newest.name and not fault_of(path)]
+        good = [path for path in self.complete() if path.name <= newest.name and not faults_of(path)]
         for old in good[: -self._keep_last]:
             if old != best and not (self._keep_every and step_of(old) % self._keep_every == 0):
                 old.rename(self.folder / (_REMOVING + old.name))

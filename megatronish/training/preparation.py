@@ -19,7 +19,7 @@ from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import load_config
 from megatronish.parallel.startup import Rank, has_gpu
-from megatronish.training.checkpoint import ENGINE_TAG, CheckpointStore, check_writable, fault_of
+from megatronish.training.checkpoint import ENGINE_TAG, CheckpointStore, check_writable, faults_of, none_good
 from megatronish.training.fragments import SavedFragments
 from megatronish.training.held_state import can_move
 from megatronish.training.memory import fit_to_host
@@ -63,8 +63,11 @@ def prepare(config: RunConfig, rank: Rank) -> Prepared:
     wanted = CheckpointStore(run_dir, ours.train.keep_last).wanted(ours.train.resume)
     run = Prepared(config, plan, data, run_dir, None, TrainState.start(config, plan, data.fingerprint, data.order))
     if wanted:
-        found = next((path for path in wanted if not fault_of(path)), None)
-        return continue_from(run, found) if found else run  # none: settle_resume says so
+        faults = {str(path): faults_of(path) for path in wanted}
+        found = next((path for path in wanted if not faults[str(path)]), None)
+        if found is None:
+            raise none_good(faults)
+        return continue_from(run, found)
     if ours.model.from_hf is not None:
         run = replace(run, imported=HuggingFaceWeights(ours.model.from_hf, ours.model))
         check_imported_tokenizer(Path(ours.model.from_hf), data)

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatronish.config.errors import ConfigError
 from megatronish.model.manifest import (
     DamagedError,
     FileRecord,
@@ -23,7 +22,7 @@ from megatronish.model.manifest import (
 )
 from megatronish.parallel.agreement import Agreement
 from megatronish.parallel.meeting import Meeting
-from megatronish.training.checkpoint import DAMAGED, CheckpointStore, step_of
+from megatronish.training.checkpoint import DAMAGED, CheckpointStore, none_good, step_of
 from megatronish.training.preparation import Prepared, continue_from
 
 
@@ -52,7 +51,7 @@ def choose_checkpoint(store: CheckpointStore, resume: str, meeting: Meeting) -> 
         refused[str(candidate)] = faults
     agreement.leave()
     if refused and chosen is None:
-        raise ConfigError(_none_good(refused))
+        raise none_good(refused)
     if chosen is not None and refused and meeting.rank == 0:
         _tell(refused, chosen, store)
     return chosen
@@ -94,11 +93,3 @@ def _tell(refused: Mapping[str, list[str]], chosen: Path, store: CheckpointStore
     lost = max(step_of(Path(path)) for path in refused) - step_of(chosen)
     again = f"; {lost} steps are trained again" if lost > 0 else ""
     print("\n".join([*lines, f"WARNING: going on from {chosen} instead{again}"]), file=sys.stderr, flush=True)
-
-
-def _none_good(refused: Mapping[str, list[str]]) -> str:
-    told = "\n".join(f"  {path}: {listed(faults)}" for path, faults in refused.items())
-    return (
-        f"none of {len(refused)} checkpoint(s) that this run could go on from is good:\n{told}\nRestore one from a copy, name another "
-        "one with --train.resume PATH, or begin afresh with another --train.save_dir."
-    )

@@ -107,7 +107,7 @@ def test_a_failure_at_each_step_of_the_commit(call: int, tmp_path: Path, monkeyp
         patch.setattr(Path, "rename", failing_rename)
         save_alone(kept, 10, content(10))
     found = kept.newest()
-    assert found is not None and not checkpoint.fault_of(found)
+    assert found is not None and not checkpoint.faults_of(found)
     step = (found / "state.json").read_text()
     assert (found / "engine" / "weights").read_text() == f"weights {step}"
     saved = save(kept, 15)

@@ -183,7 +183,7 @@ def test_all_ranks_go_on_from_the_same(run_dir: Path) -> None:
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     files = read_manifest(folder / NEW).files
     readers = [share for share in shares(files, 3) if "engine/state-rank-00001.safetensors" in share]
-    assert len(readers) == 1 and sorted(sum(shares(files, 3), [])) == sorted(files)
+    assert len(readers) == 1 and sorted(name for share in shares(files, 3) for name in share) == sorted(files)
     assert run_ranks(3, choose_on_rank, run_dir, group=False) == [folder / OLD] * 3
     assert (folder / f"damaged-{NEW}").exists()
 
