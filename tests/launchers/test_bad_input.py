@@ -185,10 +185,12 @@ def test_another_tokenizer_than_the_checkpoints(refused: Launch, data: str, tmp_
     record = checkpoint / "tokenizer_record.json"
     known = json.loads(record.read_text())
     record.write_text(json.dumps({**known, "sha256": "0123456789abcdef"}))
+    seal(checkpoint, 2)
     message = refused()
     assert f"{data} was made with another tokenizer (SHA-256 {known['sha256'][:12]}...)" in message
     assert "(0123456789ab...); prepare the data with the model's tokenizer (--tokenizer-model)" in message
     record.write_text("{")
+    seal(checkpoint, 2)
     assert "tokenizer_record.json: cannot be read" in refused()
 
 
