@@ -64,7 +64,7 @@ def main() -> int:
 
         with tempfile.TemporaryDirectory() as temporary:
             folder = fresh_folder((arguments.folder or Path(temporary) / "proof").resolve())
-            base = load_json(file) if file else merge(plain_run(folder), {"zero_optimization": {"stage": 2}})
+            base = load_json(file) if file else plain_run(folder)
             proof_run = ResumeProof(
                 merge(base, overrides), arguments.ranks, arguments.kills, arguments.save_interval, arguments.seed,
                 folder, tell,

@@ -28,6 +28,7 @@ PLAIN_RUN: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 2,
     "gradient_clipping": 0.5,
+    "zero_optimization": {"stage": 2},
     "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "weight_decay": 0.1}},
     BLOCK: {
         "model": {
