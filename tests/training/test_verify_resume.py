@@ -42,7 +42,7 @@ def test_a_moment_that_is_not_restored_is_found(tmp_path: Path, monkeypatch: pyt
     def forgetful(self: HeldState, saved: Any) -> None:
         load(self, saved)
         for _, place in self._places():
-            place.of(self._torch.state[place.flat]["exp_avg_sq"]).mul_(1 + 2**-20)
+            place.of(self._torch.state[place.flat]["exp_avg_sq"]).mul_(2.0)
 
     monkeypatch.setattr(HeldState, "load", forgetful)
     # The fifth step begins when the checkpoint of the second is there: that of the fourth has waited for it.
