@@ -244,7 +244,8 @@ class _Trainer:
     def _save(self, done: int, is_best: bool) -> None:
         self._mark("saving", done)
         reason = "" if self.engine.can_move else "DeepSpeed writes this optimizer's state"
-        reason = reason or self.saver.reason_to_wait(self.engine.state_bytes() - self.copies.bytes)
+        wanted = self.engine.state_bytes() + (self.engine.weight_bytes() if self.rank.is_first else 0)
+        reason = reason or self.saver.reason_to_wait(wanted - self.copies.bytes)
         seconds = self.saver.save(done, self._snapshot, is_best, reason=reason)
         if self.monitor:
             self.monitor.pause_ends(seconds)
