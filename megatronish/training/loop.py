@@ -26,7 +26,7 @@ from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
 from megatronish.model.init import init_weights
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import WEIGHTS_FILE, save_model
-from megatronish.parallel.agreement import Agreement
+from megatronish.parallel.decisions import Decisions
 from megatronish.parallel.ending import SHUTDOWN_SECONDS, end_within
 from megatronish.parallel.layers import TensorParallel
 from megatronish.parallel.meeting import Meeting, meet_by_environment
@@ -128,7 +128,7 @@ class _Trainer:
         self.copies = HostCopies()
         self.saver = Saver(
             self.store,
-            Agreement(meeting, "checkpoints"),
+            Decisions(meeting, "checkpoints"),
             background=ours.train.async_save,
             stop_on_error=ours.train.on_save_error == "stop",
             tell=self._say,
