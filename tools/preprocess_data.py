@@ -68,7 +68,7 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help=".jsonl, .parquet or text (but parquet also .gz, .zst), globs, hf://NAME[:SPLIT]; repeatable",
+        help=".jsonl, .parquet or text (but parquet also .gz, .zst), globs, hf://NAME[:CONFIG][/SPLIT], https://...; repeatable",
     )
     add(
         "--json-keys",

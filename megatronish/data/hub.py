@@ -1,55 +1,61 @@
-"""Rows of a Hugging Face data set, streamed: `hf://NAME[:SPLIT]` or `hf://NAME:CONFIG:SPLIT`; NAME may be a local folder."""
+"""Inputs of preprocessing that lie elsewhere: `hf://` data sets and http(s) shards, found and read as in streaming."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import orjson
+
 from megatronish.data.errors import DataError
-from megatronish.data.inputs import Source
+from megatronish.data.inputs import Row, Source
+from megatronish.data.remote import Retry
+from megatronish.data.shards import Fields, ShardReader
+from megatronish.data.sources import HUB, Location, resolve
 
-PREFIX = "hf://"
-SPLIT_NAMES = re.compile(r"(train|validation|valid|val|test|dev|all)\b.*")
-
-
-def hub_source(spec: str) -> Source:
-    """The source of `hf://...`; a single suffix that is not a split's name is taken as a configuration, split train."""
-    name, *rest = spec.removeprefix(PREFIX).split(":")
-    if not name or len(rest) > 2 or not all(rest):
-        raise DataError(f"--input {spec}: write hf://NAME, hf://NAME:SPLIT or hf://NAME:CONFIG:SPLIT")
-    config, split = None, "train"
-    if len(rest) == 2:
-        config, split = rest
-    elif rest and SPLIT_NAMES.fullmatch(rest[0]):
-        split = rest[0]
-    elif rest:
-        config = rest[0]
-    return Source(spec, "rows", rows=lambda: _rows(spec, name, config, split))
+SCHEMES = (HUB, "http://", "https://")
+DEFAULT_KEYS = ("text",)
 
 
-def _rows(spec: str, name: str, config: str | None, split: str) -> Iterator[Mapping[str, Any]]:
+def is_remote(spec: str) -> bool:
+    """Whether an input is no path on this machine."""
+    return spec.startswith(SCHEMES)
+
+
+def remote_source(
+    spec: str, keys: Sequence[str], say: Callable[[str], None], retry: Retry | None = None, endpoint: str | None = None
+) -> Source:
+    """The shards of `spec` as one source, in order; its name holds the commit of a hub data set.
+
+    keys: of --json-keys. Left at "text", a data set whose fields are known by name gives these, joined by a blank line.
+    Raises DataError for what cannot be found or reached.
+    """
+    retry = retry or Retry()
     try:
-        import datasets
-    except ImportError:
-        raise DataError(f"--input {spec} needs the package datasets: pip install 'megatronish[data]'") from None
-    datasets.disable_progress_bars()
+        location = resolve(spec, retry, endpoint)
+    except DataError as error:
+        raise DataError(f"--input {error}") from None
+    name = f"{spec} at {location.revision[:12]}" if location.revision else spec
+    say(f"{name}: {len(location.shards):,} shards{f'; licence: {location.licence}' if location.licence else ''}")
+    joined = tuple(keys) == DEFAULT_KEYS and location.keys != DEFAULT_KEYS
+    fields = Fields(location.keys if joined else tuple(keys))
+    return Source(name, "rows", rows=lambda: _rows(location, fields, joined, retry))
+
+
+def _rows(location: Location, fields: Fields, joined: bool, retry: Retry) -> Iterator[Row]:
+    for shard in location.shards:
+        for row in ShardReader(shard, fields, retry).rows():
+            record = mapping_of(row) if joined else {}
+            whole = joined and all(isinstance(record.get(key), str) for key in fields.keys)
+            yield {"text": "\n\n".join(filter(None, (record[key] for key in fields.keys)))} if whole else row
+
+
+def mapping_of(row: Row) -> Mapping[str, Any]:
+    """The values of a row, none of a faulty one."""
+    if not isinstance(row, bytes):
+        return row
     try:
-        stream = datasets.load_dataset(name, config, split=split, streaming=True)
-    except Exception as error:  # the library raises its own and its transports' errors, of many kinds
-        raise DataError(f"--input {spec}: cannot be opened: {type(error).__name__}: {_first_line(error)}") from None
-    rows = iter(stream)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:  # as above, while reading
-            raise DataError(
-                f"--input {spec}: cannot be read on: {type(error).__name__}: {_first_line(error)}"
-            ) from None
-        yield row
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:300]
+        record = orjson.loads(row)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}

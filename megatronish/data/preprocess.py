@@ -21,8 +21,7 @@ from megatronish.data.corpus import default_corpus, default_corpus_description
 from megatronish.data.documents import SKIP_HINT, DocumentReader
 from megatronish.data.encoding import Job, Tally, UnitResult, read_piece
 from megatronish.data.errors import DataError
-from megatronish.data.hub import PREFIX as HUB_PREFIX
-from megatronish.data.hub import hub_source
+from megatronish.data.hub import is_remote, mapping_of, remote_source
 from megatronish.data.indexed import best_dtype, bin_path, idx_path
 from megatronish.data.inputs import Source, check_keys, file_source, find_inputs
 from megatronish.data.journal import Staging, read_plan
@@ -109,9 +108,11 @@ def find_sources(options: PreprocessOptions, say: Callable[[str], None]) -> list
         description = default_corpus_description()
         return [Source(" ".join(description.values()), "rows", rows=lambda: _default_rows(say_once))]
     sources: list[Source] = []
-    for is_hub, patterns in itertools.groupby(options.inputs, lambda pattern: pattern.startswith(HUB_PREFIX)):
-        given = list(patterns)
-        sources += map(hub_source, given) if is_hub else map(file_source, find_inputs(given))
+    for elsewhere, patterns in itertools.groupby(options.inputs, is_remote):
+        if elsewhere:
+            sources += [remote_source(spec, options.json_keys, say) for spec in patterns]
+        else:
+            sources += map(file_source, find_inputs(list(patterns)))
     check_keys(sources, options.json_keys)
     empty = [source.name for source in sources if source.format != "rows" and source.size == 0]
     if empty:
@@ -195,7 +196,8 @@ def _training_texts(options: PreprocessOptions, sources: list[Source], progress:
     before = 0
     for source in sources:
         if source.rows is not None:
-            texts = (row[key] for row in source.rows() for key in options.json_keys if isinstance(row.get(key), str))
+            values = (mapping_of(row).get(key) for row in source.rows() for key in options.json_keys)
+            texts = (value for value in values if isinstance(value, str))
             reader = None
         else:
             reader = DocumentReader([Path(source.name)], options.json_keys, options.doc_separator, options.on_error)
