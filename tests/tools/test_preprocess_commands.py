@@ -14,8 +14,8 @@ from megatronish.data.builder import IndexedWriter
 from megatronish.data.dataset import open_dataset
 from megatronish.data.indexed import IndexedReader
 from megatronish.data.tokenizer import byte_alphabet, load_tokenizer, train_bpe
-from tests.data.shard_server import shard_server
-from tests.data.text_shards import hub_answers
+from tests.data.streams.shard_server import shard_server
+from tests.data.streams.text_shards import hub_answers
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 TEXTS = [f"Document {i}: {'word ' * (i % 7)}straße {i * i}" for i in range(100)]

@@ -17,29 +17,36 @@ import numpy as np
 from megatronish.config.files import write_whole
 from megatronish.data.backends import choose_encoder
 from megatronish.data.builder import write_index
-from megatronish.data.corpus import default_corpus, default_corpus_description
-from megatronish.data.documents import SKIP_HINT, DocumentReader
-from megatronish.data.encoding import Job, Tally, UnitResult, read_piece
 from megatronish.data.errors import DataError
-from megatronish.data.hub import is_remote, mapping_of, remote_source
 from megatronish.data.indexed import best_dtype, bin_path, idx_path
-from megatronish.data.inputs import Source, check_keys, file_source, find_inputs
-from megatronish.data.journal import Staging, read_plan
 from megatronish.data.manifest import Manifest, manifest_path, read_manifest
-from megatronish.data.options import (
+from megatronish.data.preprocessing.corpus import default_corpus, default_corpus_description
+from megatronish.data.preprocessing.documents import SKIP_HINT, DocumentReader
+from megatronish.data.preprocessing.encoding import Job, Tally, UnitResult, read_piece
+from megatronish.data.preprocessing.hub import is_remote, mapping_of, remote_source
+from megatronish.data.preprocessing.inputs import Source, check_keys, file_source, find_inputs
+from megatronish.data.preprocessing.journal import Staging, read_plan
+from megatronish.data.preprocessing.options import (
     DEFAULT_OUTPUT_PREFIX,
     DEFAULT_VOCAB_SIZE,
     PreprocessOptions,
     check_options,
     shard_bytes,
 )
-from megatronish.data.pool import WorkerDied, results
-from megatronish.data.progress import Progress
-from megatronish.data.publish import READY, PreprocessResult, commit, steps_to_commit, summary, tokenizer_record
-from megatronish.data.records import RecordReader
+from megatronish.data.preprocessing.pool import WorkerDied, results
+from megatronish.data.preprocessing.progress import Progress
+from megatronish.data.preprocessing.publish import (
+    READY,
+    PreprocessResult,
+    commit,
+    steps_to_commit,
+    summary,
+    tokenizer_record,
+)
+from megatronish.data.preprocessing.records import RecordReader
+from megatronish.data.preprocessing.units import Planner, Unit
 from megatronish.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from megatronish.data.tokenizer_formats import gpt2_tokenizer
-from megatronish.data.units import Planner, Unit
 
 __all__ = [
     "DEFAULT_OUTPUT_PREFIX",

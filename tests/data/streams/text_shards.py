@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatronish.data.remote import Retry
-from megatronish.data.streaming import PackedReader, StreamOptions
+from megatronish.data.streams.remote import Retry
+from megatronish.data.streams.streaming import PackedReader, StreamOptions
 
 EOD = 256  # of the byte tokenizer
 QUICK = Retry(attempts=25, first_wait=0.001, longest_wait=0.004, timeout=5.0)
 FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def write_shard(path: Path, texts: Sequence[str], key: str = "text") -> Path:

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from megatronish.data.inputs import READ_BYTES, Source, open_stream, reading
-from megatronish.data.parquet import row_groups
+from megatronish.data.preprocessing.inputs import READ_BYTES, Source, open_stream, reading
+from megatronish.data.preprocessing.parquet import row_groups
 
 WINDOW_BYTES = 1 << 16
 

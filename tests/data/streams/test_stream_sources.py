@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatronish.data.errors import DataError
-from megatronish.data.sources import NAMED, expand_counts, is_stream, parse_hub, resolve
-from megatronish.data.streaming import DocumentStream, open_stream
-from tests.data.shard_server import shard_server
-from tests.data.text_shards import (
+from megatronish.data.streams.sources import NAMED, expand_counts, is_stream, parse_hub, resolve
+from megatronish.data.streams.streaming import DocumentStream, open_stream
+from tests.data.streams.shard_server import shard_server
+from tests.data.streams.text_shards import (
     QUICK,
     documents_of,
     hub_answers,

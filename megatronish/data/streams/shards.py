@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 import orjson
 
 from megatronish.data.errors import DataError
-from megatronish.data.remote import RemoteFile, Retry
+from megatronish.data.streams.remote import RemoteFile, Retry
 
 BUFFER_BYTES = 1 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -8,10 +8,10 @@ from typing import Any
 import orjson
 
 from megatronish.data.errors import DataError
-from megatronish.data.inputs import Row, Source
-from megatronish.data.remote import Retry
-from megatronish.data.shards import Fields, ShardReader
-from megatronish.data.sources import HUB, Location, resolve
+from megatronish.data.preprocessing.inputs import Row, Source
+from megatronish.data.streams.remote import Retry
+from megatronish.data.streams.shards import Fields, ShardReader
+from megatronish.data.streams.sources import HUB, Location, resolve
 
 SCHEMES = (HUB, "http://", "https://")
 DEFAULT_KEYS = ("text",)

@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatronish.data.errors import DataError
-from megatronish.data.remote import RemoteFile, Retry, insist
-from megatronish.data.shards import SHARD_SUFFIXES, Shard
+from megatronish.data.streams.remote import RemoteFile, Retry, insist
+from megatronish.data.streams.shards import SHARD_SUFFIXES, Shard
 
 HUB = "hf://"
 DEFAULT_SPLIT = "train"
