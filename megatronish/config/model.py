@@ -75,7 +75,8 @@ class ModelConfig(Frozen):
     seq_length: PositiveInt = Field(description="training context in tokens")
 
     activation: Activation = Field(
-        default="swiglu", description="swiglu, geglu and geglu_tanh are gated (two input branches); gelu is the erf form"
+        default="swiglu",
+        description="swiglu, geglu and geglu_tanh are gated (two input branches); gelu is the erf form",
     )
     norm: Literal["rmsnorm", "layernorm"] = Field(default="rmsnorm", description="kind of normalisation")
     norm_eps: float = Field(default=1e-5, gt=0, description="added to the variance in every norm")

@@ -177,7 +177,9 @@ def test_texts_begin_as_autotokenizer_lets_them(
         sentence_piece(folder)
     else:
         byte_level(folder, begins)
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "</s>"} if kind == "sentencepiece" else settings))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "eos_token": "</s>"} if kind == "sentencepiece" else settings)
+    )
     carried = import_model(folder, tmp_path / "ours").tokenizer
     model, tokenizer, _ = load_for_inference(tmp_path / "ours")
     assert (carried.bos_id is not None) == begins and tokenizer.bos_id == carried.bos_id
