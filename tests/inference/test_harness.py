@@ -33,8 +33,28 @@ if INSTALLED or TYPE_CHECKING:
     from megatronish.inference.harness import HarnessModel
 needs_harness = pytest.mark.skipif(not INSTALLED, reason="lm_eval is not installed: test_where_lm_eval_is runs this")
 # What lm_eval itself and the metrics that it registers import, of which the first holds the version.
-PACKAGES = """lm_eval sacrebleu portalocker tabulate colorama lxml pytablewriter typepy mbstrdecoder dataproperty msgfy tabledata
-    logbook six chardet pathvalidate pytz more_itertools sqlitedict dominate""".split()
+PACKAGES = [
+    "lm_eval",
+    "sacrebleu",
+    "portalocker",
+    "tabulate",
+    "colorama",
+    "lxml",
+    "pytablewriter",
+    "typepy",
+    "mbstrdecoder",
+    "dataproperty",
+    "msgfy",
+    "tabledata",
+    "logbook",
+    "six",
+    "chardet",
+    "pathvalidate",
+    "pytz",
+    "more_itertools",
+    "sqlitedict",
+    "dominate",
+]
 
 
 @pytest.mark.interop
