@@ -23,14 +23,14 @@ from megatronish.model.checkpoints import RUN_FILE, TOKENIZER_RECORD_FILE
 
 ORIGIN_FILE = "huggingface_config.json"  # config.json of the model that an imported one was
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-_SETTINGS = "tokenizer_config.json"
+_SETTINGS, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _BESIDE = (
     _SETTINGS,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    _TEMPLATE,
     "chat_template.json",
     "generation_config.json",
 )
@@ -113,16 +113,13 @@ def write_tokenizer(source: Path, target: Path, origin: Origin, context: int) ->
 
     context: the model's, in tokens. Raises UserError for a damaged tokenizer.
     """
-    if not (source / TOKENIZER_RECORD_FILE).is_file():
+    tokenizer = recorded_tokenizer(source)
+    if tokenizer is None:
         return Carried(None)
-    record = _read(source / TOKENIZER_RECORD_FILE)
-    if record.get("kind") == "bytes":
+    if tokenizer.kind == "bytes":
         (target / "tokenizer.json").write_text(byte_level_json(), encoding="utf-8")
         _write_settings(target, EOD_TOKEN, context)
-        return Carried("bytes", record["eod_id"])
-    tokenizer = load_tokenizer(source, eod_id=record.get("eod_id"))
-    if tokenizer.fingerprint != record.get("sha256"):
-        raise UserError(f"{source}: the tokenizer there is not the one that the model was trained with: restore it.")
+        return Carried("bytes", tokenizer.eod_id)
     if origin.folder is not None and tokenizer.fingerprint in fingerprints(origin.folder):
         for name in (*TOKENIZER_FILES, *_BESIDE):
             if (origin.folder / name).is_file():
@@ -132,6 +129,26 @@ def write_tokenizer(source: Path, target: Path, origin: Origin, context: int) ->
     shutil.copyfile(source / name, target / name)
     _write_settings(target, _text_of(tokenizer), context)
     return Carried(tokenizer.kind, tokenizer.eod_id)
+
+
+def recorded_tokenizer(source: Path) -> Tokenizer | None:
+    """The tokenizer of the model in `source`, None where it has none. Raises UserError for a damaged one."""
+    if not (source / TOKENIZER_RECORD_FILE).is_file():
+        return None
+    record = _read(source / TOKENIZER_RECORD_FILE)
+    tokenizer = load_tokenizer("bytes" if record.get("kind") == "bytes" else source, eod_id=record.get("eod_id"))
+    if tokenizer.fingerprint != record.get("sha256"):
+        raise UserError(f"{source}: the tokenizer there is not the one that the model was trained with: restore it.")
+    tokenizer.bos_id = record.get("bos_id")
+    return tokenizer
+
+
+def chat_template(source: Path) -> str | None:
+    """The Jinja source that an imported model in `source` writes conversations by, if one came with it."""
+    if (source / _TEMPLATE).is_file():
+        return (source / _TEMPLATE).read_text(encoding="utf-8")
+    found = _read(source / _SETTINGS).get("chat_template") if (source / _SETTINGS).is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def special_ids(origin: Origin, carried: Carried) -> dict[str, Any]:
