@@ -126,6 +126,8 @@ def evaluate_model(
     mask = run.megatronish.data.document_mask if run else False
     # Without end-of-document tokens in the data the model has not learnt that one comes before a text.
     start_id = tokenizer.eod_id if dataset.manifest.appended_eod and not mask else None
+    if tokenizer.bos_id is not None:  # an imported model that begins every text with a token of its own
+        mask, start_id = True, tokenizer.bos_id
     progress = ProgressLine(int(lengths.sum()), sys.stderr.write, sys.stderr.isatty())
     score = score_streams(
         model,
