@@ -49,8 +49,12 @@ def run(arguments: argparse.Namespace) -> None:
     from megatronish.inference.harness import HarnessModel
     from megatronish.inference.load import DTYPES, load_for_inference, resolve_device
 
-    manager = TaskManager(include_path=arguments.tasks_dir)
     names = [name for name in arguments.tasks.split(",") if name]
+    manager = TaskManager(include_path=arguments.tasks_dir, include_defaults=False)
+    if not set(names) <= set(
+        manager.all_subtasks
+    ):  # not all of your own: the harness's thousands take seconds to index
+        manager = TaskManager(include_path=arguments.tasks_dir)
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise UserError(
             f"--tasks {unknown[0]}: no such task; `lm-eval ls tasks` lists the names, --tasks-dir adds yours"

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -92,6 +94,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt_neox": lambda: _neox(rope_parameters={**PARTIAL, "partial_rotary_factor": 0.5}),
     "gpt_neox_serial": lambda: _neox(use_parallel_residual=False, hidden_act="gelu_new", attention_bias=False),
     "starcoder2": lambda: Starcoder2ForCausalLM(Starcoder2Config(**GROUPED, sliding_window=11)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**{**GROUPED, "num_key_value_heads": 1}, head_dim=16)),
     "stablelm": lambda: StableLmForCausalLM(
         StableLmConfig(
             **GROUPED,

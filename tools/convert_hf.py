@@ -118,7 +118,8 @@ def run(arguments: argparse.Namespace) -> None:
     if tokenizer.kind is None:
         print("no tokenizer was there: none is in the new folder, and text needs one")
     else:
-        print(f"tokenizer: {tokenizer.kind}, end of document {tokenizer.eod_id}")
+        begins = "" if tokenizer.bos_id is None else f", texts begin with {tokenizer.bos_id}"
+        print(f"tokenizer: {tokenizer.kind}, end of document {tokenizer.eod_id}{begins}")
     verify(arguments, source, result.parameters)
 
 

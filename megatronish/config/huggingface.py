@@ -24,7 +24,6 @@ CONFIG_JSON = "config.json"
 # Well-known architectures that ModelConfig cannot say, and why.
 _INEXPRESSIBLE: Mapping[str, str] = MappingProxyType(
     {
-        "gemma": "its norms add 1 to their weights and its embeddings are scaled by sqrt(hidden_size)",
         "gemma2": "attn_logit_softcapping and norms behind each branch",
         "gemma3_text": "two rotary bases and norms behind each branch",
         "gpt2": "positions are learned (wpe), not rotary",
@@ -210,6 +209,21 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             only={"qk_layernorm": False},
             rotated=("partial_rotary_factor", 0.25),
         ),
+        "gemma": Family(
+            "GemmaForCausalLM",
+            {
+                **_RMS,
+                "num_key_value_heads": ("num_kv_heads", 16),
+                "head_dim": ("head_dim", 256),
+                "tie_word_embeddings": ("tie_embeddings", True),
+                "attention_bias": _BOTH_BIASES,
+            },
+            always={"norm_zero_centered": True, "embedding_scaled": True},
+            only={"hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": False},
+            # What the first releases called gelu was always the approximation.
+            activations={"gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu_tanh"},
+            default_activation="gelu_pytorch_tanh",
+        ),
     }
 )
 
@@ -259,7 +273,7 @@ def from_huggingface(raw: Mapping[str, Any], place: str) -> ModelConfig:
         for target in (targets,) if isinstance(targets, str) else targets:
             ours[target] = value
     for name, value in family.only.items():
-        if raw.get(name, value) != value:
+        if raw.get(name) not in (value, None):
             raise _inexpressible(place, name, raw[name], f"only {value!r} can be expressed")
     act = raw.get("hidden_act", family.default_activation)
     if not isinstance(act, str) or act not in family.activations:

@@ -10,8 +10,8 @@ from megatronish.config.base import Frozen
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
-Activation = Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu"]
-GATED_ACTIVATIONS: frozenset[str] = frozenset({"swiglu", "geglu"})
+Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"]
+GATED_ACTIVATIONS: frozenset[str] = frozenset({"swiglu", "geglu", "geglu_tanh"})
 
 
 class RopeScaling(Frozen):
@@ -75,10 +75,14 @@ class ModelConfig(Frozen):
     seq_length: PositiveInt = Field(description="training context in tokens")
 
     activation: Activation = Field(
-        default="swiglu", description="swiglu and geglu are gated (two input branches); gelu is the erf form"
+        default="swiglu",
+        description="swiglu, geglu and geglu_tanh are gated (two input branches); gelu is the erf form",
     )
     norm: Literal["rmsnorm", "layernorm"] = Field(default="rmsnorm", description="kind of normalisation")
     norm_eps: float = Field(default=1e-5, gt=0, description="added to the variance in every norm")
+    norm_zero_centered: bool = Field(
+        default=False, description="rmsnorm multiplies by 1 + weight, and weights start at 0 (Gemma)"
+    )
     norm_position: Literal["pre", "post"] = Field(
         default="pre", description="pre: x + f(norm(x)), with a final norm; post: norm(x + f(x)), without one"
     )
@@ -110,6 +114,9 @@ class ModelConfig(Frozen):
         default=None, description="with a sliding window, every k-th layer attends to all (none: every layer slides)"
     )
 
+    embedding_scaled: bool = Field(
+        default=False, description="token embeddings are multiplied by sqrt(hidden_size) (Gemma; Vaswani et al. 2017)"
+    )
     embedding_dropout: Probability = Field(default=0.0, description="dropout after the token embedding")
     attention_dropout: Probability = Field(default=0.0, description="dropout on attention probabilities")
     residual_dropout: Probability = Field(default=0.0, description="dropout on the output of each branch")
@@ -189,6 +196,10 @@ class ModelConfig(Frozen):
             raise ValueError(
                 f"parallel_block_shared_norm needs parallel_block true and norm_position 'pre' (they are "
                 f"{self.parallel_block} and {self.norm_position!r}): set them, or leave parallel_block_shared_norm out"
+            )
+        if self.norm_zero_centered and self.norm != "rmsnorm":
+            raise ValueError(
+                f"norm_zero_centered needs norm 'rmsnorm' (it is {self.norm!r}): change norm, or leave norm_zero_centered out"
             )
         if self.rope_scaling is not None and self.rotary_dim == 0:
             raise ValueError(

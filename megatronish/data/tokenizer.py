@@ -33,15 +33,22 @@ class Tokenizer(ABC):
 
     `vocab_size` is one more than the largest id; `eod_id` is None where the tokenizer has no end-of-document token.
     `unknown_id` is the token for text that the vocabulary cannot hold, None where there is no such text or token.
-    `lossless` is True where `decode_bytes(encode(text)) == text.encode()` for every text.
+    `lossless` is True where `decode_bytes(encode(text)) == text.encode()` for every text. `bos_id` is the token that an
+    imported model begins every text with; None for models trained here, whose documents begin behind the end of another.
     """
 
     kind: str
     vocab_size: int
     eod_id: int | None
+    bos_id: int | None = None
     unknown_id: int | None
     fingerprint: str
     lossless: bool
+
+    @property
+    def start_id(self) -> int | None:
+        """What a text begins behind: `bos_id`, else `eod_id`."""
+        return self.eod_id if self.bos_id is None else self.bos_id
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -145,6 +152,13 @@ class HuggingFaceTokenizer(Tokenizer):
         """The JSON, parsed anew: as Python objects it would take tens of megabytes in every worker."""
         return orjson.loads(self._source)
 
+    def template_start(self) -> int | None:
+        """The token that the file's own template (its post-processor) puts before a text; None unless it is one."""
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+        begins_with_one = bool(plain) and whole[1 : 1 + len(plain)] == plain and whole[: len(plain)] != plain
+        return int(whole[0]) if begins_with_one else None
+
     def plain_spec(self) -> dict[str, Any]:
         """The JSON with nothing that could turn text into a special token, for libraries that cannot be told not to."""
         spec = self.spec
@@ -214,6 +228,12 @@ class SentencePieceTokenizer(Tokenizer):
         own_eod = int(self._processor.eos_id())
         self.eod_id = eod_id if eod_id is not None else (own_eod if own_eod >= 0 else None)
         self._control_ids = {i for i in range(self.vocab_size) if self._processor.IsControl(i)}
+
+    @property
+    def own_bos_id(self) -> int | None:
+        """The token that the file names as the beginning of a text; whether a model wants it, another file says."""
+        found = int(self._processor.bos_id())
+        return found if found >= 0 else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._processor.EncodeAsIds(list(texts), num_threads=self._threads)

@@ -62,7 +62,7 @@ class ChatFormat:
         """
         if self.template is None:
             lines = [f"{message['role'].capitalize()}: {message['content'].strip()}" for message in messages]
-            start = [] if self.tokenizer.eod_id is None else [self.tokenizer.eod_id]
+            start = [] if self.tokenizer.start_id is None else [self.tokenizer.start_id]
             return Prompt(start + self.tokenizer.encode("\n".join([*lines, "Assistant:"])).tolist())
         mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if all(c not in m["content"] for m in messages))
         pattern = re.compile("|".join(re.escape(text) for text in sorted(self.special_ids, key=len, reverse=True)))

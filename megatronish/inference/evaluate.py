@@ -79,15 +79,16 @@ def held_out_streams(
 ) -> Iterator[np.ndarray]:
     """The token streams, int64[n], to score: all documents end to end, or one a document with `document_mask`.
 
-    `start_id`, the end-of-document token, comes before the first token of the single stream, as it does in training.
-    A model trained with `document_mask` never sees a token before a document's first one, so there is none here.
+    `start_id` comes before the first token of every stream. That of a single stream is the end-of-document token, as in
+    training. A model trained with `document_mask` never sees a token before a document's first one: None; an imported one
+    may want every document to begin with a token.
     """
     documents = [reader.document(int(number)).astype(np.int64) for number in document_ids]
     documents = [document for document in documents if len(document)]
+    lead = [] if start_id is None else [np.array([start_id], dtype=np.int64)]
     if document_mask:
-        yield from documents
+        yield from (np.concatenate([*lead, document]) for document in documents)
     elif documents:
-        lead = [] if start_id is None else [np.array([start_id], dtype=np.int64)]
         yield np.concatenate(lead + documents)
 
 

@@ -49,6 +49,11 @@ class HarnessModel(TemplateLM):
         return self.text.eod_id
 
     @property
+    def prefix_token_id(self) -> int:
+        """What a text without context is scored behind."""
+        return self.eot_token_id if self.text.bos_id is None else self.text.bos_id
+
+    @property
     def max_length(self) -> int:
         """Tokens that the model reads."""
         return self.model.config.seq_length
@@ -59,9 +64,10 @@ class HarnessModel(TemplateLM):
         return self.text.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text, without special tokens."""
+        """Ids of a text, behind the token that the model begins every text with, where it has one."""
         ids: list[int] = self.text.encode(string).tolist()
-        return ids
+        leads = add_special_tokens is not False and self.text.bos_id is not None
+        return [self.prefix_token_id, *ids] if leads else ids
 
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
@@ -109,14 +115,14 @@ class HarnessModel(TemplateLM):
         return logits
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """log p of whole texts behind an end-of-document token, in disjoint windows of the model's context."""
+        """log p of whole texts behind `prefix_token_id`, in disjoint windows of the model's context."""
         pieces: list[TokenRequest] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
             (text,) = request.args
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text),
-                prefix_token=self.eot_token_id,
+                token_list=self.tok_encode(text, add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
             )
@@ -158,7 +164,7 @@ class HarnessModel(TemplateLM):
         most = min(most, self.max_length - 1)
         temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
         sampling = Sampling(temperature, int(settings.get("top_k") or 0), float(settings.get("top_p") or 1.0))
-        ids = self.tok_encode(context)[-(self.max_length - most) :] or [self.eot_token_id]
+        ids = self.tok_encode(context)[-(self.max_length - most) :] or [self.prefix_token_id]
         generator = torch.Generator(self._device).manual_seed(self.seed)
         stream, text = TextStream(self.text, ids), ""
         for token in generate(

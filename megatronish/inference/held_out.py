@@ -16,7 +16,7 @@ from megatronish.config.data import DataConfig
 from megatronish.config.errors import UserError
 from megatronish.config.run import RunConfig
 from megatronish.data.dataset import Dataset, check_dataset_fits, combined_fingerprint, open_dataset
-from megatronish.data.sources import is_stream
+from megatronish.data.streams.sources import is_stream
 from megatronish.data.training_data import split_of
 from megatronish.inference.evaluate import ProgressLine, gzip_size, held_out_streams, score_streams, xz_size
 from megatronish.inference.load import CheckpointInfo, Loaded, load_for_inference
@@ -126,6 +126,8 @@ def evaluate_model(
     mask = run.megatronish.data.document_mask if run else False
     # Without end-of-document tokens in the data the model has not learnt that one comes before a text.
     start_id = tokenizer.eod_id if dataset.manifest.appended_eod and not mask else None
+    if tokenizer.bos_id is not None:  # an imported model that begins every text with a token of its own
+        mask, start_id = True, tokenizer.bos_id
     progress = ProgressLine(int(lengths.sum()), sys.stderr.write, sys.stderr.isatty())
     score = score_streams(
         model,

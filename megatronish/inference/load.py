@@ -96,6 +96,10 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
             f"{folder}: the tokenizer there (SHA-256 {tokenizer.fingerprint[:12]}...) is not the one the model was "
             f"trained with ({sha256[:12]}...): restore it from the data set or another checkpoint of the run"
         )
+    bos_id = record.get("bos_id")  # of imported models alone
+    if bos_id is not None and not (type(bos_id) is int and 0 <= bos_id < tokenizer.vocab_size):
+        raise UserError(f"{path}: bos_id {bos_id!r} is no token id below {tokenizer.vocab_size}; restore the file")
+    tokenizer.bos_id = bos_id
     return tokenizer
 
 

@@ -23,7 +23,7 @@ class Prompt:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> Prompt:
-    """Ids of a prompt behind the end-of-document token, after which documents start in training, if there is one.
+    """Ids of a prompt behind the token that texts start with (`Tokenizer.start_id`), if there is one.
 
     Raises UserError for text that is not Unicode (a command line in another encoding), and for an empty prompt where
     the tokenizer has no such token.
@@ -32,7 +32,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> Prompt:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt is not valid UTF-8 at character {error.start}: give it in UTF-8") from None
-    start = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
+    start = [] if tokenizer.start_id is None else [tokenizer.start_id]
     ids = start + (tokenizer.encode(text).tolist() if text else [])
     if not ids:
         raise UserError("the prompt is empty, and this tokenizer has no end-of-document token to start from")

@@ -84,8 +84,8 @@ class OnnxDecoder(nn.Module):
         inputs = AttentionInputs(
             self.get_buffer("cos"), self.get_buffer("sin"), position_ids, cache=cache, in_place=False
         )
-        assert model.embedding is not None and model.head is not None
-        x, residual = model.embedding(input_ids), None
+        assert model.head is not None
+        x, residual = model.embed(input_ids), None
         for block in model.blocks:
             x, residual = block(x, residual, inputs)
         if model.final_norm is not None:

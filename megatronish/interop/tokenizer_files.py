@@ -11,18 +11,26 @@ from typing import Any
 
 from megatronish.config.errors import UserError
 from megatronish.config.huggingface import CONFIG_JSON
-from megatronish.data.tokenizer import EOD_TOKEN, Tokenizer, byte_alphabet, load_tokenizer
+from megatronish.data.tokenizer import (
+    EOD_TOKEN,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    byte_alphabet,
+    load_tokenizer,
+)
 from megatronish.model.checkpoints import RUN_FILE, TOKENIZER_RECORD_FILE
 
 ORIGIN_FILE = "huggingface_config.json"  # config.json of the model that an imported one was
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_SETTINGS, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _BESIDE = (
-    "tokenizer_config.json",
+    _SETTINGS,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    _TEMPLATE,
     "chat_template.json",
     "generation_config.json",
 )
@@ -30,10 +38,12 @@ _BESIDE = (
 
 @dataclass(frozen=True)
 class Carried:
-    """What came along. kind None: no tokenizer. from_origin: with all that its Hugging Face folder says about it."""
+    """What came along. kind None: no tokenizer. bos_id: the token that texts begin with, where the model wants one.
+    from_origin: with all that its Hugging Face folder says about it."""
 
     kind: str | None
     eod_id: int | None = None
+    bos_id: int | None = None
     from_origin: bool = False
 
 
@@ -57,9 +67,28 @@ def carry_tokenizer(source: Path, target: Path) -> Carried:
     if not any((source / name).is_file() for name in TOKENIZER_FILES):
         return Carried(None)
     tokenizer = load_tokenizer(source)
-    record = {"kind": tokenizer.kind, "eod_id": tokenizer.eod_id, "sha256": tokenizer.fingerprint}
+    bos_id = begins_with(source, tokenizer)
+    record = {
+        "kind": tokenizer.kind,
+        "eod_id": tokenizer.eod_id,
+        "bos_id": bos_id,
+        "sha256": tokenizer.fingerprint,
+    }
     (target / TOKENIZER_RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return Carried(tokenizer.kind, tokenizer.eod_id, from_origin=True)
+    return Carried(tokenizer.kind, tokenizer.eod_id, bos_id, from_origin=True)
+
+
+def begins_with(source: Path, tokenizer: Tokenizer) -> int | None:
+    """The token that AutoTokenizer puts before every text for the model in `source`, None where it puts none.
+
+    A tokenizer.json says so by its template; beside a SentencePiece file `add_bos_token` of tokenizer_config.json does, and
+    silence means yes, as in LlamaTokenizer. Raises UserError for settings that cannot be read.
+    """
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.template_start()
+    settings = _read(source / _SETTINGS) if (source / _SETTINGS).is_file() else {}
+    wanted = settings.get("add_bos_token", True) is not False
+    return tokenizer.own_bos_id if wanted and isinstance(tokenizer, SentencePieceTokenizer) else None
 
 
 def fingerprints(source: Path) -> set[str]:
@@ -84,16 +113,13 @@ def write_tokenizer(source: Path, target: Path, origin: Origin, context: int) ->
 
     context: the model's, in tokens. Raises UserError for a damaged tokenizer.
     """
-    if not (source / TOKENIZER_RECORD_FILE).is_file():
+    tokenizer = recorded_tokenizer(source)
+    if tokenizer is None:
         return Carried(None)
-    record = _read(source / TOKENIZER_RECORD_FILE)
-    if record.get("kind") == "bytes":
+    if tokenizer.kind == "bytes":
         (target / "tokenizer.json").write_text(byte_level_json(), encoding="utf-8")
         _write_settings(target, EOD_TOKEN, context)
-        return Carried("bytes", record["eod_id"])
-    tokenizer = load_tokenizer(source, eod_id=record.get("eod_id"))
-    if tokenizer.fingerprint != record.get("sha256"):
-        raise UserError(f"{source}: the tokenizer there is not the one that the model was trained with: restore it.")
+        return Carried("bytes", tokenizer.eod_id)
     if origin.folder is not None and tokenizer.fingerprint in fingerprints(origin.folder):
         for name in (*TOKENIZER_FILES, *_BESIDE):
             if (origin.folder / name).is_file():
@@ -103,6 +129,26 @@ def write_tokenizer(source: Path, target: Path, origin: Origin, context: int) ->
     shutil.copyfile(source / name, target / name)
     _write_settings(target, _text_of(tokenizer), context)
     return Carried(tokenizer.kind, tokenizer.eod_id)
+
+
+def recorded_tokenizer(source: Path) -> Tokenizer | None:
+    """The tokenizer of the model in `source`, None where it has none. Raises UserError for a damaged one."""
+    if not (source / TOKENIZER_RECORD_FILE).is_file():
+        return None
+    record = _read(source / TOKENIZER_RECORD_FILE)
+    tokenizer = load_tokenizer("bytes" if record.get("kind") == "bytes" else source, eod_id=record.get("eod_id"))
+    if tokenizer.fingerprint != record.get("sha256"):
+        raise UserError(f"{source}: the tokenizer there is not the one that the model was trained with: restore it.")
+    tokenizer.bos_id = record.get("bos_id")
+    return tokenizer
+
+
+def chat_template(source: Path) -> str | None:
+    """The Jinja source that an imported model in `source` writes conversations by, if one came with it."""
+    if (source / _TEMPLATE).is_file():
+        return (source / _TEMPLATE).read_text(encoding="utf-8")
+    found = _read(source / _SETTINGS).get("chat_template") if (source / _SETTINGS).is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def special_ids(origin: Origin, carried: Carried) -> dict[str, Any]:
@@ -136,7 +182,7 @@ def _write_settings(target: Path, eod_token: str | None, context: int) -> None:
     }
     if not is_json:
         settings |= {"add_bos_token": False, "add_eos_token": False, "legacy": False}
-    (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (target / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _text_of(tokenizer: Tokenizer) -> str | None:

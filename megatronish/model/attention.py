@@ -106,8 +106,8 @@ class SelfAttention(nn.Module):
         if self.rotates and isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
             return qk_norm_rope(
                 qkv,
-                self.q_norm.weight,
-                self.k_norm.weight,
+                self.q_norm.scale,
+                self.k_norm.scale,
                 inputs.cos,
                 inputs.sin,
                 inputs.positions,

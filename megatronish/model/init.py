@@ -26,14 +26,14 @@ Gather = Callable[[list[nn.Parameter]], AbstractContextManager[object]]
 def initial_weight(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
     """The initial value of the parameter `name` of full shape `shape`: fp32 on the CPU.
 
-    Norm weights are 1, biases 0, all else normal with std init_std; the projections that write to the residual stream
+    Norm weights are 1 (0 where norm_zero_centered), biases 0, all else normal with std init_std; the projections that write to the residual stream
     (attention.out, mlp.down) are divided by sqrt(2 * num_layers) when init_scale_residual is set (Radford et al. 2019).
     """
     kind = name.rsplit(".", 1)[-1]
     if kind == "bias":
         return torch.zeros(*shape, device="cpu", dtype=torch.float32)
     if len(shape) == 1:
-        return torch.ones(*shape, device="cpu", dtype=torch.float32)
+        return torch.full(tuple(shape), float(not config.norm_zero_centered), device="cpu", dtype=torch.float32)
     std = config.init_std
     if config.init_scale_residual and name.endswith((".attention.out.weight", ".mlp.down.weight")):
         std /= math.sqrt(2 * config.num_layers)

@@ -25,6 +25,7 @@ def activation_function(name: str, backend: OpsBackend) -> Callable[[Tensor], Te
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "swiglu": partial(swiglu, backend=backend),
         "geglu": partial(geglu, backend=backend),
+        "geglu_tanh": partial(geglu, form="tanh", backend=backend),
         "gelu": F.gelu,
         "gelu_tanh": gelu_tanh,
         "relu": F.relu,

@@ -26,15 +26,23 @@ class Norm(nn.Module):
 
 
 class RMSNorm(Norm):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019)."""
+    """x / sqrt(mean(x^2) + eps) * scale (Zhang and Sennrich 2019); scale is weight, or 1 + weight where zero_centered."""
 
-    def __init__(self, size: int, eps: float, backend: OpsBackend) -> None:
+    def __init__(self, size: int, eps: float, backend: OpsBackend, zero_centered: bool = False) -> None:
         super().__init__(size, eps)
         self.backend = backend
+        self.zero_centered = zero_centered
+
+    @property
+    def scale(self) -> Tensor:
+        """[size], in fp32 where adding 1 would round the weight's own dtype."""
+        if not self.zero_centered:
+            return self.weight
+        return 1.0 + (self.weight if self.weight.dtype == torch.float64 else self.weight.float())
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See Norm."""
-        return add_rms_norm(x, residual, self.weight, self.eps, backend=self.backend)
+        return add_rms_norm(x, residual, self.scale, self.eps, backend=self.backend)
 
 
 class LayerNorm(Norm):
@@ -60,7 +68,7 @@ def build_norm(
     """
     norm: Norm
     if config.norm == "rmsnorm":
-        norm = RMSNorm(size, config.norm_eps, backend)
+        norm = RMSNorm(size, config.norm_eps, backend, config.norm_zero_centered)
     else:
         norm = LayerNorm(size, config.norm_eps, config.norm_bias)
     if tp.sequence or (of_heads and tp.size > 1):

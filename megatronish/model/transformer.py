@@ -5,6 +5,7 @@ Shapes: b batch, s sequence, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -168,6 +169,15 @@ class Transformer(nn.Module):
             cache.advance(tokens.shape[1])
         return hidden
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What the first block reads: tokens [b, s] -> [b, s, hidden], or the rank's part of the sequence."""
+        assert self.embedding is not None, "only a first stage embeds tokens"
+        x: Tensor = self.embedding(tokens)
+        if not self.config.embedding_scaled:
+            return x
+        # The factor is rounded to the dtype first, as Gemma was trained with it.
+        return x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)
+
     def run_stage(
         self,
         x: Tensor | None,
@@ -182,7 +192,7 @@ class Transformer(nn.Module):
         tokens [b, s] and the rest as in `forward`. Returns [b, s, hidden], or the rank's part of the sequence.
         """
         if self.embedding is not None:
-            x = self.embedding(tokens)
+            x = self.embed(tokens)
         assert x is not None, "a later stage needs hidden states"
         inputs = self._attention_inputs(x, tokens, positions, cu_seqlens, max_seqlen, cache)
         residual = None

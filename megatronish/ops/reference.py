@@ -34,10 +34,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
-def geglu(gate_up: Tensor) -> Tensor:
-    """gelu(gate) * up with the erf form of GELU, [..., 2F] -> [..., F]."""
+def geglu(gate_up: Tensor, form: str = "none") -> Tensor:
+    """gelu(gate) * up with GELU in its erf form ("none") or its tanh approximation ("tanh"), [..., 2F] -> [..., F]."""
     gate, up = _widen(gate_up).chunk(2, dim=-1)
-    return (F.gelu(gate) * up).to(gate_up.dtype)
+    return (F.gelu(gate, approximate=form) * up).to(gate_up.dtype)
 
 
 def rope(

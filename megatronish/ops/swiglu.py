@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,8 @@ from torch import Tensor
 from megatronish.ops import reference, third_party
 from megatronish.ops.dispatch import OpsBackend, check_floating, compiled
 from megatronish.ops.extension import FusedSwiGLU, run
+
+Gelu = Literal["none", "tanh"]
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -31,20 +33,22 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _GeGLU(torch.autograd.Function):
-    """The same with the erf form of GELU."""
+    """The same with GELU, in its erf form ("none") or its tanh approximation ("tanh")."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, form: Gelu) -> Tensor:
         ctx.save_for_backward(gate_up)
+        ctx.form = form
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.gelu(gate) * up
+        return F.gelu(gate, approximate=form) * up
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
-        return torch.cat((torch.ops.aten.gelu_backward(grad * up, gate), grad * F.gelu(gate)), dim=-1)
+        grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate=ctx.form)
+        return torch.cat((grad_gate, grad * F.gelu(gate, approximate=ctx.form)), dim=-1), None
 
 
 def swiglu(gate_up: Tensor, *, backend: OpsBackend = "reference") -> Tensor:
@@ -65,13 +69,14 @@ def swiglu(gate_up: Tensor, *, backend: OpsBackend = "reference") -> Tensor:
     return result
 
 
-def geglu(gate_up: Tensor, *, backend: OpsBackend = "reference") -> Tensor:
+def geglu(gate_up: Tensor, *, form: Gelu = "none", backend: OpsBackend = "reference") -> Tensor:
     """gelu(gate) * up for gate_up [..., 2F], the gate in the first half; returns [..., F]. No backend has a kernel of its own.
 
-    Raises ValueError if the last dim is odd or the dtype is not a floating one.
+    form: "none" for the erf form, "tanh" for the approximation (Hendrycks and Gimpel 2016). Raises ValueError if the last dim is odd or the dtype is not a floating one.
     """
     _check("geglu", gate_up)
-    result: Tensor = compiled(reference.geglu)(gate_up) if backend == "compiled" else _GeGLU.apply(gate_up)
+    compiles = backend == "compiled"
+    result: Tensor = compiled(reference.geglu)(gate_up, form) if compiles else _GeGLU.apply(gate_up, form)
     return result
 
 

@@ -10,7 +10,7 @@ import pytest
 from megatronish.data.dataset import check_dataset_fits, open_dataset
 from megatronish.data.errors import DataError
 from megatronish.data.manifest import manifest_path, read_manifest
-from megatronish.data.preprocess import PreprocessOptions, preprocess
+from megatronish.data.preprocessing.preprocess import PreprocessOptions, preprocess
 
 TEXTS = ["Once upon a time", "größer als 日本", "literal <|endoftext|> stays", "last\n"]
 

@@ -94,7 +94,7 @@ def test_streams(run):
     reader = run.dataset.reader
     (joined,) = held_out_streams(reader, np.array([2, 5]), 256, document_mask=False)
     assert joined.tolist() == [256, *reader.document(2).tolist(), *reader.document(5).tolist()]
-    apart = list(held_out_streams(reader, np.array([2, 5]), 256, document_mask=True))
+    apart = list(held_out_streams(reader, np.array([2, 5]), None, document_mask=True))
     assert [stream.tolist() for stream in apart] == [reader.document(2).tolist(), reader.document(5).tolist()]
     assert list(held_out_streams(reader, np.array([], dtype=np.int64), 256, document_mask=False)) == []
 

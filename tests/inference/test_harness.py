@@ -1,26 +1,76 @@
-"""The adapter for lm-eval: what the harness is told is what the model computes, one request at a time or many."""
+"""The adapter for lm-eval: what the harness is told is what the model computes, one request at a time or many.
+
+Where lm_eval is not installed, one test makes an environment that has it, without what only other tasks need, and runs this
+file there.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-pytest.importorskip("lm_eval")
-
-from lm_eval.api.instance import Instance
-
 from launchers import evaluate_tasks
 from megatronish.config.errors import UserError
 from megatronish.data.tokenizer import ByteTokenizer
-from megatronish.inference import harness
-from megatronish.inference.harness import HarnessModel
 from megatronish.model.transformer import Transformer
+from tests.environments import make_environment
 from tests.inference.conftest import Run
+
+INSTALLED = importlib.util.find_spec("lm_eval") is not None
+if INSTALLED or TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+    from megatronish.inference import harness
+    from megatronish.inference.harness import HarnessModel
+needs_harness = pytest.mark.skipif(not INSTALLED, reason="lm_eval is not installed: test_where_lm_eval_is runs this")
+# What lm_eval itself and the metrics that it registers import, of which the first holds the version.
+PACKAGES = [
+    "lm_eval",
+    "sacrebleu",
+    "portalocker",
+    "tabulate",
+    "colorama",
+    "lxml",
+    "pytablewriter",
+    "typepy",
+    "mbstrdecoder",
+    "dataproperty",
+    "msgfy",
+    "tabledata",
+    "logbook",
+    "six",
+    "chardet",
+    "pathvalidate",
+    "pytz",
+    "more_itertools",
+    "sqlitedict",
+    "dominate",
+]
+
+
+@pytest.mark.interop
+@pytest.mark.slow
+@pytest.mark.skipif(INSTALLED, reason="lm_eval is here: the other tests run")
+def test_where_lm_eval_is(tmp_path: Path) -> None:
+    python = make_environment(tmp_path / "venv", *PACKAGES)
+    done = subprocess.run(
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "6 passed, 1 skipped" in done.stdout, (done.stdout + done.stderr)[-6000:]
+
 
 PAIRS = [
     ("the layer norm of", " x"),
@@ -46,6 +96,7 @@ def by_hand(model: Transformer, ids: list[int], scored: int) -> tuple[float, boo
     return logits.log_softmax(-1)[range(scored), wanted].sum().item(), bool((logits.argmax(-1) == wanted).all())
 
 
+@needs_harness
 def test_loglikelihoods(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, tokenizer = HarnessModel(model, ByteTokenizer()), ByteTokenizer()
     found = adapter.loglikelihood(instances("loglikelihood", PAIRS))
@@ -71,6 +122,7 @@ def best_continuations(model: Transformer) -> list[tuple[str, str]]:
     return found
 
 
+@needs_harness
 def test_rows_that_share_their_tokens_are_computed_once(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = HarnessModel(model, ByteTokenizer())
     seen: list[int] = []
@@ -83,6 +135,7 @@ def test_rows_that_share_their_tokens_are_computed_once(model: Transformer, monk
     assert sum(seen) == 2
 
 
+@needs_harness
 def test_whole_texts(model: Transformer) -> None:
     """100 bytes through a context of 32: each is scored once."""
     text = "attention is all you need\n" * 4
@@ -109,6 +162,7 @@ def greedy_text(model: Transformer, context: str, count: int) -> str:
     return ByteTokenizer().decode(ids[start:])
 
 
+@needs_harness
 def test_generation(model: Transformer) -> None:
     adapter = HarnessModel(model, ByteTokenizer())
     texts = {
@@ -128,6 +182,22 @@ def test_generation(model: Transformer) -> None:
         adapter.loglikelihood(instances("loglikelihood", [("a", "b" * 40)]))
 
 
+@needs_harness
+def test_texts_begin_with_the_token_of_an_imported_model(model: Transformer) -> None:
+    """A beginning of a text, where the tokenizer has one, comes before every context, once."""
+    tokenizer, plain = ByteTokenizer(), HarnessModel(model, ByteTokenizer())
+    tokenizer.bos_id = 7
+    adapter = HarnessModel(model, tokenizer)
+    assert adapter.tok_encode("ab") == [7, 97, 98] and plain.tok_encode("ab") == [97, 98]
+    found = adapter.loglikelihood(instances("loglikelihood", [("the", " x"), ("", "def")]))
+    expected = [by_hand(model, [7, *b"the x"], 2), by_hand(model, [7, *b"def"], 3)]
+    assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in expected], rel=1e-5)
+    (rolling,) = adapter.loglikelihood_rolling(instances("loglikelihood_rolling", [("def",)]))
+    assert rolling == pytest.approx(expected[1][0], rel=1e-5)
+    (text,) = adapter.generate_until(instances("generate_until", [("is all", {"until": [], "max_gen_toks": 8})]))
+    assert text == greedy_text(model, "\x07is all", 8)
+
+
 TASK = """
 task: little_choice
 dataset_path: json
@@ -143,10 +213,13 @@ metric_list:
 """
 
 
+@needs_harness
 def test_a_task_from_the_command_line(
     run: Run, model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Accuracy on local questions is that of choosing by hand; the network is not needed."""
+    import lm_eval.tasks
+
     questions = [
         {"question": text, "choices": [" x", " of the", "norm", " (y)"], "answer": number % 4}
         for number, text in enumerate(["the layer", "return def", "all you need", "attention", "is +", "norm of the"])
@@ -167,6 +240,8 @@ def test_a_task_from_the_command_line(
     written = json.loads((run.folder / "tasks.json").read_text())
     assert written["results"]["little_choice"]["acc,none"] == pytest.approx(right / len(questions))
     assert "little_choice" in capsys.readouterr().out
+    indexed = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)  # the others take many seconds
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_path, **_: indexed(include_path=include_path))
     monkeypatch.setattr(sys, "argv", ["evaluate_tasks.py", *words, "nothing_like_it"])
     with pytest.raises(SystemExit) as stop:
         evaluate_tasks.main()

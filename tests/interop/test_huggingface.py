@@ -185,7 +185,8 @@ def change(path: Path, **fields: Any) -> None:
     [
         ({"model_type": "bert"}, "model_type 'bert' is not one that can be expressed: llama, mistral, qwen2"),
         ({"model_type": 7}, "model_type 7 is not one"),
-        ({"model_type": "gemma"}, "'gemma' is not one that can be expressed \\(its norms add 1.*: llama, mistral"),
+        ({"model_type": "gemma2"}, "'gemma2' is not one that can be expressed \\(attn_logit_soft.*: llama, mistral"),
+        ({"model_type": "gemma", "hidden_act": "silu"}, "hidden_act is 'silu': expressible: gelu_pytorch_tanh"),
         ({"auto_map": {"AutoConfig": "evil.py"}}, "auto_map names code"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu': expressible: silu, gelu"),
         ({"hidden_act": ["silu"]}, "hidden_act is \\['silu'\\]: expressible"),

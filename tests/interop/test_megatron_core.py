@@ -1,8 +1,7 @@
 """megatron-core and this project read and write the same files, and `data.order: megatron` is its order, sample for sample.
 
 Set-up makes an environment that holds megatron-core (from the package index, without its dependencies) beside this one's
-torch and NumPy, and does all of its jobs in one process: some 15 seconds. Where no package index answers, the tests are skipped;
-MEGATRONISH_INTEROP=require makes that a failure, MEGATRONISH_INTEROP=off skips them at once.
+torch and NumPy, and does all of its jobs in one process: some 15 seconds. tests/environments.py says when they are skipped.
 """
 
 from __future__ import annotations
@@ -10,9 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
-import sysconfig
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +19,9 @@ from megatronish.config.data import DataConfig
 from megatronish.data.builder import IndexedWriter
 from megatronish.data.indexed import IndexedReader
 from megatronish.data.megatron_order import MegatronBlend, greedy_blend, normalized
-from megatronish.data.surgery import merge
+from megatronish.data.preprocessing.surgery import merge
 from megatronish.data.training_data import open_training_data
+from tests.environments import make_environment
 from tests.runs import make_dataset
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
@@ -78,34 +75,11 @@ def write_ours(prefix: Path, dtype: str, docs: Documents) -> str:
     return str(prefix)
 
 
-def make_environment(folder: Path) -> Path:
-    """An environment with megatron-core and, by a .pth file, everything of the running one; its Python."""
-    venv.create(folder, with_pip=False)
-    python = folder / "bin" / "python"
-    inside = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    (Path(inside.stdout.strip()) / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", RELEASE]
-    found = subprocess.run([*pip, "--retries", "1", "--timeout", "10"], capture_output=True, text=True)
-    if found.returncode:
-        reason = f"{RELEASE} cannot be installed: {(found.stderr.strip() or 'pip failed').splitlines()[-1]}"
-        if os.environ.get("MEGATRONISH_INTEROP") == "require":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return python
-
-
 @pytest.fixture(scope="module")
 def peer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what megatron-core and this project made: ours/NAME, theirs/NAME, OUT.npz of each job."""
-    if os.environ.get("MEGATRONISH_INTEROP") == "off":
-        pytest.skip("MEGATRONISH_INTEROP=off")
     folder = tmp_path_factory.mktemp("megatron")
-    python = make_environment(folder / "venv")
+    python = make_environment(folder / "venv", RELEASE)
     for name in ("ours", "theirs", "trained", "merged"):
         (folder / name).mkdir()
     jobs: list[dict[str, Any]] = []

@@ -7,13 +7,19 @@ import json
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import processors
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from megatronish.config.errors import UserError
 from megatronish.config.model import ModelConfig
 from megatronish.data.tokenizer import EOD_TOKEN, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from megatronish.inference.generate import generate
 from megatronish.inference.load import load_for_inference
+from megatronish.inference.prompt import encode_prompt
+from megatronish.inference.sampling import GREEDY
 from megatronish.interop.agreement import PROBE_TEXTS, compare
 from megatronish.interop.huggingface import export_model, import_model
 from megatronish.interop.tokenizer_files import ORIGIN_FILE, fingerprints
@@ -62,22 +68,8 @@ def test_auto_tokenizer_gives_our_ids(kind: str, tmp_path: Path) -> None:
 
 def test_sentencepiece_agrees_where_text_begins_with_no_blank(tmp_path: Path) -> None:
     """transformers puts no second blank before text that begins with one; SentencePiece does. The count says so."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(line for text in SAMPLE for line in text.splitlines() if line.strip()),
-        model_writer=model,
-        vocab_size=380,
-        model_type="bpe",
-        byte_fallback=True,
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    (tmp_path / "x.model").write_bytes(model.getvalue())
-    own = load_tokenizer(tmp_path / "x.model")
+    sentence_piece(tmp_path)
+    own = load_tokenizer(tmp_path / "tokenizer.model")
     export_model(save(tmp_path / "run", own), tmp_path / "hf")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     for text in PROBE_TEXTS:
@@ -128,6 +120,90 @@ def test_a_run_that_began_from_hf_finds_its_settings_there(hf_folder: Path, tmp_
     assert not export_model(tmp_path / "run", tmp_path / "b").tokenizer.from_origin
     assert "chat_template" not in (tmp_path / "b" / "tokenizer_config.json").read_text()
     assert json.loads((tmp_path / "b" / "config.json").read_text())["eos_token_id"] == 96
+
+
+BEGIN = "<|begin|>"
+
+
+def save_llama(folder: Path) -> LlamaForCausalLM:
+    """A Llama of 512 tokens whose texts matter."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, initializer_range=0.3, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def byte_level(folder: Path, begins: bool) -> None:
+    """A byte-level BPE in `folder`, with Llama 3's template or with none, as Qwen's."""
+    raw = RawTokenizer.from_str(train_bpe(SAMPLE, 400)._source)
+    raw.add_special_tokens([BEGIN])
+    if begins:
+        number = raw.token_to_id(BEGIN)
+        raw.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, number)])
+    raw.save(str(folder / "tokenizer.json"))
+
+
+def sentence_piece(folder: Path) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(line for text in SAMPLE for line in text.splitlines() if line.strip()),
+        model_writer=model, vocab_size=380, model_type="bpe", byte_fallback=True, character_coverage=1.0,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "begins"),
+    [
+        ("byte level", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN}, True),
+        ("byte level", {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}, True),
+        ("no template", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN}, False),
+        ("sentencepiece", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}, True),
+        ("sentencepiece", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, False),
+    ],
+)
+def test_texts_begin_as_autotokenizer_lets_them(
+    kind: str, settings: dict[str, object], begins: bool, tmp_path: Path
+) -> None:
+    """Prompts of an imported model have transformers' ids, and what it writes behind them is the same."""
+    folder = tmp_path / "hf"
+    theirs = save_llama(folder)
+    if kind == "sentencepiece":
+        sentence_piece(folder)
+    else:
+        byte_level(folder, begins)
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "eos_token": "</s>"} if kind == "sentencepiece" else settings)
+    )
+    carried = import_model(folder, tmp_path / "ours").tokenizer
+    model, tokenizer, _ = load_for_inference(tmp_path / "ours")
+    assert (carried.bos_id is not None) == begins and tokenizer.bos_id == carried.bos_id
+    wanted = AutoTokenizer.from_pretrained(folder)("return the fox")["input_ids"]
+    plain = tokenizer.encode("return the fox").tolist()
+    assert wanted == ([tokenizer.bos_id, *plain] if begins else plain)
+    if not begins:
+        assert encode_prompt(tokenizer, "return the fox").ids[0] == tokenizer.eod_id
+        return
+    prompt = encode_prompt(tokenizer, "return the fox")
+    assert prompt.ids == wanted[: len(prompt.ids)] and len(prompt.ids) >= len(wanted) - 1
+    expected = theirs.generate(torch.tensor([wanted]), max_new_tokens=12, do_sample=False, pad_token_id=0)[0]
+    assert list(generate(model, wanted, 12, GREEDY)) == expected[len(wanted) :].tolist()
+    assert encode_prompt(tokenizer, "").ids == [tokenizer.bos_id]
+
+
+def test_a_record_with_a_wrong_beginning(tmp_path: Path) -> None:
+    save_llama(tmp_path / "hf")
+    byte_level(tmp_path / "hf", True)
+    import_model(tmp_path / "hf", tmp_path / "ours")
+    path = tmp_path / "ours" / TOKENIZER_RECORD_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "bos_id": 512}))
+    with pytest.raises(UserError, match="bos_id 512 is no token id below"):
+        load_for_inference(tmp_path / "ours")
 
 
 def test_damaged_and_missing_tokenizers(hf_folder: Path, tmp_path: Path) -> None:

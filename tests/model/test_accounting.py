@@ -45,7 +45,7 @@ def test_formula_equals_the_built_model_for_any_switches(data: st.DataObject) ->
         head_dim=2 * data.draw(st.integers(1, 6)),
         ffn_hidden_size=data.draw(st.integers(1, 20)),
         seq_length=8,
-        activation=data.draw(st.sampled_from(["swiglu", "geglu", "gelu", "gelu_tanh", "relu"])),
+        activation=data.draw(st.sampled_from(["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"])),
         norm=data.draw(st.sampled_from(["rmsnorm", "layernorm"])),
         norm_position=position,
         parallel_block=parallel,

@@ -42,6 +42,7 @@ SWITCHES = [
                 "rope_fraction": 0.67,
                 "rope_interleaved": True,
             },
+            {"activation": "geglu_tanh", "norm_zero_centered": True, "embedding_scaled": True, "qk_norm": True},
         ],
     )
 ]
@@ -59,6 +60,7 @@ class Equation:
     def norm(self, name: str, x: Tensor) -> Tensor:
         weight, eps = self.state[f"{name}.weight"], self.config.norm_eps
         if self.config.norm == "rmsnorm":
+            weight = 1 + weight if self.config.norm_zero_centered else weight
             return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
         centred = x - x.mean(-1, keepdim=True)
         y = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight
@@ -97,7 +99,8 @@ class Equation:
         x = self.linear(f"{name}.up", x)
         if self.config.is_gated:
             gate, up = x.chunk(2, -1)
-            x = (F.silu(gate) if self.config.activation == "swiglu" else F.gelu(gate)) * up
+            form = "tanh" if self.config.activation == "geglu_tanh" else "none"
+            x = (F.silu(gate) if self.config.activation == "swiglu" else F.gelu(gate, approximate=form)) * up
         else:
             form = {"gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "relu": F.relu}
             x = form[self.config.activation](x)
@@ -121,6 +124,7 @@ class Equation:
 
     def logits(self, tokens: Tensor) -> Tensor:
         x = self.state["embedding.weight"][tokens]
+        x = x * self.config.hidden_size**0.5 if self.config.embedding_scaled else x
         for layer in range(self.config.num_layers):
             x = self.block(f"blocks.{layer}", x)
         if self.config.norm_position == "pre":

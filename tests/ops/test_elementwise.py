@@ -6,6 +6,7 @@ SwiGLU and GeGLU are not fused here: in half precision they round each of two or
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ OPS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[tuple[in
     ),
     "swiglu": (swiglu, reference.swiglu, [(2, 60, 64)], 2),
     "geglu": (geglu, reference.geglu, [(2, 60, 64)], 2),
+    "geglu_tanh": (partial(geglu, form="tanh"), partial(reference.geglu, form="tanh"), [(2, 60, 64)], 2),
 }
 for _interleaved in (False, True):
     for _kind, _where in (("positions", {"positions": POSITIONS}), ("offset", {"offset": 5})):

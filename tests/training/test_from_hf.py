@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +46,31 @@ def save_llama(folder: Path) -> PreTrainedModel:
     return model
 
 
-def run_from(folder: Path, data: str, save_dir: Path, stage: int, steps: int = 2) -> RunConfig:
-    raw = small_run(data, save_dir, {"zero_optimization": {"stage": stage}}).to_json()
+# Ranks, ZeRO stage, how the model is divided.
+LAYOUTS: dict[str, tuple[int, int, dict[str, int]]] = {
+    "one": (1, 0, {}),
+    "zero1": (2, 1, {}),
+    "zero3": (2, 3, {}),
+    "tp2": (2, 1, {"tensor": 2}),
+    "pp2": (2, 1, {"pipeline": 2}),
+    "tp2pp2": (4, 1, {"tensor": 2, "pipeline": 2}),
+}
+
+
+def run_from(folder: Path, data: str, save_dir: Path, layout: str, steps: int = 3) -> RunConfig:
+    _, stage, parallel = LAYOUTS[layout]
+    changes = {"zero_optimization": {"stage": stage}, "megatronish": {"parallel": parallel}}
+    raw = small_run(data, save_dir, changes).to_json()
     raw["megatronish"]["model"] = {"from_hf": str(folder), "seq_length": 32}
     raw["megatronish"]["data"]["document_mask"] = False
     raw["megatronish"]["train"] |= {"steps": steps}
     return RunConfig.from_dict(raw, "test")
 
 
-def pretrain_rank(rank: int, config: RunConfig) -> None:
+def pretrain_rank(rank: int, config: RunConfig, ranks: int) -> None:
     from megatronish.training.loop import pretrain
 
-    pretrain(config, Rank(rank, 2, rank, 2, "test"))
+    pretrain(config, Rank(rank, ranks, rank, ranks, "test"))
 
 
 def losses(run_dir: Path) -> dict[int, float]:
@@ -65,11 +79,11 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 @torch.no_grad()
-def first_loss(model: Any, config: RunConfig) -> float:
-    """Mean loss of transformers on the tokens of the run's first step, 2 ranks x 2 micro batches."""
+def first_loss(model: Any, config: RunConfig, data_size: int) -> float:
+    """Mean loss of transformers on the tokens of the run's first step, 2 micro batches a data-parallel rank."""
     total, count = 0.0, 0
-    for rank in range(2):
-        loader = rank_loader(config, rank, 2)
+    for rank in range(data_size):
+        loader = rank_loader(config, rank, data_size)
         for _ in range(2):
             batch = next(loader)
             logits = model(batch["tokens"]).logits
@@ -79,18 +93,17 @@ def first_loss(model: Any, config: RunConfig) -> float:
     return total / count
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_the_first_loss_is_the_models_own(stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
+def test_the_first_loss_is_the_models_own(layout: str, tmp_path: Path) -> None:
+    """And after three steps the checkpoint, whatever the layout, is exported as it lies there."""
     data, theirs = make_dataset(tmp_path), save_llama(tmp_path / "hf")
-    config = run_from(tmp_path / "hf", data, tmp_path / "run", stage)
-    run_ranks(2, pretrain_rank, config, group=False)
-    before = losses(tmp_path / "run")
-    assert before[1] == pytest.approx(first_loss(theirs, config), rel=1e-5)
-    assert before[1] > 6.5 and before[2] != before[1]  # random bytes would cost 5.55 nats, random small weights too
-
-    run_ranks(2, pretrain_rank, run_from(tmp_path / "hf", data, tmp_path / "run", stage, steps=3), group=False)
-    after = losses(tmp_path / "run")
-    assert list(after) == [1, 2, 3] and after[1] == before[1]  # it went on from its own checkpoint
+    ranks, _, parallel = LAYOUTS[layout]
+    config = run_from(tmp_path / "hf", data, tmp_path / "run", layout)
+    run_ranks(ranks, pretrain_rank, config, ranks, group=False)
+    found = losses(tmp_path / "run")
+    expected = first_loss(theirs, config, ranks // math.prod(parallel.values()))
+    assert list(found) == [1, 2, 3] and found[1] == pytest.approx(expected, rel=1e-5)
+    assert found[1] > 6.5 and found[2] != found[1]  # random bytes would cost 5.55 nats, random small weights too
 
     checkpoint = find_checkpoint(tmp_path / "run")
     export_model(checkpoint, tmp_path / "out")
@@ -104,10 +117,20 @@ def test_the_first_loss_is_the_models_own(stage: int, tmp_path: Path) -> None:
     assert (ours - original).abs().max() > 1e-3 * scale
 
 
+def test_a_run_that_is_taken_up_again_goes_on_from_its_own_checkpoint(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path)
+    save_llama(tmp_path / "hf")
+    for steps in (2, 3):
+        config = run_from(tmp_path / "hf", data, tmp_path / "run", "one", steps)
+        run_ranks(1, pretrain_rank, config, 1, group=False)
+    found = losses(tmp_path / "run")
+    assert list(found) == [1, 2, 3] and found[3] < found[1] - 1e-3  # not the weights of the folder once more
+
+
 def test_what_does_not_fit_is_refused_before_the_ranks_meet(tmp_path: Path) -> None:
     data = make_dataset(tmp_path)
     save_llama(tmp_path / "hf")
-    config, rank = run_from(tmp_path / "hf", data, tmp_path / "run", 1), Rank(0, 1, 0, 1, "test")
+    config, rank = run_from(tmp_path / "hf", data, tmp_path / "run", "zero1"), Rank(0, 1, 0, 1, "test")
     assert prepare(config, rank).imported is not None
     train_bpe([], 257).save(tmp_path / "x")
     (tmp_path / "x.tokenizer.json").rename(tmp_path / "hf" / "tokenizer.json")

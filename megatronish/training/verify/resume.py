@@ -200,7 +200,7 @@ def reported_losses(run_dir: Path) -> list[tuple[int, str, str]]:
 
 def plain_run(folder: Path) -> dict[str, Any]:
     """A small run with dropout, clipping and its own data, which is made in `folder`."""
-    from megatronish.data.preprocess import PreprocessOptions, preprocess
+    from megatronish.data.preprocessing.preprocess import PreprocessOptions, preprocess
 
     source = folder / "text.txt"
     source.write_text(

@@ -21,7 +21,8 @@ READ_BYTES = 1 << 20
 # Frames written with `zstd --long=31` need this much.
 ZSTD_WINDOW_BYTES = 1 << 31
 
-Rows = Callable[[], Iterator[Mapping[str, Any]]]
+Row = Mapping[str, Any] | bytes  # values by name, or a line of JSON that nobody has read yet
+Rows = Callable[[], Iterator[Row]]
 
 
 @dataclass(frozen=True)

@@ -17,30 +17,36 @@ import numpy as np
 from megatronish.config.files import write_whole
 from megatronish.data.backends import choose_encoder
 from megatronish.data.builder import write_index
-from megatronish.data.corpus import default_corpus, default_corpus_description
-from megatronish.data.documents import SKIP_HINT, DocumentReader
-from megatronish.data.encoding import Job, Tally, UnitResult, read_piece
 from megatronish.data.errors import DataError
-from megatronish.data.hub import PREFIX as HUB_PREFIX
-from megatronish.data.hub import hub_source
 from megatronish.data.indexed import best_dtype, bin_path, idx_path
-from megatronish.data.inputs import Source, check_keys, file_source, find_inputs
-from megatronish.data.journal import Staging, read_plan
 from megatronish.data.manifest import Manifest, manifest_path, read_manifest
-from megatronish.data.options import (
+from megatronish.data.preprocessing.corpus import default_corpus, default_corpus_description
+from megatronish.data.preprocessing.documents import SKIP_HINT, DocumentReader
+from megatronish.data.preprocessing.encoding import Job, Tally, UnitResult, read_piece
+from megatronish.data.preprocessing.hub import is_remote, mapping_of, remote_source
+from megatronish.data.preprocessing.inputs import Source, check_keys, file_source, find_inputs
+from megatronish.data.preprocessing.journal import Staging, read_plan
+from megatronish.data.preprocessing.options import (
     DEFAULT_OUTPUT_PREFIX,
     DEFAULT_VOCAB_SIZE,
     PreprocessOptions,
     check_options,
     shard_bytes,
 )
-from megatronish.data.pool import WorkerDied, results
-from megatronish.data.progress import Progress
-from megatronish.data.publish import READY, PreprocessResult, commit, steps_to_commit, summary, tokenizer_record
-from megatronish.data.records import RecordReader
+from megatronish.data.preprocessing.pool import WorkerDied, results
+from megatronish.data.preprocessing.progress import Progress
+from megatronish.data.preprocessing.publish import (
+    READY,
+    PreprocessResult,
+    commit,
+    steps_to_commit,
+    summary,
+    tokenizer_record,
+)
+from megatronish.data.preprocessing.records import RecordReader
+from megatronish.data.preprocessing.units import Planner, Unit
 from megatronish.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from megatronish.data.tokenizer_formats import gpt2_tokenizer
-from megatronish.data.units import Planner, Unit
 
 __all__ = [
     "DEFAULT_OUTPUT_PREFIX",
@@ -109,9 +115,11 @@ def find_sources(options: PreprocessOptions, say: Callable[[str], None]) -> list
         description = default_corpus_description()
         return [Source(" ".join(description.values()), "rows", rows=lambda: _default_rows(say_once))]
     sources: list[Source] = []
-    for is_hub, patterns in itertools.groupby(options.inputs, lambda pattern: pattern.startswith(HUB_PREFIX)):
-        given = list(patterns)
-        sources += map(hub_source, given) if is_hub else map(file_source, find_inputs(given))
+    for elsewhere, patterns in itertools.groupby(options.inputs, is_remote):
+        if elsewhere:
+            sources += [remote_source(spec, options.json_keys, say) for spec in patterns]
+        else:
+            sources += map(file_source, find_inputs(list(patterns)))
     check_keys(sources, options.json_keys)
     empty = [source.name for source in sources if source.format != "rows" and source.size == 0]
     if empty:
@@ -195,7 +203,8 @@ def _training_texts(options: PreprocessOptions, sources: list[Source], progress:
     before = 0
     for source in sources:
         if source.rows is not None:
-            texts = (row[key] for row in source.rows() for key in options.json_keys if isinstance(row.get(key), str))
+            values = (mapping_of(row).get(key) for row in source.rows() for key in options.json_keys)
+            texts = (value for value in values if isinstance(value, str))
             reader = None
         else:
             reader = DocumentReader([Path(source.name)], options.json_keys, options.doc_separator, options.on_error)

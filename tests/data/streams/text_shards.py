@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatronish.data.remote import Retry
-from megatronish.data.streaming import PackedReader, StreamOptions
+from megatronish.data.streams.remote import Retry
+from megatronish.data.streams.streaming import PackedReader, StreamOptions
 
 EOD = 256  # of the byte tokenizer
 QUICK = Retry(attempts=25, first_wait=0.001, longest_wait=0.004, timeout=5.0)
 FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def write_shard(path: Path, texts: Sequence[str], key: str = "text") -> Path:
@@ -82,3 +82,16 @@ def documents_of(reader: PackedReader, count: int) -> list[str]:
     assert {end + 1 for end in ends if end + 1 < len(stream)} == begins
     edges = [-1, *ends[:count]]
     return [bytes(stream[a + 1 : b]).decode() for a, b in itertools.pairwise(edges)]
+
+
+def hub_answers(repository: str, sha: str, names: Sequence[str]) -> dict[str, bytes]:
+    """The hub's description of a dataset, for its newest state and for that commit."""
+    info = {
+        "id": repository,
+        "sha": sha,
+        "siblings": [{"rfilename": name} for name in names],
+        "tags": [],
+        "private": False,
+    }
+    content = json.dumps(info | {"downloads": 0, "likes": 0}).encode()
+    return {f"/api/datasets/{repository}{end}": content for end in ("", "/revision/main", f"/revision/{sha}")}

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatronish.data.errors import DataError
-from megatronish.data.inputs import Source, check_keys, file_source, find_inputs, open_stream, reading
-from megatronish.data.parquet import read_rows, row_groups
-from megatronish.data.records import RecordReader
+from megatronish.data.preprocessing.inputs import Source, check_keys, file_source, find_inputs, open_stream, reading
+from megatronish.data.preprocessing.parquet import read_rows, row_groups
+from megatronish.data.preprocessing.records import RecordReader
 
 __all__ = ["Document", "DocumentReader", "ReadReport", "find_inputs"]
 

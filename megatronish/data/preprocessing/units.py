@@ -8,15 +8,15 @@ files beside the output ("spooled"), cut at the same places.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import orjson
 
-from megatronish.data.inputs import READ_BYTES, Source, open_stream, reading
-from megatronish.data.parquet import row_groups
+from megatronish.data.preprocessing.inputs import READ_BYTES, Source, open_stream, reading
+from megatronish.data.preprocessing.parquet import row_groups
 
 WINDOW_BYTES = 1 << 16
 
@@ -222,19 +222,23 @@ def _blocks(source: Source) -> Iterator[tuple[bytes, int]]:
             yield block, stored.tell()
 
 
+def _row_line(row: Mapping[str, Any], keys: Sequence[str]) -> bytes:
+    wanted: dict[str, Any] = {key: row[key] for key in keys if key in row}
+    if len(wanted) < len(keys):
+        wanted = dict.fromkeys(row)
+    try:
+        return orjson.dumps(wanted)
+    except TypeError:
+        return json.dumps(wanted, default=repr).encode()  # lone surrogates, values that JSON does not know
+
+
 def _row_lines(source: Source, keys: Sequence[str]) -> Iterator[tuple[bytes, int]]:
     """Rows as JSON lines with the wanted keys only; a row without one keeps its names, for the message."""
     assert source.rows is not None
     lines: list[bytes] = []
     size = 0
     for row in source.rows():
-        wanted: dict[str, Any] = {key: row[key] for key in keys if key in row}
-        if len(wanted) < len(keys):
-            wanted = dict.fromkeys(row)
-        try:
-            line = orjson.dumps(wanted)
-        except TypeError:
-            line = json.dumps(wanted, default=repr).encode()  # lone surrogates, values that JSON does not know
+        line = row if isinstance(row, bytes) else _row_line(row, keys)
         lines.append(line + b"\n")
         size += len(line)
         if size >= READ_BYTES:

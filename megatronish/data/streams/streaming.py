@@ -31,10 +31,10 @@ from megatronish.data.dataset import tokenizer_file_at
 from megatronish.data.errors import DataError
 from megatronish.data.manifest import TokenizerRecord
 from megatronish.data.permutation import keyed_permutation
-from megatronish.data.remote import Retry
 from megatronish.data.samples import Sample
-from megatronish.data.shards import Fields, Place, Shard, ShardReader
-from megatronish.data.sources import Location, resolve
+from megatronish.data.streams.remote import Retry
+from megatronish.data.streams.shards import Fields, Place, Shard, ShardReader
+from megatronish.data.streams.sources import Location, resolve
 from megatronish.data.tokenizer import Tokenizer, load_tokenizer
 
 BUFFER_BYTES = 64_000_000

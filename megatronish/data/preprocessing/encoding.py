@@ -12,12 +12,12 @@ import numpy as np
 import xxhash
 
 from megatronish.data.backends import Encoder, NativeEncoder
-from megatronish.data.documents import MAX_RECORDED_REJECTS
 from megatronish.data.indexed import MAX_SEQUENCE_TOKENS
-from megatronish.data.inputs import Source
-from megatronish.data.parquet import read_rows
-from megatronish.data.records import Counts, RecordReader
-from megatronish.data.units import Piece, Unit
+from megatronish.data.preprocessing.documents import MAX_RECORDED_REJECTS
+from megatronish.data.preprocessing.inputs import Source
+from megatronish.data.preprocessing.parquet import read_rows
+from megatronish.data.preprocessing.records import Counts, RecordReader
+from megatronish.data.preprocessing.units import Piece, Unit
 
 # A fast back end is compared with the tokenizer's own library on a little text of each stretch of this many bytes.
 CHECK_EVERY_BYTES = 8 << 20

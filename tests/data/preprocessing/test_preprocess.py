@@ -10,18 +10,19 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatronish.data import backends, encoding
+from megatronish.data import backends
 from megatronish.data.backends import GigatokenEncoder, NativeEncoder, TiktokenEncoder, choose_encoder
 from megatronish.data.builder import IndexedWriter, write_index
 from megatronish.data.dataset import open_dataset
-from megatronish.data.encoding import split_text
 from megatronish.data.errors import DataError
 from megatronish.data.indexed import IndexedReader
-from megatronish.data.inputs import Source
-from megatronish.data.options import PreprocessOptions
-from megatronish.data.preprocess import preprocess
+from megatronish.data.preprocessing import encoding
+from megatronish.data.preprocessing.encoding import split_text
+from megatronish.data.preprocessing.inputs import Source
+from megatronish.data.preprocessing.options import PreprocessOptions
+from megatronish.data.preprocessing.preprocess import preprocess
+from megatronish.data.preprocessing.units import Planner, StreamCutter, next_cut
 from megatronish.data.tokenizer import EOD_TOKEN, load_tokenizer, train_bpe, train_unigram
-from megatronish.data.units import Planner, StreamCutter, next_cut
 
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 TEXT = st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=30)
@@ -274,7 +275,7 @@ def test_back_end_found_wrong_on_the_way_is_replaced_for_that_unit(tmp_path, bpe
     monkeypatch.setattr(encoding, "CHECK_EVERY_BYTES", 1)
     monkeypatch.setattr(GigatokenEncoder, "batch_bytes", 1)
     monkeypatch.setattr(backends, "MEMORY_CHECK_BYTES", 1 << 30)
-    monkeypatch.setattr("megatronish.data.preprocess.SAMPLE_CHARACTERS", 300)
+    monkeypatch.setattr("megatronish.data.preprocessing.preprocess.SAMPLE_CHARACTERS", 300)
     said: list[str] = []
     (result,) = preprocess(
         PreprocessOptions(output_prefix=str(tmp_path / "g"), append_eod=True, **options), said.append

@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from megatronish.data.errors import DataError
-from megatronish.data.sources import NAMED, expand_counts, is_stream, parse_hub, resolve
-from megatronish.data.streaming import DocumentStream, open_stream
-from tests.data.shard_server import shard_server
-from tests.data.text_shards import (
+from megatronish.data.streams.sources import NAMED, expand_counts, is_stream, parse_hub, resolve
+from megatronish.data.streams.streaming import DocumentStream, open_stream
+from tests.data.streams.shard_server import shard_server
+from tests.data.streams.text_shards import (
     QUICK,
     documents_of,
+    hub_answers,
     make_texts,
     options,
     write_shard,
 )
-
-
-def hub_answers(repository: str, sha: str, names: Sequence[str]) -> dict[str, bytes]:
-    """The hub's description of a dataset, for its newest state and for that commit."""
-    info = {
-        "id": repository,
-        "sha": sha,
-        "siblings": [{"rfilename": name} for name in names],
-        "tags": [],
-        "private": False,
-    }
-    content = json.dumps(info | {"downloads": 0, "likes": 0}).encode()
-    return {f"/api/datasets/{repository}{end}": content for end in ("", "/revision/main", f"/revision/{sha}")}
 
 
 def test_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +95,8 @@ def test_named_sources() -> None:
     assert parse_hub("hf://fineweb-edu:CC-MAIN-2024-10")[0].pattern("train") == "data/CC-MAIN-2024-10/*.parquet"
     assert parse_hub("hf://oscar:de")[0].pattern("train") == "de_meta/de_meta_part_*.jsonl.zst"
     assert parse_hub("hf://allenai/c4@v1.2:en/validation")[1:] == ("v1.2", "validation")
+    validation, _, split = parse_hub("hf://c4:validation")
+    assert (validation.config, split) == ("en", "validation"), "a split alone, of the usual configuration"
     with pytest.raises(DataError, match="no dataset known as 'c5'"):
         parse_hub("hf://c5")
     with pytest.raises(DataError, match="has no split 'dev'"):

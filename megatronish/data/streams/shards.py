@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 import orjson
 
 from megatronish.data.errors import DataError
-from megatronish.data.remote import RemoteFile, Retry
+from megatronish.data.streams.remote import RemoteFile, Retry
 
 BUFFER_BYTES = 1 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -131,6 +131,19 @@ class ShardReader:
         return str(Path(self.shard.location).stat().st_size)
 
     def __iter__(self) -> Iterator[tuple[str, Place]]:
+        for row, place, behind in self._rows():
+            if isinstance(row, dict) or row.strip():
+                parse = partial(dict, row) if isinstance(row, dict) else partial(_record, row)
+                if text := self._fields.text_or_skip(parse, place):
+                    yield text, behind
+
+    def rows(self) -> Iterator[bytes | dict[str, Any]]:
+        """The rows themselves, whether they hold text or not: lines of JSON (blank ones too), the columns of Parquet."""
+        for row, _, _ in self._rows():
+            yield row.rstrip(b"\r\n") if isinstance(row, bytes) else row
+
+    def _rows(self) -> Iterator[tuple[bytes | dict[str, Any], str, Place]]:
+        """A row, what to call it, and the place behind it."""
         name = self.shard.name.lower()
         parquet = name.endswith(".parquet")
         raw: IO[bytes] | RemoteFile
@@ -167,7 +180,7 @@ class ShardReader:
             left -= passed
         return io.BufferedReader(stream, BUFFER_BYTES)
 
-    def _json_lines(self, stream: io.BufferedReader) -> Iterator[tuple[str, Place]]:
+    def _json_lines(self, stream: io.BufferedReader) -> Iterator[tuple[bytes, str, Place]]:
         document, byte = self._start
         for line in stream:
             first = document == 0
@@ -178,13 +191,10 @@ class ShardReader:
             line = line.removeprefix(BYTE_ORDER_MARK) if first else line
             if first and line.lstrip().startswith(b"["):
                 raise DataError(f"{self.shard.name}: a JSON array; one JSON object on each line is needed")
-            if not mine or not line.strip():
-                continue
-            text = self._fields.text_or_skip(partial(_record, line), f"{self.shard.name}, line {document}")
-            if text:
-                yield text, Place(document, byte)
+            if mine:
+                yield line, f"{self.shard.name}, line {document}", Place(document, byte)
 
-    def _parquet(self, raw: Any) -> Iterator[tuple[str, Place]]:
+    def _parquet(self, raw: Any) -> Iterator[tuple[dict[str, Any], str, Place]]:
         try:
             import pyarrow
             from pyarrow import parquet
@@ -206,16 +216,13 @@ class ShardReader:
                 yield from self._row_group(file, group, first)
             first += rows
 
-    def _row_group(self, file: Any, group: int, first: int) -> Iterator[tuple[str, Place]]:
+    def _row_group(self, file: Any, group: int, first: int) -> Iterator[tuple[dict[str, Any], str, Place]]:
         document = first
         for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=[group], columns=list(self._fields.keys)):
             for record in batch.to_pylist():
                 document += 1
-                if document <= self._start.document or (document - 1) % self._of != self._number:
-                    continue
-                text = self._fields.text_or_skip(partial(dict, record), f"{self.shard.name}, row {document}")
-                if text:
-                    yield text, Place(document, 0)
+                if document > self._start.document and (document - 1) % self._of == self._number:
+                    yield record, f"{self.shard.name}, row {document}", Place(document, 0)
 
 
 def _record(line: bytes) -> Any:

@@ -16,7 +16,7 @@ from megatronish.data.builder import IndexedWriter
 from megatronish.data.errors import DataError
 from megatronish.data.indexed import IndexedReader, bin_path, idx_path
 from megatronish.data.manifest import Manifest, manifest_path, read_manifest
-from megatronish.data.publish import READY, commit, steps_to_commit, tokenizer_record
+from megatronish.data.preprocessing.publish import READY, commit, steps_to_commit, tokenizer_record
 from megatronish.data.tokenizer import load_tokenizer
 
 COPY_TOKENS = 1 << 22

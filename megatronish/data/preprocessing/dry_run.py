@@ -8,9 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatronish.data.backends import choose_encoder
-from megatronish.data.options import PreprocessOptions, check_options, shard_bytes
-from megatronish.data.preprocess import find_sources, open_tokenizer, output_prefixes, sample_texts, token_dtype
-from megatronish.data.units import Planner
+from megatronish.data.preprocessing.options import PreprocessOptions, check_options, shard_bytes
+from megatronish.data.preprocessing.preprocess import (
+    find_sources,
+    open_tokenizer,
+    output_prefixes,
+    sample_texts,
+    token_dtype,
+)
+from megatronish.data.preprocessing.units import Planner
 
 
 def dry_run(options: PreprocessOptions, say: Callable[[str], None]) -> list[str]:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatronish.data.corpus import default_corpus, default_corpus_folders
+from megatronish.data.preprocessing.corpus import default_corpus, default_corpus_folders
 
 
 @pytest.fixture
@@ -59,6 +59,6 @@ def test_the_running_installation_has_text_and_the_order_repeats():
 
 
 def test_preprocessing_does_not_import_torch():
-    program = "import sys, megatronish.data.preprocess; print([m for m in ('torch', 'deepspeed', 'transformers') if m in sys.modules])"
+    program = "import sys, megatronish.data.preprocessing.preprocess; print([m for m in ('torch', 'deepspeed', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

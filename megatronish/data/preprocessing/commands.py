@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from megatronish.data.documents import DocumentReader, find_inputs
 from megatronish.data.errors import DataError
 from megatronish.data.indexed import IndexedReader
 from megatronish.data.manifest import Manifest, manifest_path, read_manifest
-from megatronish.data.progress import Progress
-from megatronish.data.records import ON_ERROR
-from megatronish.data.surgery import merge, split
+from megatronish.data.preprocessing.documents import DocumentReader, find_inputs
+from megatronish.data.preprocessing.progress import Progress
+from megatronish.data.preprocessing.records import ON_ERROR
+from megatronish.data.preprocessing.surgery import merge, split
 from megatronish.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_unigram
 
 Say = Callable[[str], None]

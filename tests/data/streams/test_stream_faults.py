@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatronish.data.errors import DataError
-from megatronish.data.remote import Retry
-from megatronish.data.streaming import open_stream
-from tests.data.shard_server import STALL_SECONDS, shard_server
-from tests.data.text_shards import (
+from megatronish.data.streams.remote import Retry
+from megatronish.data.streams.streaming import open_stream
+from tests.data.streams.shard_server import STALL_SECONDS, shard_server
+from tests.data.streams.text_shards import (
     FORMATS,
     documents_of,
     make_corpus,

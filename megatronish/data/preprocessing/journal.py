@@ -21,10 +21,10 @@ from typing import Any, BinaryIO
 import xxhash
 
 from megatronish.config.files import write_whole
-from megatronish.data.documents import MAX_RECORDED_REJECTS
-from megatronish.data.encoding import Shard, UnitResult, shard_paths
 from megatronish.data.errors import DataError
-from megatronish.data.units import Unit
+from megatronish.data.preprocessing.documents import MAX_RECORDED_REJECTS
+from megatronish.data.preprocessing.encoding import Shard, UnitResult, shard_paths
+from megatronish.data.preprocessing.units import Unit
 
 COPY_BYTES = 1 << 20
 LOCK_SECONDS = 20.0

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from megatronish.data.errors import DataError
-from megatronish.data.inputs import READ_BYTES
+from megatronish.data.preprocessing.inputs import READ_BYTES
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # A record (a line, a text between separators, a whole text file) has to be in memory; a longer one is a fault.

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megatronish.data.backends import BACKENDS
-from megatronish.data.corpus import default_corpus_description
 from megatronish.data.errors import DataError
-from megatronish.data.records import MAX_RECORD_BYTES, ON_ERROR
+from megatronish.data.preprocessing.corpus import default_corpus_description
+from megatronish.data.preprocessing.records import MAX_RECORD_BYTES, ON_ERROR
 
 DEFAULT_OUTPUT_PREFIX = "data/default"
 DEFAULT_VOCAB_SIZE = 4096

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatronish.data.documents import DocumentReader
 from megatronish.data.errors import DataError
+from megatronish.data.preprocessing.documents import DocumentReader
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -1,6 +1,7 @@
 """Where streamed documents come from: `hf://` datasets (some known by name), http(s) shards, local files and globs.
 
     hf://OWNER/NAME[@REVISION][:CONFIG[/SPLIT]]     hf://allenai/c4:en, hf://fineweb-edu:sample-10BT, hf://dolly
+    hf://OWNER/NAME[@REVISION]:SPLIT                hf://c4:validation, for train, validation, test and dev
     https://host/part-{00000..00127}.jsonl.gz       {a..b} counts up, zeros kept
     corpus/**/*.jsonl.zst                           .jsonl .ndjson .json, each also .gz .zst, and .parquet
 
@@ -19,11 +20,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatronish.data.errors import DataError
-from megatronish.data.remote import RemoteFile, Retry, insist
-from megatronish.data.shards import SHARD_SUFFIXES, Shard
+from megatronish.data.streams.remote import RemoteFile, Retry, insist
+from megatronish.data.streams.shards import SHARD_SUFFIXES, Shard
 
 HUB = "hf://"
 DEFAULT_SPLIT = "train"
+SPLIT_NAMES = ("train", "validation", "valid", "val", "test", "dev")
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,10 @@ def parse_hub(location: str) -> tuple[HubSource, str | None, str]:
     )
     if parts is None:
         raise DataError(f"{location}: expected hf://OWNER/NAME[@REVISION][:CONFIG[/SPLIT]], such as hf://allenai/c4:en")
-    repository, config = parts["repository"], parts["config"]
-    split = parts["split"] or DEFAULT_SPLIT
+    repository, config, split = parts["repository"], parts["config"], parts["split"]
+    if config in SPLIT_NAMES and split is None:
+        config, split = None, config
+    split = split or DEFAULT_SPLIT
     for source in NAMED:
         if repository in (source.name, source.repository):
             return _chosen(source, config), parts["revision"], split

@@ -26,9 +26,9 @@ from megatronish.data.indexed import IndexedReader
 from megatronish.data.loader import MicroBatchLoader
 from megatronish.data.packing import PackedDataset
 from megatronish.data.sampler import MicroBatchSampler
-from megatronish.data.streaming import open_stream
-from tests.data.shard_server import shard_server
-from tests.data.text_shards import (
+from megatronish.data.streams.streaming import open_stream
+from tests.data.streams.shard_server import shard_server
+from tests.data.streams.text_shards import (
     FORMATS,
     ROOT,
     documents_of,
@@ -124,8 +124,8 @@ def test_any_chain_of_resumptions_gives_the_same_samples(
 
 KILLED = """
 import json, os, sys
-from megatronish.data.remote import Retry
-from megatronish.data.streaming import StreamOptions, open_stream
+from megatronish.data.streams.remote import Retry
+from megatronish.data.streams.streaming import StreamOptions, open_stream
 url, log = sys.argv[1:]
 retry = Retry(attempts=25, first_wait=0.001, longest_wait=0.004, timeout=5.0)
 stream = open_stream(url, StreamOptions(tokenizer="bytes", seq_length=16, seed=3, buffer_documents=6, retry=retry))

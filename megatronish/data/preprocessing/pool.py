@@ -17,9 +17,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from megatronish.data.encoding import Job, Tally, UnitResult, encode_unit
 from megatronish.data.errors import DataError
-from megatronish.data.units import Unit
+from megatronish.data.preprocessing.encoding import Job, Tally, UnitResult, encode_unit
+from megatronish.data.preprocessing.units import Unit
 
 # Units that a worker holds at a time: the next one waits in its pipe while the present one is done.
 DEPTH = 2

@@ -16,8 +16,8 @@ import zstandard
 
 from megatronish.data.dataset import Dataset, open_dataset
 from megatronish.data.errors import DataError
-from megatronish.data.options import PreprocessOptions
-from megatronish.data.preprocess import preprocess
+from megatronish.data.preprocessing.options import PreprocessOptions
+from megatronish.data.preprocessing.preprocess import preprocess
 from megatronish.data.tokenizer import EOD_TOKEN, train_bpe
 
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}

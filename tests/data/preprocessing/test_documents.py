@@ -8,10 +8,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatronish.data import records
-from megatronish.data.documents import DocumentReader, find_inputs
 from megatronish.data.errors import DataError
-from megatronish.data.inputs import READ_BYTES
+from megatronish.data.preprocessing import records
+from megatronish.data.preprocessing.documents import DocumentReader, find_inputs
+from megatronish.data.preprocessing.inputs import READ_BYTES
 
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 TEXT = st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=40)

@@ -1,0 +1,84 @@
+"""A byte-level BPE as the keys of a GGUF file. llama.cpp knows how text is split by names, not by patterns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from megatronish.config.errors import UserError
+from megatronish.data.tokenizer import BPE_PATTERN, HuggingFaceTokenizer
+from megatronish.interop.tokenizer_files import ORIGIN_FILE, chat_template, recorded_tokenizer
+
+# The pattern that a tokenizer.json splits text by -> llama.cpp's name for it.
+_SPLITS: Mapping[str, str] = MappingProxyType(
+    {BPE_PATTERN: "dbrx", BPE_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
+)
+
+
+def add_tokenizer(writer: Any, source: Path, vocab_size: int) -> bool:
+    """Write the tokenizer of the model in `source` as keys; False where it has none.
+
+    A model trained here begins texts behind the end of a document, and llama.cpp is told so; an imported one as its
+    Hugging Face folder says. Raises UserError for any but a byte-level BPE that llama.cpp splits alike.
+    """
+    tokenizer = recorded_tokenizer(source)
+    if tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+        return False
+    if not isinstance(tokenizer, HuggingFaceTokenizer) or tokenizer.spec["model"]["type"] != "BPE":
+        raise UserError(f"{source}: no GGUF of its tokenizer ({tokenizer.kind}): only a byte-level BPE can be said.")
+    spec = tokenizer.spec
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_split_name(spec, source))
+    tokens, kinds = _tokens(spec, vocab_size)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in spec["model"]["merges"]]
+    if not merges:
+        raise UserError(f"{source}: no GGUF of its tokenizer: llama.cpp takes no BPE without merges.")
+    writer.add_token_merges(merges)
+    imported = (source / ORIGIN_FILE).is_file()
+    start_id = tokenizer.bos_id if imported else tokenizer.start_id
+    writer.add_add_bos_token(start_id is not None)
+    if start_id is not None:
+        writer.add_bos_token_id(start_id)
+    if tokenizer.eod_id is not None:
+        writer.add_eos_token_id(tokenizer.eod_id)
+    if (template := chat_template(source)) is not None:
+        writer.add_chat_template(template)
+    return True
+
+
+def _split_name(spec: Mapping[str, Any], source: Path) -> str:
+    """llama.cpp's name of how a tokenizer.json splits text. Raises UserError where it has none that is known here."""
+    steps = spec.get("pre_tokenizer") or {}
+    parts = steps.get("pretokenizers", [steps])
+    kinds = [part.get("type") for part in parts]
+    ends_in_bytes = kinds[-1:] == ["ByteLevel"] and not parts[-1].get("add_prefix_space")
+    own_pattern = ends_in_bytes and parts[-1].get("use_regex", True)
+    if own_pattern and kinds == ["ByteLevel"]:
+        return "gpt-2"
+    if own_pattern and kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
+        return "smollm"
+    if ends_in_bytes and not own_pattern and kinds == ["Split", "ByteLevel"]:
+        name = _SPLITS.get((parts[0].get("pattern") or {}).get("Regex", ""))
+        if name is not None and parts[0].get("behavior") == "Isolated" and not parts[0].get("invert"):
+            # "llama-bpe" splits alike, and takes a word that is a token whole, before any merge.
+            return "llama-bpe" if name == "dbrx" and spec["model"].get("ignore_merges") else name
+    raise UserError(f"{source}: no GGUF of its tokenizer: it splits text in a way that has no name here ({kinds}).")
+
+
+def _tokens(spec: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+    """Every id of the model as the vocabulary writes it, and its kind; ids that the tokenizer does not know are unused."""
+    from gguf import TokenType
+
+    tokens = [f"[PAD{number}]" for number in range(vocab_size)]
+    kinds = [int(TokenType.UNUSED)] * vocab_size
+    for text, number in spec["model"]["vocab"].items():
+        tokens[number], kinds[number] = text, int(TokenType.NORMAL)
+    for token in spec.get("added_tokens") or []:
+        tokens[token["id"]] = token["content"]
+        kinds[token["id"]] = int(TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED)
+    return tokens, kinds

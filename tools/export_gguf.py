@@ -1,0 +1,59 @@
+"""A trained model as a GGUF file for llama.cpp and what is built on it: `export_gguf.py RUN model.gguf`.
+
+Llama-like models (what llama, mistral without a window, qwen2 and qwen3 can say) with a byte-level BPE, as
+tools/preprocess_data.py trains it. Needs `pip install 'megatronish[gguf]'`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
+
+from megatronish.config.errors import UserError, explained
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="export_gguf.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("source", type=Path, metavar="RUN", help="a run's folder, one checkpoint, or an imported folder")
+    add("target", type=Path, metavar="OUT", help="a new file, by custom *.gguf")
+    add("--which", choices=("latest", "best"), default="latest", help="checkpoint of a run (latest)")
+    add("--dtype", choices=("fp32", "fp16", "bf16", "q8_0"), help="of the matrices (as they are stored)")
+    return parser
+
+
+def main() -> int:
+    arguments = build_parser().parse_args()
+    with explained():
+        from megatronish.interop.gguf import export_gguf
+        from megatronish.model.checkpoints import find_checkpoint
+        from megatronish.model.weights import CONFIG_FILE
+
+        source = arguments.source
+        if not (source / CONFIG_FILE).is_file():
+            source = find_checkpoint(source, arguments.which)
+        try:
+            result = export_gguf(source, arguments.target, arguments.dtype)
+        except UserError:
+            raise
+        except ValueError as error:  # what model/weights.py says of files that do not fit
+            raise UserError(str(error)) from error
+        print(f"{source} -> {result.path}: {result.architecture}, {result.size / 1e6:.1f} MB")
+        if not result.tokenizer:
+            print("no tokenizer was there: the file takes and gives ids")
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(main())
