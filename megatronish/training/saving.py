@@ -94,6 +94,7 @@ class Saver:
         self._tell, self._local_ranks = tell, local_ranks
         self._job: _Job | None = None
         self._thread: threading.Thread | None = None
+        self._usual_seconds = 0.0
 
     def reason_to_wait(self, copy_bytes: int) -> str:
         """Why this rank cannot write a copy of so many bytes beside training; '' when it can."""
@@ -126,6 +127,11 @@ class Saver:
             self._thread.start()
         return time.monotonic() - begun
 
+    @property
+    def usual_seconds(self) -> float:
+        """How long the last finished checkpoint took, from the beginning to the commit; the same on every rank. 0: none yet."""
+        return self._usual_seconds
+
     def is_writing(self) -> bool:
         """Whether this rank's thread is at work."""
         return self._thread is not None and self._thread.is_alive()
@@ -138,10 +144,12 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._job is not None:
-            self._raise(self._job)
-            return self._job.outcome
-        return None
+        if self._job is None:
+            return None
+        self._raise(self._job)
+        outcome = self._job.outcome
+        self._usual_seconds = outcome.seconds if outcome and not outcome.problem else self._usual_seconds
+        return outcome
 
     def finish(self) -> None:
         """The end of a run: wait, and see to it that its last checkpoint is there. Raises SaveFailed when it is not."""

@@ -148,6 +148,7 @@ class TestRanks:
 
             saver.save(5, lambda _: SimpleNamespace(bytes=1, write=write))
             saver.finish()
+            assert saver.usual_seconds == saver.wait().seconds > 0.0
             return saver.wait()
 
         outcomes = on_ranks(3, tmp_path, run, [])
