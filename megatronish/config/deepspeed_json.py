@@ -221,6 +221,11 @@ class DeepSpeedConfig(Frozen):
                     f'"gradient_clipping" is {self.gradient_clipping} with Muon: under ZeRO the gradients already are '
                     "Muon's orthogonal updates, whose norm says nothing. Write 0.0."
                 )
+        for key in {"writer", "use_node_local_storage", "load_universal"} & (self.checkpoint or {}).keys():
+            raise ConfigError(
+                f'"checkpoint" has "{key}": checkpoints are not written by DeepSpeed (--train.async_save writes them beside '
+                "training), and all ranks write into one folder. Remove it."
+            )
         if self.train_micro_batch_size_per_gpu is None and self.train_batch_size is None:
             raise ConfigError('write "train_micro_batch_size_per_gpu" (and "gradient_accumulation_steps").')
         return self

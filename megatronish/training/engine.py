@@ -231,7 +231,8 @@ class Engine:
         the state itself: every rank then calls `write` in the thread of its collectives.
         """
         if not self.can_move:
-            return Snapshot(0, lambda folder: self._save_pickled(folder, tag))
+            size = self.weight_bytes() + self.held_state().optimizer_bytes()
+            return Snapshot(size, lambda folder: self._save_pickled(folder, tag))
         fragments = self.held_state().fragments()
         size = fragments.bytes
         fragments, rank = fragments.on_host(copies), dist.get_rank()

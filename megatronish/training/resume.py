@@ -25,6 +25,8 @@ from megatronish.parallel.meeting import Meeting
 from megatronish.training.checkpoint import DAMAGED, CheckpointStore, none_good, step_of
 from megatronish.training.preparation import Prepared, continue_from
 
+TELL_BYTES = 5_000_000_000  # more than these take several seconds to read
+
 
 def settle_resume(run: Prepared, meeting: Meeting) -> Prepared:
     """The run as every rank of the meeting goes on with it. Raises UserError as `choose_checkpoint` and `continue_from` do."""
@@ -75,6 +77,8 @@ def _own_share(candidate: Path, meeting: Meeting) -> list[str]:
     except DamagedError as error:
         return [str(error)]
     faults = outer_faults(candidate, manifest)
+    if not faults and meeting.rank == 0 and manifest.bytes > TELL_BYTES:
+        print(f"checking {candidate}: {manifest.bytes / 1e9:.1f} GB", flush=True)
     return faults or content_faults(candidate, manifest, shares(manifest.files, meeting.world_size)[meeting.rank])
 
 

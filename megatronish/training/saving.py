@@ -126,6 +126,10 @@ class Saver:
             self._thread.start()
         return time.monotonic() - begun
 
+    def is_writing(self) -> bool:
+        """Whether this rank's thread is at work."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> Outcome | None:
         """Wait for the checkpoint that is under way; what came of it or, where none is, of the one before.
 

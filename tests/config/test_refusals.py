@@ -23,6 +23,10 @@ def test_the_smallest_description_is_accepted() -> None:
 MUON = {"type": "Muon", "params": {"lr": 0.02}}
 ADAM = SMALLEST["optimizer"]["params"]
 REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "DeepSpeed's checkpoint writers": (
+        {"checkpoint": {"writer": {"type": "fast"}}},
+        ['"checkpoint" has "writer"', "--train.async_save", "Remove it"],
+    ),
     "misspelt key": (
         {"gradient_acumulation_steps": 2},
         ['unknown key "gradient_acumulation_steps". Did you mean "gradient_accumulation_steps"?', "Known keys here: "],

@@ -129,7 +129,11 @@ def _be_rank(
         from megatronish.training import loop
 
         torch.set_num_threads(1)
-        trap = Trap(kill, *usual, folder / "killed.json") if kill is not None and kill.rank == rank else None
+        trap = (
+            Trap(kill, *usual, config.megatronish.train.save_interval, folder / "killed.json")
+            if kill is not None and kill.rank == rank
+            else None
+        )
         recorder = _Recorder(folder / f"{rank}.trace", trap)
         start_engine = loop.start_engine
         loop.start_engine = lambda *arguments: recorder.watch(start_engine(*arguments))

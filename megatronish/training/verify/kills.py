@@ -26,8 +26,8 @@ COMMIT_SECONDS = 0.05  # after the first of them, by when the kill comes at the 
 class Kill:
     """One kill. rank: the process that dies first; late: seconds after which the others are killed.
 
-    kind "step": `moment` steps (a fraction of one included) after the run went on; "save": in the first checkpoint since, at
-    the share `moment` of its usual time; "rename": in that checkpoint's commit, before the event number `moment`, or, the
+    kind "step": `moment` steps (a fraction of one included) after the run went on; "save": in checkpoint number `save` since then,
+    at the share `moment` of its usual time; "rename": in the commit of that one, before the event number `moment`, or, the
     fraction of it as milliseconds, behind.
     """
 
@@ -35,31 +35,39 @@ class Kill:
     rank: int
     moment: float
     late: float
+    save: int = 0
 
 
 def plan_kills(count: int, ranks: int, save_interval: int, seed: int) -> list[Kill]:
-    """`count` kills, each kind as often as the others give or take one, in an order and at moments drawn from `seed`."""
+    """`count` kills, each kind as often as the others give or take one, in an order and at moments drawn from `seed`.
+
+    From one to the next a run comes at most two checkpoints further.
+    """
     draw = random.Random(seed)
     kinds = [KINDS[number % len(KINDS)] for number in range(count)]
     draw.shuffle(kinds)
     kills = []
     for kind in kinds:
         late = draw.choice((0.0, 0.0, draw.uniform(0.0, 0.5)))
-        if kind == "rename":
-            kills.append(Kill(kind, 0, draw.randrange(5) + draw.choice((0.0, draw.random())), late))
+        if kind == "step":
+            kills.append(Kill(kind, draw.randrange(ranks), draw.uniform(0.0, 2.0 * save_interval), late))
+        elif kind == "save":
+            kills.append(Kill(kind, draw.randrange(ranks), draw.uniform(0.0, 1.0), late, draw.choice((1, 2))))
         else:
-            share = draw.uniform(0.0, save_interval + 1.0) if kind == "step" else draw.uniform(0.0, 1.0)
-            kills.append(Kill(kind, draw.randrange(ranks), share, late))
+            moment = draw.randrange(5) + draw.choice((0.0, draw.random()))
+            kills.append(Kill(kind, 0, moment, late, draw.choice((1, 2))))
     return kills
 
 
 class Trap:
     """A kill in the process that is to die. usual_step, usual_save: seconds; note: a file that takes where it struck."""
 
-    def __init__(self, kill: Kill, usual_step: float, usual_save: float, note: Path) -> None:
+    def __init__(self, kill: Kill, usual_step: float, usual_save: float, save_interval: int, note: Path) -> None:
         self._kill, self._usual_step, self._usual_save, self._note = kill, usual_step, usual_save, note
+        # When it should have struck long since: a rank that writes no file of its own hears of no folder.
+        self._last_step = kill.moment if kill.kind == "step" else (kill.save + 1) * save_interval
         self._armed = threading.Event()
-        self._events = 0
+        self._saves = self._events = 0
         self._main = threading.main_thread().ident
         self.step = -1  # of the run, as the recorder counts
         if kill.kind != "step":
@@ -68,21 +76,28 @@ class Trap:
     def begins_step(self, since_start: int, step: int) -> None:
         """A step begins, so many after the run went on."""
         self.step = step
-        if self._kill.kind == "step" and since_start == int(self._kill.moment):
-            self._strike_in(self._kill.moment % 1.0 * self._usual_step)
+        if since_start == int(self._last_step):
+            self._strike_in(self._last_step % 1.0 * self._usual_step)
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self._kill.kind == "save" and event == "os.mkdir" and ".writing-" in str(arguments[0]):
-            self._strike_in(self._kill.moment * self._usual_save)
-        if self._kill.kind == "rename" and event in COMMIT_EVENTS:
-            begins = event == "os.rename" and ".writing-" in str(arguments[0])
-            if begins or self._events:
-                self._events += 1
-                if self._events - 1 == int(self._kill.moment):
-                    fraction = self._kill.moment % 1.0
-                    self._strike_in(fraction / 1000) if fraction else self._strike(f"before {event}")
-                if begins:
-                    self._strike_in(COMMIT_SECONDS)
+        if self._kill.kind == "save":
+            if event == "os.mkdir" and os.path.basename(os.path.dirname(str(arguments[0]))).startswith(".writing-"):
+                self._saves += 1
+                if self._saves == self._kill.save:
+                    self._strike_in(self._kill.moment * self._usual_save)
+        elif event in COMMIT_EVENTS:
+            begins = event == "os.rename" and os.path.basename(str(arguments[0])).startswith(".writing-")
+            self._saves += begins
+            if self._saves == self._kill.save:
+                self._hear_commit(event, begins)
+
+    def _hear_commit(self, event: str, begins: bool) -> None:
+        if self._events == int(self._kill.moment):
+            fraction = self._kill.moment % 1.0
+            self._strike_in(fraction / 1000) if fraction else self._strike(f"before {event}")
+        self._events += 1
+        if begins:
+            self._strike_in(COMMIT_SECONDS)
 
     def _strike_in(self, seconds: float) -> None:
         if seconds != COMMIT_SECONDS:

@@ -78,7 +78,7 @@ class ResumeProof:
         tell: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._run, self._ranks, self._folder, self._tell = run, ranks, folder, tell
-        self.steps = save_interval * (kills + 2)  # a kill comes at most one checkpoint after the one before
+        self.steps = save_interval * (2 * kills + 2)  # more than the kills can let it come
         self._interval = save_interval
         self.kills = plan_kills(kills, ranks, save_interval, seed)
         self._config("unbroken").batch_plan(1)  # impossible runs are refused here
