@@ -13,6 +13,7 @@ from typing import NoReturn
 SHUTDOWN_SECONDS = 20.0
 FLUSH_SECONDS = 1.0
 STOPPED = 75  # exit status of a run that the watchdog ended: EX_TEMPFAIL of sysexits.h, "try again"
+SAVED = 76  # exit status of a run that was asked to stop, by a signal or its time limit, and saved before it did
 
 
 def end_now(status: int) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatronish import __version__
-from megatronish.config.errors import ConfigError, UserError
+from megatronish.config.errors import ConfigError
 from megatronish.config.run import BatchPlan, RunConfig
 from megatronish.data.dataset import Dataset
 from megatronish.data.loader import MicroBatchLoader
@@ -27,13 +28,14 @@ from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
 from megatronish.model.init import init_weights
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import save_model
-from megatronish.parallel.ending import SHUTDOWN_SECONDS, end_within
+from megatronish.parallel.ending import SAVED, SHUTDOWN_SECONDS, end_within
 from megatronish.parallel.layers import TensorParallel
 from megatronish.parallel.meeting import Meeting, meet_by_environment
 from megatronish.parallel.mesh import ParallelMesh, build_mesh
 from megatronish.parallel.pipeline import balanced_stages
 from megatronish.parallel.startup import Rank, has_gpu
 from megatronish.parallel.watchdog import Watchdog
+from megatronish.training.agreement import Agreement, StepRecord
 from megatronish.training.announcement import announce
 from megatronish.training.checkpoint import ENGINE_TAG, RUN_FILE, CheckpointStore
 from megatronish.training.engine import (
@@ -45,39 +47,38 @@ from megatronish.training.engine import (
     start_process_group,
     stop_process_group,
 )
+from megatronish.training.guard import BadSteps
 from megatronish.training.monitor import Monitor
 from megatronish.training.peak import find_peak
 from megatronish.training.preparation import Prepared, prepare
 from megatronish.training.schedules import rate_share
 from megatronish.training.state import load_streams, save_streams
+from megatronish.training.stopping import StopRequests, seconds_left
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class TrainingStopped(UserError):
-    """Training cannot go on: the loss is no number."""
-
-
-def pretrain(config: RunConfig, rank: Rank) -> Path:
-    """Train the run to its last step; returns the run's folder. Every rank calls it.
+def pretrain(config: RunConfig, rank: Rank) -> int:
+    """Train the run to its last step; returns the exit status: 0, or SAVED if it was asked to stop. Every rank calls it.
 
     Raises UserError for whatever the user can mend, before the ranks meet wherever it can be known by then.
     """
+    stops = StopRequests(seconds_left(config.megatronish.train.time_limit, os.environ))
     run = prepare(config, rank)
     if run.state.step >= config.megatronish.train.steps:
         if rank.is_first:
             print(f"{run.resume_from} is already at step {run.state.step}: nothing left to train. Raise --train.steps.")
-        return run.run_dir
+        return 0
     meeting = meet_by_environment(config.megatronish.train.start_timeout, what_ranks_share(config))
     try:
         with start_watchdog(meeting, config) as watchdog:
             start_process_group(collective_minutes(config.megatronish.train.hang_timeout), meeting)
-            _Trainer(run, rank, watchdog).train()
+            stopped_by = _Trainer(run, rank, watchdog, stops).train()
     except BaseException:
         end_within(SHUTDOWN_SECONDS, status=1)  # peers may wait for this rank in a collective: the launcher ends them
         raise
     stop_process_group()
-    return run.run_dir
+    return SAVED if stopped_by else 0
 
 
 def what_ranks_share(config: RunConfig) -> dict[str, str]:
@@ -105,8 +106,8 @@ def collective_minutes(hang_timeout: float) -> float:
 class _Trainer:
     """The loop of one rank."""
 
-    def __init__(self, run: Prepared, rank: Rank, watchdog: Watchdog | None) -> None:
-        self._watchdog = watchdog
+    def __init__(self, run: Prepared, rank: Rank, watchdog: Watchdog | None, stops: StopRequests) -> None:
+        self._watchdog, self._stops = watchdog, stops
         ours = run.config.megatronish
         self.run, self.rank, self.train_config, self.schedule = run, rank, ours.train, ours.schedule
         self.device, self.state = device(), run.state
@@ -121,74 +122,106 @@ class _Trainer:
         self.engine = start_engine(model, run.config, run.plan, self.mesh)
         if run.resume_from:
             self.engine.load(run.resume_from, ENGINE_TAG)
-        sampler = MicroBatchSampler(
-            self.state.samples, run.plan.samples, run.plan.micro, self.mesh.dp.rank, run.plan.data_size
-        )
-        self.loader = MicroBatchLoader(
-            run.data.train,
-            sampler,
-            document_mask=ours.data.document_mask and ours.data.pack,  # unpacked, a row is one document anyway
-            num_workers=ours.data.num_workers,
-            prefetch=2 * run.plan.accumulation,
-            pin_memory=self.device.type == "cuda",
-            stream_states=load_streams(run.resume_from, self.mesh.dp.rank) if run.resume_from else None,
-        )
+        self.loader = self._open_loader(run.resume_from)
         self.monitor = None
         if rank.is_first:
             self.monitor = Monitor(run.config, run.run_dir, self.state.step, self.flops, peak, self.device)
+        self.agreement = Agreement(self.device, self.mesh.tp.size * self.mesh.pp.size)
+        self.bad_steps = BadSteps(ours.train.max_skipped_steps)
+        self._unreported: list[StepRecord] = []
+
+    def _open_loader(self, checkpoint: Path | None) -> MicroBatchLoader:
+        """This rank's micro batches from where the state stands; checkpoint: where streamed text is taken up again."""
+        plan, data = self.run.plan, self.run.config.megatronish.data
+        return MicroBatchLoader(
+            self.run.data.train,
+            MicroBatchSampler(self.state.samples, plan.samples, plan.micro, self.mesh.dp.rank, plan.data_size),
+            document_mask=data.document_mask and data.pack,  # unpacked, a row is one document anyway
+            num_workers=data.num_workers,
+            prefetch=2 * plan.accumulation,
+            pin_memory=self.device.type == "cuda",
+            stream_states=load_streams(checkpoint, self.mesh.dp.rank) if checkpoint else None,
+        )
 
     def _mark(self, phase: str, step: int) -> None:
         if self._watchdog:
             self._watchdog.mark(phase, step)
 
-    def train(self) -> None:
-        """Steps up to the last one, then the loader and the logs are closed."""
+    def train(self) -> str | None:
+        """Steps up to the last one, then the loader and the logs are closed; why it ended before, if it did."""
         try:
-            self._steps()
+            with self._stops:
+                return self._steps()
         finally:
             self.loader.close()
             if self.monitor:
                 self.monitor.close()
 
-    def _steps(self) -> None:
+    def _steps(self) -> str | None:
         config, plan = self.train_config, self.run.plan
-        losses: list[torch.Tensor] = []
-        tokens: list[torch.Tensor] = []
-        for step in range(self.state.step, config.steps):
+        while self.state.step < config.steps:
+            step, start = self.state.step, time.monotonic()
             self._mark("training", step)
-            torch.manual_seed(step_seed(config.seed, step, random_stream(self.mesh, self.run.config)))
-            batches = [to_device(next(self.loader), self.device) for _ in range(plan.accumulation)]
-            share = rate_share(step, config.steps, self.schedule)
-            result = self.engine.train_step(batches, share)
-            losses.append(result.loss_sum)
-            tokens.append(result.tokens)
+            batches = [next(self.loader) for _ in range(plan.accumulation)]
+            left_out = self.state.leaves_out(plan.samples)
+            bad = self._train_step(batches) if not left_out else self._pass_over()
             done, last = step + 1, step + 1 == config.steps
-            self.state = self.state.advance(plan.samples, self.run.data.tokens_of(self.state.samples, plan.samples))
             if self.monitor and step == self.run.state.step:
                 self.monitor.first_step()
-            if done % config.log_interval == 0 or last:
-                self._report(done, losses, tokens, result.grad_norm)
-                losses, tokens = [], []
+            reports, saves = done % config.log_interval == 0 or last, done % config.save_interval == 0 or last
+            records = self.agreement.settled(reports or saves or bad or self._validates_at(done))
+            self._unreported += records
+            if reports:
+                self._report(done)
             is_best = self._validate(done) if self._validates_at(done) else False
-            if done % config.save_interval == 0 or last or is_best:
-                self._save(done, is_best)
+            stop = next((record.stop for record in records if record.stop), None)
+            self._stops.step_took(time.monotonic() - start)
+            if saves or is_best or stop:
+                self._timed_save(done, is_best)
+            if stop and not last:
+                self._say(f"stopped by {stop} after step {done}, saved; the same command goes on from here")
+                return stop
+        return None
 
-    def _report(
-        self, done: int, losses: list[torch.Tensor], tokens: list[torch.Tensor], norm: float | torch.Tensor | None
-    ) -> None:
-        """Mean loss of the steps since the last report, over all ranks; stops when it is no number."""
-        total = torch.stack(losses).sum()
-        self.mesh.data.sum_(total)
-        count = torch.stack(tokens).sum().item()
-        loss = total.item() / count
+    def _train_step(self, batches: list[Batch]) -> bool:
+        """One step; returns whether it was left out because a loss or gradient was no number."""
+        config, plan, step = self.train_config, self.run.plan, self.state.step
+        torch.manual_seed(step_seed(config.seed, step, random_stream(self.mesh, self.run.config)))
+        share = rate_share(step - self.state.skipped, config.steps, self.schedule)
+        result = self.engine.train_step([to_device(batch, self.device) for batch in batches], share)
+        tokens = self.run.data.tokens_of(self.state.samples, plan.samples)
+        self.state = self.state.advance(plan.samples, tokens, updated=not result.bad)
+        self.agreement.exchange(step + 1, result.loss_sum, result.tokens, self._stops.reason)
+        self._norm = result.grad_norm
+        if result.bad:
+            self._say(f"step {step + 1} left out: a loss or gradient is no number")
+        self.bad_steps.count(result.bad, step + 1, self.store.newest() if result.bad else None)
+        return result.bad
+
+    def _pass_over(self) -> bool:
+        """Leave a step out whose samples are not to be trained on."""
+        self.state = self.state.advance(self.run.plan.samples, 0, updated=False)
+        self._say(f"step {self.state.step} left out: its samples are among those of a loss spike")
+        return False
+
+    def _say(self, text: str) -> None:
         if self.monitor:
-            grad_norm = None if norm is None else float(norm)
-            self.monitor.step(done, loss, self.engine.learning_rate(), grad_norm, self.state.tokens, int(count))
-        if not math.isfinite(loss):
-            raise TrainingStopped(
-                f"the loss is {loss} at step {done}. The last checkpoint is {self.store.newest()}. "
-                "Lower --optimizer.params.lr, lengthen --schedule.warmup_steps, or clip with --gradient_clipping 1.0."
-            )
+            self.monitor.say(text)
+
+    def _timed_save(self, done: int, is_best: bool) -> None:
+        start = time.monotonic()
+        self._save(done, is_best)
+        self._stops.save_took(time.monotonic() - start)
+
+    def _report(self, done: int) -> None:
+        """Mean loss of the steps since the last report, over all ranks, without those that were left out."""
+        records = [record for record in self._unreported if math.isfinite(record.loss)]
+        self._unreported = []
+        if self.monitor and records:
+            count = sum(record.tokens for record in records)
+            loss = sum(record.loss * record.tokens for record in records) / count
+            norm = None if self._norm is None else float(self._norm)
+            self.monitor.step(done, loss, self.engine.learning_rate(), norm, self.state.tokens, count)
 
     def _validates_at(self, done: int) -> bool:
         interval = self.train_config.eval_interval
