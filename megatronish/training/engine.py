@@ -191,7 +191,10 @@ class Engine:
         """What the step did; scaler: where the loss scale stood before it."""
         skipped = bad = bool(getattr(self._engine.optimizer, "overflow", False))
         if skipped:
-            for kept in ("averaged_gradients", "all_grad_tensors"):  # ZeRO-2 offload adds the next step's to them otherwise
+            for kept in (
+                "averaged_gradients",
+                "all_grad_tensors",
+            ):  # ZeRO-2 offload adds the next step's to them otherwise
                 if isinstance(gradients := getattr(self._engine.optimizer, kept, None), dict):
                     gradients.update(dict.fromkeys(gradients))
         if self._fp16 and skipped:

@@ -37,9 +37,11 @@ from megatronish.parallel.startup import Rank, has_gpu
 from megatronish.parallel.watchdog import Watchdog
 from megatronish.training.agreement import Agreement, StepRecord
 from megatronish.training.announcement import announce
+from megatronish.training.black_box import BAD, SPIKE, TrainedStep
 from megatronish.training.checkpoint import ENGINE_TAG, RUN_FILE, CheckpointStore
 from megatronish.training.engine import (
     Batch,
+    StepResult,
     device,
     gathered,
     partitioned_construction,
@@ -47,12 +49,13 @@ from megatronish.training.engine import (
     start_process_group,
     stop_process_group,
 )
-from megatronish.training.guard import BadSteps
+from megatronish.training.guard import BadSteps, spike_score
+from megatronish.training.incidents import Incidents
 from megatronish.training.monitor import Monitor
 from megatronish.training.peak import find_peak
 from megatronish.training.preparation import Prepared, prepare
 from megatronish.training.schedules import rate_share
-from megatronish.training.state import load_streams, save_streams
+from megatronish.training.state import LAYOUT, TrainState, load_streams, save_streams
 from megatronish.training.stopping import StopRequests, seconds_left
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,7 +76,7 @@ def pretrain(config: RunConfig, rank: Rank) -> int:
     try:
         with start_watchdog(meeting, config) as watchdog:
             start_process_group(collective_minutes(config.megatronish.train.hang_timeout), meeting)
-            stopped_by = _Trainer(run, rank, watchdog, stops).train()
+            stopped_by = Trainer(run, rank, watchdog, stops).train()
     except BaseException:
         end_within(SHUTDOWN_SECONDS, status=1)  # peers may wait for this rank in a collective: the launcher ends them
         raise
@@ -103,7 +106,7 @@ def collective_minutes(hang_timeout: float) -> float:
     return max(30.0, 11 * hang_timeout / 60)
 
 
-class _Trainer:
+class Trainer:
     """The loop of one rank."""
 
     def __init__(self, run: Prepared, rank: Rank, watchdog: Watchdog | None, stops: StopRequests) -> None:
@@ -128,7 +131,10 @@ class _Trainer:
             self.monitor = Monitor(run.config, run.run_dir, self.state.step, self.flops, peak, self.device)
         self.agreement = Agreement(self.device, self.mesh.tp.size * self.mesh.pp.size)
         self.bad_steps = BadSteps(ours.train.max_skipped_steps)
+        self.incidents = Incidents(run, rank, self.engine, self.store)
+        self.last: TrainedStep  # of this process
         self._unreported: list[StepRecord] = []
+        self._spiking = False
 
     def _open_loader(self, checkpoint: Path | None) -> MicroBatchLoader:
         """This rank's micro batches from where the state stands; checkpoint: where streamed text is taken up again."""
@@ -148,29 +154,36 @@ class _Trainer:
             self._watchdog.mark(phase, step)
 
     def train(self) -> str | None:
-        """Steps up to the last one, then the loader and the logs are closed; why it ended before, if it did."""
+        """Steps up to the last one, then all is closed; why it ended before, if it did."""
         try:
             with self._stops:
                 return self._steps()
         finally:
-            self.loader.close()
-            if self.monitor:
-                self.monitor.close()
+            self.close()
+
+    def close(self) -> None:
+        """Close the loader and the logs."""
+        self.loader.close()
+        if self.monitor:
+            self.monitor.close()
 
     def _steps(self) -> str | None:
-        config, plan = self.train_config, self.run.plan
+        config = self.train_config
         while self.state.step < config.steps:
-            step, start = self.state.step, time.monotonic()
-            self._mark("training", step)
-            batches = [next(self.loader) for _ in range(plan.accumulation)]
-            left_out = self.state.leaves_out(plan.samples)
-            bad = self._train_step(batches) if not left_out else self._pass_over()
-            done, last = step + 1, step + 1 == config.steps
-            if self.monitor and step == self.run.state.step:
+            start = time.monotonic()
+            self._mark("training", self.state.step)
+            result = self.next_step(self.next_batches())
+            done = self.state.step
+            last = done == config.steps
+            if self.monitor and done == self.run.state.step + 1:
                 self.monitor.first_step()
             reports, saves = done % config.log_interval == 0 or last, done % config.save_interval == 0 or last
+            bad = result is not None and result.bad
             records = self.agreement.settled(reports or saves or bad or self._validates_at(done))
-            self._unreported += records
+            if result is not None:
+                self._count(result.bad, records)
+            if self._went_back(records):
+                continue
             if reports:
                 self._report(done)
             is_best = self._validate(done) if self._validates_at(done) else False
@@ -183,26 +196,89 @@ class _Trainer:
                 return stop
         return None
 
-    def _train_step(self, batches: list[Batch]) -> bool:
-        """One step; returns whether it was left out because a loss or gradient was no number."""
-        config, plan, step = self.train_config, self.run.plan, self.state.step
-        torch.manual_seed(step_seed(config.seed, step, random_stream(self.mesh, self.run.config)))
-        share = rate_share(step - self.state.skipped, config.steps, self.schedule)
-        result = self.engine.train_step([to_device(batch, self.device) for batch in batches], share)
+    def next_batches(self) -> list[Batch]:
+        """This rank's micro batches of the next step, on its device."""
+        return [to_device(next(self.loader), self.device) for _ in range(self.run.plan.accumulation)]
+
+    def seed(self) -> int:
+        """Of the random numbers of this rank in the next step."""
+        return step_seed(self.train_config.seed, self.state.step, random_stream(self.mesh, self.run.config))
+
+    def next_step(self, batches: list[Batch]) -> StepResult | None:
+        """Train on the micro batches of the next step, or pass them over (None), and count it done. Every rank calls it."""
+        config, plan, step, seed = self.train_config, self.run.plan, self.state.step, self.seed()
+        if self.state.leaves_out(plan.samples):
+            self.state = self.state.advance(plan.samples, 0, updated=False)
+            self._say(f"step {self.state.step} left out: its samples are among those of a loss spike")
+            return None
+        torch.manual_seed(seed)
+        result = self.engine.train_step(batches, rate_share(step - self.state.skipped, config.steps, self.schedule))
         tokens = self.run.data.tokens_of(self.state.samples, plan.samples)
         self.state = self.state.advance(plan.samples, tokens, updated=not result.bad)
         self.agreement.exchange(step + 1, result.loss_sum, result.tokens, self._stops.reason)
-        self._norm = result.grad_norm
-        if result.bad:
-            self._say(f"step {step + 1} left out: a loss or gradient is no number")
-        self.bad_steps.count(result.bad, step + 1, self.store.newest() if result.bad else None)
-        return result.bad
+        self.last = TrainedStep(step + 1, batches, result.loss_sum, result.grad_norm, seed)
+        self.incidents.remember(self.last)
+        return result
 
-    def _pass_over(self) -> bool:
-        """Leave a step out whose samples are not to be trained on."""
-        self.state = self.state.advance(self.run.plan.samples, 0, updated=False)
-        self._say(f"step {self.state.step} left out: its samples are among those of a loss spike")
+    def _count(self, bad: bool, records: list[StepRecord]) -> None:
+        """Keep what is to be known of a step that was left out; raises TrainingStopped when they do not end."""
+        if bad:
+            box = self.incidents.record(BAD, records[-1].step, self.state, records[-1].loss)
+            self._say(f"step {records[-1].step} left out: a loss or gradient is no number" + _kept(box))
+        self.bad_steps.count(bad, self.state.step, self.store.newest() if bad else None)
+
+    def _went_back(self, records: list[StepRecord]) -> bool:
+        """Take up what is known of finished steps; whether one of them sent the run back to a checkpoint."""
+        config = self.train_config
+        for record in records:
+            self._unreported.append(record)
+            if not math.isfinite(record.loss):
+                continue
+            score = spike_score(self.state.losses, record.loss)
+            rises, before = score > config.spike_threshold, self._spiking
+            self._spiking = rises
+            if rises and not before and config.on_spike != "ignore" and self._meet_spike(record, score):
+                return True
+            self.state = replace(self.state, losses=[*self.state.losses, record.loss][-config.spike_window :])
         return False
+
+    def _meet_spike(self, record: StepRecord, score: float) -> bool:
+        """Tell of a loss spike and keep its box; whether the run went back."""
+        box = self.incidents.record(SPIKE, record.step, self.state, record.loss, score)
+        told = (
+            f"loss spike at step {record.step}: {record.loss:.4f}, {score:.1f} deviations above the median{_kept(box)}"
+        )
+        if self.train_config.on_spike == "warn":
+            self._say(told)
+            return False
+        plan, first = self.run.plan, max(record.step - self.train_config.spike_steps, 0)
+        checkpoint = self.incidents.checkpoint_before(first + 1)
+        if checkpoint is None or self.state.rollbacks >= self.train_config.max_rollbacks:
+            why = (
+                "no checkpoint is old enough" if checkpoint is None else f"{self.state.rollbacks} rollbacks are enough"
+            )
+            self._say(f"{told}; not rolled back: {why}")
+            return False
+        samples = [self.state.samples - (self.state.step - step) * plan.samples for step in (first, record.step)]
+        self._roll_back(checkpoint, samples)
+        self._say(f"{told}; back at step {self.state.step}, samples {samples[0]} to {samples[1] - 1} will be left out")
+        return True
+
+    def _roll_back(self, checkpoint: Path, samples: list[int]) -> None:
+        """Go on from a checkpoint of this run, without these samples [first, stop); that is saved at once."""
+        self._mark("starting", self.state.step)
+        now, saved = self.state, TrainState.load(checkpoint)
+        layout = {name: getattr(now, name) for name in LAYOUT}
+        left_out = [*now.left_out, samples]
+        self.state = replace(saved, **layout, left_out=left_out, rollbacks=now.rollbacks + 1)
+        self.engine.load(checkpoint, ENGINE_TAG)
+        self.agreement.forget()
+        self._unreported, self._spiking = [], False
+        self.loader.close()
+        self.loader = self._open_loader(checkpoint)
+        if self.monitor:
+            self.monitor.rewind(self.state.step)
+        self._timed_save(self.state.step, False)
 
     def _say(self, text: str) -> None:
         if self.monitor:
@@ -220,7 +296,8 @@ class _Trainer:
         if self.monitor and records:
             count = sum(record.tokens for record in records)
             loss = sum(record.loss * record.tokens for record in records) / count
-            norm = None if self._norm is None else float(self._norm)
+            norm = None if self.last.grad_norm is None else float(self.last.grad_norm)
+            norm = norm if norm is not None and math.isfinite(norm) else None
             self.monitor.step(done, loss, self.engine.learning_rate(), norm, self.state.tokens, count)
 
     def _validates_at(self, done: int) -> bool:
@@ -268,6 +345,10 @@ class _Trainer:
         if self.monitor:
             self.monitor.say(f"saved {saved}")
             self.monitor.pause_ends(time.monotonic() - start)
+
+
+def _kept(box: Path | None) -> str:
+    return f" (kept in {box})" if box else ""
 
 
 def build_model(

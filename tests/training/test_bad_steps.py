@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatronish.config.run import RunConfig
-from megatronish.parallel.startup import Rank
-from megatronish.training.guard import BadSteps, TrainingStopped, spike_score
 from tests.distributed import run_ranks
 from tests.runs import make_dataset, rank_loader, small_run
 from tests.training.test_resume import LAYOUTS as RESUMED
-from tests.training.test_resume import read_losses
 
 pytestmark = pytest.mark.distributed
 BAD_STEP, STEPS, RANKS = 2, 5, 2
@@ -93,7 +89,11 @@ def steps_of_engine(rank: int, config: RunConfig, data_size: int, fault: str | N
             mend()
     folder = Path(ours.train.save_dir) / (fault or "without").replace(" ", "-")
     engine.save(folder, "engine")
-    return {"told": told, "weights": {name: value.clone() for name, value in engine.weights().items()}, "folder": folder}
+    return {
+        "told": told,
+        "weights": {name: value.clone() for name, value in engine.weights().items()},
+        "folder": folder,
+    }
 
 
 def compare(rank: int, config: RunConfig, data_size: int, faults: list[str]) -> dict[str, list[Any]]:

@@ -27,16 +27,16 @@ STEPS = 6
 
 def at_step(step: int, act: Any) -> None:
     """Have `act` called in this process when its loop has done `step` steps and begins the next."""
-    from megatronish.training.loop import _Trainer
+    from megatronish.training.loop import Trainer
 
-    whole = _Trainer._train_step
+    whole = Trainer.next_step
 
-    def acting(self: Any, batches: Any) -> bool:
+    def acting(self: Any, batches: Any) -> Any:
         if self.state.step == step:
             act()
         return whole(self, batches)
 
-    _Trainer._train_step = acting  # type: ignore[method-assign]  # a forked rank, which ends with the test
+    Trainer.next_step = acting  # type: ignore[method-assign]  # a forked rank, which ends with the test
 
 
 def send(number: signal.Signals) -> Any:
