@@ -14,6 +14,10 @@ What it settles, so that the rest of the code need not know (each met on deepspe
   divided on the first of their ranks only: the layers mark theirs;
 - its pipelines take a flat list of layers and name their parameters by index: here a stage is a part of the Transformer with
   its own names, and every stage reads the micro batches itself, so that hidden states are all that travels;
+- a step whose loss is no number on any rank, or whose gradient norm is none, changes nothing. A loss that is no number makes its
+  rank's gradients so, and with them the norm that every rank gets: no message of its own is needed. DeepSpeed then skips the
+  step; in bf16 under ZeRO 1 and 2 it looks at the norm only where told to (`check_grad_overflow`), and then at every gradient, too,
+  which would read them once more;
 - shutdown is explicit and bounded in time.
 """
 
@@ -78,7 +82,8 @@ class StepResult:
     loss_sum: torch.Tensor  # [] fp32, this rank's sum of token losses
     tokens: torch.Tensor  # [] fp32, tokens of the whole step over all ranks
     grad_norm: float | torch.Tensor | None  # before clipping, over all ranks
-    skipped: bool  # fp16 overflow: nothing was updated
+    skipped: bool  # nothing was updated
+    bad: bool  # and that because a loss or gradient was no number on some rank, not because of fp16's loss scale
 
 
 def device() -> torch.device:
@@ -147,16 +152,23 @@ class Engine:
         optimizer = build_optimizer(groups, config, self.device)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=keys, mpu=mpu)
         stage, low_precision = config.deepspeed.zero_optimization.stage, config.deepspeed.dtype != "fp32"
         self._own_norm = stage == 0 and not low_precision
+        if self._own_norm:
+            _let_skip_steps(optimizer)
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=keys, mpu=mpu)
         self._stage3 = stage == 3
         self.can_move = can_move(config)
         self._files = PickledState(STATE_CLASSES)
         self._engine.checkpoint_engine = self._files
         self._engine._copy_recovery_script = lambda save_path: None  # a program has no place in a checkpoint
+        self._fp16 = config.deepspeed.dtype == "fp16"
         if stage == 0 and low_precision:
             self._engine.optimizer.optimizer.state.clear()
+        if hasattr(self._engine.optimizer, "check_grad_overflow") and not self._fp16:
+            self._engine.optimizer.check_grad_overflow = True
+            if not config.deepspeed.zero_optimization.offloads_optimizer:  # there each gradient is looked at anyway
+                self._engine.optimizer.check_overflow = _the_norm_tells
 
     def _wrap(self, model: Transformer) -> tuple[nn.Module, Any]:
         """What DeepSpeed gets: a module, and the groups of tensor parallelism."""
@@ -175,16 +187,39 @@ class Engine:
         batches = [own_part(batch, self.mesh.sp) for batch in batches]
         tokens = self._begin_step(batches, rate_share)
         scale = self.mesh.data.size / tokens  # DeepSpeed averages over ranks
-        loss_sum = torch.zeros((), device=self.device)
+        loss_sum, norm = torch.zeros((), device=self.device), None
         self._engine.train()
+        scaler = self.held_state().scaler_numbers() if self._fp16 else {}
         for batch in batches:
             loss = self._engine(batch)
-            self._engine.backward(loss * scale, scale_wrt_gas=False)
+            self._engine.backward(loss * (scale + _nan_unless_finite(loss)), scale_wrt_gas=False)
             loss_sum += loss.detach()
-            norm = self._plain_norm() if self._own_norm and self._engine.is_gradient_accumulation_boundary() else None
+            if self._own_norm and self._engine.is_gradient_accumulation_boundary():
+                norm = self._plain_norm()
+                self._engine.optimizer.overflow = not torch.isfinite(norm)
             self._engine.step()
-        skipped = bool(getattr(self._engine.optimizer, "overflow", False))
-        return StepResult(loss_sum, tokens, norm if self._own_norm else self._engine.get_global_grad_norm(), skipped)
+        return self._result(loss_sum, tokens, norm, scaler)
+
+    def _result(
+        self, loss_sum: torch.Tensor, tokens: torch.Tensor, own_norm: torch.Tensor | None, scaler: dict[str, float]
+    ) -> StepResult:
+        """What the step did; scaler: where the loss scale stood before it."""
+        skipped = bad = bool(getattr(self._engine.optimizer, "overflow", False))
+        if skipped:
+            for kept in (
+                "averaged_gradients",
+                "all_grad_tensors",
+            ):  # ZeRO-2 offload adds the next step's to them otherwise
+                if isinstance(gradients := getattr(self._engine.optimizer, kept, None), dict):
+                    gradients.update(dict.fromkeys(gradients))
+        if self._fp16 and skipped:
+            broken = (~torch.isfinite(loss_sum)).float()
+            dist.all_reduce(broken, op=dist.ReduceOp.MAX)
+            bad = bool(broken)
+            if bad:  # the loss is not scaled: no smaller scale would have helped
+                self.held_state().set_scaler(scaler)
+        norm = self._engine.get_global_grad_norm() if own_norm is None else own_norm
+        return StepResult(loss_sum, tokens, norm, skipped, bad)
 
     def _plain_norm(self) -> torch.Tensor:
         divided: list[torch.Tensor] = []
@@ -290,9 +325,7 @@ class StageEngine(Engine):
         # DeepSpeed averages over data-parallel ranks and over micro batches.
         stage.begin(batches, self.mesh.data.size / tokens * len(batches))
         self._engine.train_batch(_first_and_last(batches))
-        skipped = bool(getattr(self._engine.optimizer, "overflow", False))
-        loss_sum = self.mesh.pp.sum_(stage.loss_sum)
-        return StepResult(loss_sum, tokens, self._engine.get_global_grad_norm(), skipped)
+        return self._result(self.mesh.pp.sum_(stage.loss_sum), tokens, None, {})
 
     @torch.no_grad()
     def evaluate(self, batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -382,7 +415,7 @@ class _Stage(PipelineModule):
             return hidden
         loss = self.model.hidden_loss(hidden, labels)
         self.loss_sum += loss.detach()
-        return loss * self._scale
+        return loss * (self._scale + _nan_unless_finite(loss))
 
     def _file(self, folder: str) -> str:
         return os.path.join(folder, f"stage_{self.stage_id:02d}-tensor_{self.mesh.tp.rank:02d}.pt")
@@ -394,6 +427,25 @@ class _Stage(PipelineModule):
 
     def load_state_dir(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
         self.model.load_state_dict(checkpoint_engine.load(self._file(load_dir), map_location="cpu"), strict=strict)
+
+
+def _nan_unless_finite(loss: torch.Tensor) -> torch.Tensor:
+    """0, or NaN for an infinite loss or one that is no number; computed where the loss is."""
+    return loss.detach() - loss.detach()
+
+
+def _let_skip_steps(optimizer: Any) -> None:
+    """Give torch's optimizer the flag that DeepSpeed's have: while it is set, a step does nothing."""
+    step, optimizer.overflow = optimizer.step, False
+
+    def step_unless_told(closure: Any = None) -> Any:
+        return None if optimizer.overflow else step(closure)
+
+    optimizer.step = step_unless_told
+
+
+def _the_norm_tells(partition_gradients: bool = True) -> None:
+    """In place of DeepSpeed's look at every gradient: its optimizers judge by the norm next."""
 
 
 def is_tied_copy(parameter: torch.Tensor) -> bool:

@@ -94,6 +94,7 @@ class Saver:
         self._tell, self._local_ranks = tell, local_ranks
         self._job: _Job | None = None
         self._thread: threading.Thread | None = None
+        self._seconds = 0.0
 
     def reason_to_wait(self, copy_bytes: int) -> str:
         """Why this rank cannot write a copy of so many bytes beside training; '' when it can."""
@@ -142,6 +143,12 @@ class Saver:
             self._raise(self._job)
             return self._job.outcome
         return None
+
+    def last_seconds(self) -> float:
+        """From the beginning to the commit of the newest checkpoint that is known to be finished; 0 before there is one."""
+        if self._job is not None and self._job.outcome is not None:
+            self._seconds = self._job.outcome.seconds
+        return self._seconds
 
     def finish(self) -> None:
         """The end of a run: wait, and see to it that its last checkpoint is there. Raises SaveFailed when it is not."""
