@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatronish.parallel.agreement import Agreement
+from megatronish.parallel.decisions import Decisions
 from megatronish.parallel.meeting import meet
 from megatronish.training.checkpoint import CheckpointStore
 from megatronish.training.saving import Outcome, Saver, Snapshot
@@ -16,7 +16,7 @@ def lone_saver(
 ) -> Saver:
     """A saver of the only rank; what it tells goes to `told`."""
     heard = told if told is not None else []
-    return Saver(store, Agreement(meet(0, 1, "", 0, 1.0), "test"), background, stop_on_error, heard.append)
+    return Saver(store, Decisions(meet(0, 1, "", 0, 1.0), "test"), background, stop_on_error, heard.append)
 
 
 def save_alone(

@@ -62,7 +62,7 @@ def main() -> int:
 def measure(preset: str, overrides: dict[str, Any], saves: int, folder: Path) -> str:
     """The line of one model."""
     from megatronish.model.manifest import hash_file, read_manifest
-    from megatronish.parallel.agreement import Agreement
+    from megatronish.parallel.decisions import Decisions
     from megatronish.parallel.meeting import meet
     from megatronish.training.checkpoint import CheckpointStore
     from megatronish.training.host_copies import HostCopies
@@ -70,7 +70,7 @@ def measure(preset: str, overrides: dict[str, Any], saves: int, folder: Path) ->
 
     step, take = trainer(preset, overrides, HostCopies())
     store = CheckpointStore(folder, 1)
-    saver = Saver(store, Agreement(meet(0, 1, "", 0, 1.0), "bench"), background=True, tell=lambda line: None)
+    saver = Saver(store, Decisions(meet(0, 1, "", 0, 1.0), "bench"), background=True, tell=lambda line: None)
     stalls: dict[str, list[float]] = {"sync": [], "async": []}
     written, peace, beside = [], [timed(step) for _ in range(3)], []
     for number in range(saves):

@@ -157,7 +157,7 @@ def check_before_reading(folder: Path, names: Iterable[str]) -> None:
     faults = outer_faults(folder, manifest)
     faults = faults or content_faults(folder, manifest, [name for name in names if name in manifest.files])
     if faults:
-        raise DamagedError(f"{folder} is damaged: {listed(faults)}")
+        raise DamagedError(f"{folder} is damaged: {listed(faults)}. Use another checkpoint, or restore this one.")
 
 
 def certainly_damaged(folder: Path, faults: Iterable[str]) -> bool:

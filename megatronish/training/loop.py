@@ -27,7 +27,7 @@ from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
 from megatronish.model.init import init_weights
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import WEIGHTS_FILE, save_model
-from megatronish.parallel.agreement import Agreement
+from megatronish.parallel.decisions import Decisions
 from megatronish.parallel.ending import SAVED, SHUTDOWN_SECONDS, end_within
 from megatronish.parallel.layers import TensorParallel
 from megatronish.parallel.meeting import Meeting, meet_by_environment
@@ -135,7 +135,7 @@ class Trainer:
         self.copies = HostCopies()
         self.saver = Saver(
             self.store,
-            Agreement(meeting, "checkpoints"),
+            Decisions(meeting, "checkpoints"),
             background=ours.train.async_save,
             stop_on_error=ours.train.on_save_error == "stop",
             tell=self._say,
@@ -319,7 +319,7 @@ class Trainer:
     def _timed_save(self, done: int, is_best: bool) -> None:
         start = time.monotonic()
         self._save(done, is_best)
-        self._stops.save_took(max(time.monotonic() - start, self.saver.last_seconds()))
+        self._stops.save_took(max(time.monotonic() - start, self.saver.usual_seconds()))
 
     def _report(self, done: int) -> None:
         """Mean loss of the steps since the last report, over all ranks, without those that were left out."""
@@ -360,7 +360,8 @@ class Trainer:
     def _save(self, done: int, is_best: bool) -> None:
         self._mark("saving", done)
         reason = "" if self.engine.can_move else "DeepSpeed writes this optimizer's state"
-        reason = reason or self.saver.reason_to_wait(self.engine.state_bytes() - self.copies.bytes)
+        wanted = self.engine.state_bytes() + (self.engine.weight_bytes() if self.rank.is_first else 0)
+        reason = reason or self.saver.reason_to_wait(wanted - self.copies.bytes)
         seconds = self.saver.save(done, self._snapshot, is_best, reason=reason)
         if self.monitor:
             self.monitor.pause_ends(seconds)

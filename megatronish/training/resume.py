@@ -20,7 +20,7 @@ from megatronish.model.manifest import (
     outer_faults,
     read_manifest,
 )
-from megatronish.parallel.agreement import Agreement
+from megatronish.parallel.decisions import Decisions
 from megatronish.parallel.meeting import Meeting
 from megatronish.training.checkpoint import DAMAGED, CheckpointStore, none_good, step_of
 from megatronish.training.preparation import Prepared, continue_from
@@ -41,17 +41,17 @@ def choose_checkpoint(store: CheckpointStore, resume: str, meeting: Meeting) -> 
     resume: as `store.wanted` takes it. Raises ConfigError, with every checkpoint and what is wrong with it, when there are
     some and none is good.
     """
-    agreement = Agreement(meeting, "resume")
+    decisions = Decisions(meeting, "resume")
     wanted = [str(path) for path in store.wanted(resume)] if meeting.rank == 0 else []
     refused: dict[str, list[str]] = {}
     chosen: Path | None = None
-    for candidate in map(Path, agreement.agree(wanted, lambda lists: lists[0])):
-        faults = agreement.agree(_own_share(candidate, meeting), _join)
+    for candidate in map(Path, decisions.agree(wanted, lambda lists: lists[0])):
+        faults = decisions.agree(_own_share(candidate, meeting), _join)
         if not faults:
             chosen = candidate
             break
         refused[str(candidate)] = faults
-    agreement.leave()
+    decisions.leave()
     if refused and chosen is None:
         raise none_good(refused)
     if chosen is not None and refused and meeting.rank == 0:

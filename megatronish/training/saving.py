@@ -1,6 +1,6 @@
 """When and by whom a checkpoint is written: copied while training stops, written and hashed by a thread while it goes on.
 
-The ranks' threads agree over the meeting's store (parallel/agreement.py), twice a checkpoint: where to write, once the first
+The ranks' threads agree over the meeting's store (parallel/decisions.py), twice a checkpoint: where to write, once the first
 rank has looked whether the disk has room; and whether all have written, whereupon the first rank commits or removes it. So no
 rank's failure can leave half a checkpoint, and every rank knows what came of the last one before it begins the next.
 """
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from megatronish.config.errors import UserError
 from megatronish.config.files import sync
 from megatronish.model.manifest import FileRecord, hash_file
-from megatronish.parallel.agreement import Agreement
+from megatronish.parallel.decisions import Decisions
 from megatronish.training.checkpoint import CheckpointStore
 
 COPY_SHARE = 0.5  # of the memory that is free now, for the copies of all ranks of a machine
@@ -75,7 +75,7 @@ class _Job:
 class Saver:
     """Saves one rank's part of the run's checkpoints; every rank has one, and calls the same methods at the same steps.
 
-    agreement: of these ranks, used by nothing else; background: whether to write beside training; stop_on_error: raise
+    decisions: of these ranks, used by nothing else; background: whether to write beside training; stop_on_error: raise
     SaveFailed when a checkpoint cannot be written, instead of training on and trying again with the next one; tell: hears
     what became of each, on the first rank, in the writing thread.
     """
@@ -83,18 +83,18 @@ class Saver:
     def __init__(
         self,
         store: CheckpointStore,
-        agreement: Agreement,
+        decisions: Decisions,
         background: bool,
         stop_on_error: bool = False,
         tell: Callable[[str], None] = print,
         local_ranks: int = 1,
     ) -> None:
         self.store = store
-        self._agreement, self._background, self._stop_on_error = agreement, background, stop_on_error
+        self._decisions, self._background, self._stop_on_error = decisions, background, stop_on_error
         self._tell, self._local_ranks = tell, local_ranks
         self._job: _Job | None = None
         self._thread: threading.Thread | None = None
-        self._seconds = 0.0
+        self._usual_seconds = 0.0
 
     def reason_to_wait(self, copy_bytes: int) -> str:
         """Why this rank cannot write a copy of so many bytes beside training; '' when it can."""
@@ -127,6 +127,11 @@ class Saver:
             self._thread.start()
         return time.monotonic() - begun
 
+    @property
+    def usual_seconds(self) -> float:
+        """How long the last finished checkpoint took, from the beginning to the commit; the same on every rank. 0: none yet."""
+        return self._usual_seconds
+
     def is_writing(self) -> bool:
         """Whether this rank's thread is at work."""
         return self._thread is not None and self._thread.is_alive()
@@ -134,26 +139,22 @@ class Saver:
     def wait(self) -> Outcome | None:
         """Wait for the checkpoint that is under way; what came of it or, where none is, of the one before.
 
-        Raises SaveFailed where a failure is to stop the run, and AgreementBroken when the other ranks are gone.
+        Raises SaveFailed where a failure is to stop the run, and DecisionBroken when the other ranks are gone.
         """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._job is not None:
-            self._raise(self._job)
-            return self._job.outcome
-        return None
-
-    def last_seconds(self) -> float:
-        """From the beginning to the commit of the newest checkpoint that is known to be finished; 0 before there is one."""
-        if self._job is not None and self._job.outcome is not None:
-            self._seconds = self._job.outcome.seconds
-        return self._seconds
+        if self._job is None:
+            return None
+        self._raise(self._job)
+        outcome = self._job.outcome
+        self._usual_seconds = outcome.seconds if outcome and not outcome.problem else self._usual_seconds
+        return outcome
 
     def finish(self) -> None:
         """The end of a run: wait, and see to it that its last checkpoint is there. Raises SaveFailed when it is not."""
         outcome = self.wait()
-        self._agreement.leave()
+        self._decisions.leave()
         if outcome and outcome.problem:
             raise SaveFailed(
                 f"the last checkpoint of the run, of step {outcome.step}, could not be written: {outcome.problem}. {self._fallback()} "
@@ -164,7 +165,7 @@ class Saver:
         """The end of a run that failed: what is being written gets a little time, then it is left as it is."""
         if self._thread is not None:
             self._thread.join(seconds)
-            self._agreement.stop()
+            self._decisions.stop()
             self._thread.join(1.0)
 
     def _raise(self, job: _Job) -> None:
@@ -189,11 +190,11 @@ class Saver:
 
     def _save(self, job: _Job) -> Outcome:
         """Everything but the copying, on every rank."""
-        begun = self._agreement.agree(job.snapshot.bytes, lambda sizes: self._begin(job, sum(sizes)))
+        begun = self._decisions.agree(job.snapshot.bytes, lambda sizes: self._begin(job, sum(sizes)))
         if begun["problem"]:
             return Outcome(job.step, begun["problem"])
         written = self._write(job, Path(begun["folder"]))
-        done = self._agreement.agree(written, lambda all_written: self._end(job, Path(begun["folder"]), all_written))
+        done = self._decisions.agree(written, lambda all_written: self._end(job, Path(begun["folder"]), all_written))
         return Outcome(**done)
 
     def _begin(self, job: _Job, size: int) -> dict[str, str]:

@@ -33,13 +33,20 @@ def pretrain_rank(rank: int, config: RunConfig, world_size: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+def four_steps(data: str, run_dir: Path) -> RunConfig:
+    return small_run(data, run_dir, {"megatronish": {"train": {"steps": 4, "save_interval": 2}}})
+
+
+@pytest.fixture(scope="module")
+def trained(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on two ranks with two checkpoints."""
-    folder = tmp_path_factory.mktemp("faults")
-    train = {"steps": 4, "save_interval": 2}
-    config = small_run(make_dataset(folder), folder / "run", {"megatronish": {"train": train}})
-    run_ranks(2, pretrain_rank, config, 2, group=False)
-    return folder / "run"
+    run_dir = tmp_path_factory.mktemp("faults") / "run"
+    run_ranks(2, pretrain_rank, four_steps(data, run_dir), 2, group=False)
+    return run_dir
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from megatronish.config.errors import ConfigError, explained
 from megatronish.config.run import RunConfig
 from megatronish.model.manifest import read_manifest
-from megatronish.parallel.agreement import Agreement
+from megatronish.parallel.decisions import Decisions
 from megatronish.parallel.meeting import Meeting, Place
 from megatronish.parallel.startup import Rank
 from megatronish.training import run_lock
@@ -49,8 +49,8 @@ def on_ranks(
     shared, places = dist.HashStore(), tuple(Place.here(rank) for rank in range(world_size))
 
     def on_rank(rank: int) -> Any:
-        agreement = Agreement(Meeting(shared, "", rank, places), "checkpoints")
-        saver = Saver(CheckpointStore(folder, 2), agreement, background=True, tell=told.append, **options)
+        decisions = Decisions(Meeting(shared, "", rank, places), "checkpoints")
+        saver = Saver(CheckpointStore(folder, 2), decisions, background=True, tell=told.append, **options)
         saver.rank = rank  # type: ignore[attr-defined]
         return function(saver)
 
@@ -148,6 +148,7 @@ class TestRanks:
 
             saver.save(5, lambda _: SimpleNamespace(bytes=1, write=write))
             saver.finish()
+            assert saver.usual_seconds == saver.wait().seconds > 0.0
             return saver.wait()
 
         outcomes = on_ranks(3, tmp_path, run, [])

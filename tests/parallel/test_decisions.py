@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatronish.parallel.agreement import Agreement, AgreementBroken
+from megatronish.parallel.decisions import DecisionBroken, Decisions
 from megatronish.parallel.meeting import Meeting, Place
 
 
-def together(world_size: int, function: Callable[[Agreement], Any]) -> list[Any]:
+def together(world_size: int, function: Callable[[Decisions], Any]) -> list[Any]:
     """What `function` returns or raises on each of so many ranks, which are threads."""
     store, places = dist.HashStore(), tuple(Place.here(rank) for rank in range(world_size))
 
     def on_rank(rank: int) -> Any:
         try:
-            return function(Agreement(Meeting(store, "", rank, places), "test"))
+            return function(Decisions(Meeting(store, "", rank, places), "test"))
         except Exception as error:
             return error
 
@@ -32,14 +32,14 @@ def together(world_size: int, function: Callable[[Agreement], Any]) -> list[Any]
 def test_every_rank_hears_what_the_first_makes_of_all(world_size: int) -> None:
     """Many decisions in a row: values of one never count in the next."""
 
-    def decide(agreement: Agreement) -> list[Any]:
+    def decide(decisions: Decisions) -> list[Any]:
         heard = [
-            agreement.agree(
-                {"rank": agreement.rank, "n": n}, lambda all_values: [v["rank"] * 10 + v["n"] for v in all_values]
+            decisions.agree(
+                {"rank": decisions.rank, "n": n}, lambda all_values: [v["rank"] * 10 + v["n"] for v in all_values]
             )
             for n in range(20)
         ]
-        agreement.leave()
+        decisions.leave()
         return heard
 
     expected = [[rank * 10 + n for rank in range(world_size)] for n in range(20)]
@@ -50,13 +50,13 @@ def test_nobody_waits_for_a_decision_that_failed() -> None:
     def refuse(values: list[Any]) -> None:
         raise ValueError(f"{values}")
 
-    first, *others = together(3, lambda agreement: agreement.agree(agreement.rank, refuse))
+    first, *others = together(3, lambda decisions: decisions.agree(decisions.rank, refuse))
     assert isinstance(first, ValueError) and str(first) == "[0, 1, 2]"
     assert [str(other) for other in others] == ["rank 0 failed: ValueError: [0, 1, 2]"] * 2
 
 
 def test_a_rank_that_is_told_to_stop_waits_no_longer() -> None:
-    agreement = Agreement(Meeting(dist.HashStore(), "", 1, (Place.here(0), Place.here(1))), "test")
-    threading.Timer(0.05, agreement.stop).start()
-    with pytest.raises(AgreementBroken, match="this rank ends"):
-        agreement.agree(1, lambda values: values)
+    decisions = Decisions(Meeting(dist.HashStore(), "", 1, (Place.here(0), Place.here(1))), "test")
+    threading.Timer(0.05, decisions.stop).start()
+    with pytest.raises(DecisionBroken, match="this rank ends"):
+        decisions.agree(1, lambda values: values)

@@ -21,11 +21,11 @@ LONGEST_PAUSE_OF_MANY = 1.0  # thousands of ranks must not wear the store out
 MANY = 64
 
 
-class AgreementBroken(RuntimeError):
+class DecisionBroken(RuntimeError):
     """The other ranks, or the store, are gone."""
 
 
-class Agreement:
+class Decisions:
     """One series of decisions of the ranks of a meeting, each of which every rank takes part in, in the same order.
 
     name: of the series; several may go on at once, in several threads.
@@ -40,7 +40,7 @@ class Agreement:
     def agree(self, mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
         """What `decide`, on the first rank, makes of the values of all ranks, listed by rank; values are JSON.
 
-        Raises AgreementBroken when a rank is gone or `decide` raised, whose error the first rank raises itself.
+        Raises DecisionBroken when a rank is gone or `decide` raised, whose error the first rank raises itself.
         """
         self._number += 1
         if self.world_size == 1:
@@ -48,10 +48,10 @@ class Agreement:
         try:
             return self._lead(mine, decide) if self.rank == 0 else self._follow(mine)
         except dist.DistError as error:
-            raise AgreementBroken(f"the other ranks cannot be reached: {str(error).splitlines()[0]}") from None
+            raise DecisionBroken(f"the other ranks cannot be reached: {str(error).splitlines()[0]}") from None
 
     def stop(self) -> None:
-        """Have a thread that waits in `agree` raise AgreementBroken."""
+        """Have a thread that waits in `agree` raise DecisionBroken."""
         self._stop.set()
 
     def leave(self) -> None:
@@ -86,7 +86,7 @@ class Agreement:
         self._await([self._key("answer")])
         heard = json.loads(self._store.get(self._key("answer")))
         if "failed" in heard:
-            raise AgreementBroken(f"rank 0 failed: {heard['failed']}")
+            raise DecisionBroken(f"rank 0 failed: {heard['failed']}")
         return heard["answer"]
 
     def _key(self, what: int | str) -> str:
@@ -96,5 +96,5 @@ class Agreement:
         pause, longest = FIRST_PAUSE, LONGEST_PAUSE if self.world_size < MANY else LONGEST_PAUSE_OF_MANY
         while not self._store.check(keys):
             if self._stop.wait(pause):
-                raise AgreementBroken("this rank ends")
+                raise DecisionBroken("this rank ends")
             pause = min(1.5 * pause, longest)
