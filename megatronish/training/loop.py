@@ -319,7 +319,7 @@ class Trainer:
     def _timed_save(self, done: int, is_best: bool) -> None:
         start = time.monotonic()
         self._save(done, is_best)
-        self._stops.save_took(max(time.monotonic() - start, self.saver.usual_seconds()))
+        self._stops.save_took(max(time.monotonic() - start, self.saver.usual_seconds))
 
     def _report(self, done: int) -> None:
         """Mean loss of the steps since the last report, over all ranks, without those that were left out."""
