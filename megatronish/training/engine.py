@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import math
 import os
 import socket
 import warnings
@@ -56,6 +57,7 @@ from megatronish.parallel.mesh import Axis, ParallelMesh
 from megatronish.parallel.whole import collect_whole, parts_of
 from megatronish.training.fragments import SavedFragments
 from megatronish.training.held_state import HeldState, can_move
+from megatronish.training.memory import GIB, ActivationBudget, OutOfMemory, shortest_batch
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
 
 NEVER = 1 << 60
@@ -72,6 +74,7 @@ class StepResult:
     grad_norm: float | torch.Tensor | None  # before clipping, over all ranks
     skipped: bool  # nothing was updated
     bad: bool  # and that because a loss or gradient was no number on some rank, not because of fp16's loss scale
+    out_of_memory: bool = False  # nothing was updated because a rank had no memory for a micro batch
 
 
 def device() -> torch.device:
@@ -148,6 +151,10 @@ class Engine:
         self._stage3 = stage == 3
         self._can_move = can_move(config)
         self._fp16 = config.deepspeed.dtype == "fp16"
+        limit = config.megatronish.train.memory_budget
+        self.budget = None if limit is None else ActivationBudget(model, limit * GIB)
+        self._lacked_memory = False
+        self.can_shrink = stage < 3 and mesh.tp.size * mesh.pp.size * mesh.sp.size == 1
         if stage == 0 and low_precision:
             self._engine.optimizer.optimizer.state.clear()
         if hasattr(self._engine.optimizer, "check_grad_overflow") and not self._fp16:
@@ -175,15 +182,55 @@ class Engine:
         loss_sum, norm = torch.zeros((), device=self.device), None
         self._engine.train()
         scaler = self.held_state().scaler_numbers() if self._fp16 else {}
+        self._lacked_memory = False
         for batch in batches:
-            loss = self._engine(batch)
-            self._engine.backward(loss * (scale + _nan_unless_finite(loss)), scale_wrt_gas=False)
+            loss = self._forward(batch)
+            try:
+                self._engine.backward(loss * (scale + _nan_unless_finite(loss)), scale_wrt_gas=False)
+            except torch.OutOfMemoryError as error:
+                raise self._no_memory(batch, error) from None
             loss_sum += loss.detach()
             if self._own_norm and self._engine.is_gradient_accumulation_boundary():
                 norm = self._plain_norm()
                 self._engine.optimizer.overflow = not torch.isfinite(norm)
             self._engine.step()
         return self._result(loss_sum, tokens, norm, scaler)
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        """The loss of a micro batch. Without memory for it, NaN: then every rank leaves the step out.
+
+        That takes a pass over next to nothing in its place, since the others wait for this rank's gradients. Raises
+        OutOfMemory where ranks wait for each other inside the forward pass, too.
+        """
+        try:
+            with self.budget or nullcontext():
+                loss: torch.Tensor = self._engine(batch)
+            return loss
+        except (OutOfMemory, torch.OutOfMemoryError) as error:
+            if not self.can_shrink:
+                raise self._no_memory(batch, error) from None
+        self._lacked_memory = True
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self._engine(shortest_batch(batch)) * math.nan
+
+    def _no_memory(self, batch: Batch, error: Exception) -> OutOfMemory:
+        """What ends the run where a rank cannot leave a step out: the others already wait for this part of it."""
+        return OutOfMemory(
+            f"no memory for a micro batch of {len(batch['tokens'])} on rank {dist.get_rank()} ({error}). Halve "
+            "--train_micro_batch_size_per_gpu and double --gradient_accumulation_steps, which keeps the samples of a step, or add "
+            "--train.activation_checkpointing selective (then full). A run does this by itself in the forward pass, under ZeRO 0 to 2 "
+            "without tensor, pipeline or sequence parallel ranks."
+        )
+
+    def set_plan(self, plan: BatchPlan) -> None:
+        """Take micro batches of another size from the next step on; the samples of a step stay the same."""
+        engine = self._engine
+        engine._config.train_micro_batch_size_per_gpu = plan.micro
+        engine._config.gradient_accumulation_steps = plan.accumulation
+        engine.micro_steps = engine.global_steps * plan.accumulation  # a step ends where they are a multiple
+        if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+            engine.optimizer.gradient_accumulation_steps = plan.accumulation
 
     def _result(
         self, loss_sum: torch.Tensor, tokens: torch.Tensor, own_norm: torch.Tensor | None, scaler: dict[str, float]
@@ -197,14 +244,17 @@ class Engine:
             ):  # ZeRO-2 offload adds the next step's to them otherwise
                 if isinstance(gradients := getattr(self._engine.optimizer, kept, None), dict):
                     gradients.update(dict.fromkeys(gradients))
-        if self._fp16 and skipped:
-            broken = (~torch.isfinite(loss_sum)).float()
-            dist.all_reduce(broken, op=dist.ReduceOp.MAX)
-            bad = bool(broken)
-            if bad:  # the loss is not scaled: no smaller scale would have helped
-                self.held_state().set_scaler(scaler)
+        lacked = False
+        if skipped:
+            known = torch.tensor([not torch.isfinite(loss_sum), self._lacked_memory], device=self.device).float()
+            dist.all_reduce(known, op=dist.ReduceOp.MAX)
+            broken, lacked = (bool(each) for each in known.tolist())
+            if self._fp16:
+                bad = broken
+                if bad:  # the loss is not scaled: no smaller scale would have helped
+                    self.held_state().set_scaler(scaler)
         norm = self._engine.get_global_grad_norm() if own_norm is None else own_norm
-        return StepResult(loss_sum, tokens, norm, skipped, bad)
+        return StepResult(loss_sum, tokens, norm, skipped, bad and not lacked, lacked)
 
     def _plain_norm(self) -> torch.Tensor:
         divided: list[torch.Tensor] = []

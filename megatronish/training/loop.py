@@ -11,6 +11,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,6 +52,15 @@ from megatronish.training.engine import (
 )
 from megatronish.training.guard import BadSteps, spike_score
 from megatronish.training.incidents import Incidents
+from megatronish.training.memory import (
+    GIB,
+    ActivationBudget,
+    OutOfMemory,
+    longest_batch,
+    rehearse,
+    relief,
+    told,
+)
 from megatronish.training.monitor import Monitor
 from megatronish.training.peak import find_peak
 from megatronish.training.preparation import Prepared, prepare
@@ -133,6 +143,7 @@ class Trainer:
         self.bad_steps = BadSteps(ours.train.max_skipped_steps)
         self.incidents = Incidents(run, rank, self.engine, self.store)
         self.last: TrainedStep  # of this process
+        self.recompute: str = ours.train.activation_checkpointing
         self._unreported: list[StepRecord] = []
         self._spiking = False
 
@@ -157,6 +168,7 @@ class Trainer:
         """Steps up to the last one, then all is closed; why it ended before, if it did."""
         try:
             with self._stops:
+                self._rehearse()
                 return self._steps()
         finally:
             self.close()
@@ -173,6 +185,9 @@ class Trainer:
             start = time.monotonic()
             self._mark("training", self.state.step)
             result = self.next_step(self.next_batches())
+            if result is not None and result.out_of_memory:
+                self._relieve(f"out of memory in step {self.state.step + 1}, which is done again")
+                continue
             done = self.state.step
             last = done == config.steps
             if self.monitor and done == self.run.state.step + 1:
@@ -213,12 +228,58 @@ class Trainer:
             return None
         torch.manual_seed(seed)
         result = self.engine.train_step(batches, rate_share(step - self.state.skipped, config.steps, self.schedule))
+        if result.out_of_memory:
+            return result
         tokens = self.run.data.tokens_of(self.state.samples, plan.samples)
         self.state = self.state.advance(plan.samples, tokens, updated=not result.bad)
         self.agreement.exchange(step + 1, result.loss_sum, result.tokens, self._stops.reason)
         self.last = TrainedStep(step + 1, batches, result.loss_sum, result.grad_norm, seed)
         self.incidents.remember(self.last)
         return result
+
+    def _relieve(self, message: str) -> None:
+        """Take smaller micro batches, or recompute more, so that a step fits. Raises OutOfMemory when nothing is left."""
+        ours, dtype = self.run.config.megatronish, self.run.config.deepspeed.dtype
+        found = relief(self.run.plan, self.recompute, ours.model.seq_length, dtype, self.device.type)
+        if found is None:
+            raise OutOfMemory(
+                f"{message}, but a micro batch of one sample does not fit, and every block is recomputed already. Shorten "
+                "--model.seq_length, or use more ranks with --zero_optimization.stage 3 or --parallel.tensor."
+            )
+        plan, self.recompute = found
+        if plan != self.run.plan and self.loader.stream_states() is not None:
+            raise OutOfMemory(
+                f"{message}, and streamed text cannot be divided into other micro batches on the way. Start with "
+                f"--train_micro_batch_size_per_gpu {plan.micro} --gradient_accumulation_steps {plan.accumulation}."
+            )
+        model: Any = self.engine.module.model
+        model.set_activation_checkpointing(self.recompute)
+        self._say(told(message, plan, self.recompute))
+        self.run = replace(self.run, plan=plan)
+        self.engine.set_plan(plan)
+        self.incidents.run = self.run
+        self.loader.close()
+        self.loader = self._open_loader(None)
+
+    def _rehearse(self) -> None:
+        """Before the first step run the largest micro batch that can come, and take smaller ones until all ranks have room."""
+        on_gpu = self.device.type == "cuda"
+        if not self.engine.can_shrink or not (on_gpu or self.engine.budget):
+            return
+        model, module = self.run.config.megatronish.model, self.engine.module
+        budget = self.engine.budget or ActivationBudget(module, None)
+        while True:
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats(self.device)
+            batch = longest_batch(self.run.plan.micro, model.seq_length, model.vocab_size, self.device)
+            fits = torch.tensor(float(rehearse(module, batch, budget)), device=self.device)
+            if dist.get_world_size() > 1:
+                dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+            if fits:
+                break
+            self._relieve("the largest micro batch does not fit")
+        peak = f", {torch.cuda.max_memory_allocated(self.device) / GIB:.2f} GiB at most" if on_gpu else ""
+        self._say(f"the largest micro batch fits: it keeps {budget.used / GIB:.3g} GiB for its backward pass{peak}")
 
     def _count(self, bad: bool, records: list[StepRecord]) -> None:
         """Keep what is to be known of a step that was left out; raises TrainingStopped when they do not end."""
