@@ -41,8 +41,6 @@ from megatronish.training.announcement import announce
 from megatronish.training.black_box import BAD, SPIKE, TrainedStep
 from megatronish.training.checkpoint import ENGINE_TAG, RUN_FILE, CheckpointStore
 from megatronish.training.engine import (
-    Batch,
-    StepResult,
     device,
     gathered,
     partitioned_construction,
@@ -66,6 +64,7 @@ from megatronish.training.peak import find_peak
 from megatronish.training.preparation import Prepared, prepare
 from megatronish.training.schedules import rate_share
 from megatronish.training.state import LAYOUT, TrainState, load_streams, save_streams
+from megatronish.training.step import Batch, StepResult
 from megatronish.training.stopping import StopRequests, seconds_left
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
