@@ -202,6 +202,8 @@ class Trainer:
                 self._report(done)
             is_best = self._validate(done) if self._validates_at(done) else False
             stop = next((record.stop for record in records if record.stop), None)
+            if stop and self._went_back(self.agreement.settled(True)):
+                continue  # and stop there
             self._stops.step_took(time.monotonic() - start)
             if saves or is_best or stop:
                 self._timed_save(done, is_best)
