@@ -65,6 +65,11 @@ class TrainConfig(Frozen):
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none", description="recompute in backward: nothing, all but matrix products and attention, or whole blocks"
     )
+    memory_budget: float | None = Field(
+        None,
+        gt=0.0,
+        description="GiB that a forward pass of a rank may keep for backward; beyond it counts as out of memory",
+    )
     compile: bool = Field(False, description="torch.compile every block")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
         "default", description="torch.compile mode of the blocks"

@@ -26,7 +26,7 @@ from torch import Tensor
 from megatronish.config.errors import ConfigError
 from megatronish.config.files import write_whole
 from megatronish.training.diagnosis import Diagnosis
-from megatronish.training.engine import Batch
+from megatronish.training.step import Batch
 
 FOLDER, EVENT_FILE, CHECKPOINT = "black_box", "event.json", "checkpoint"
 MOST = 8

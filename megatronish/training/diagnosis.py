@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from megatronish.model.transformer import IGNORED_LABEL
-from megatronish.training.engine import Batch, Engine, own_part
+from megatronish.training.engine import Engine
+from megatronish.training.step import Batch, own_part
 
 
 @dataclass

@@ -26,12 +26,12 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import math
 import os
 import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,24 @@ from megatronish.model.transformer import IGNORED_LABEL, Transformer
 from megatronish.parallel.ending import SHUTDOWN_SECONDS, end_within
 from megatronish.parallel.layers import is_copy
 from megatronish.parallel.meeting import Meeting, meet_by_environment
-from megatronish.parallel.mesh import Axis, ParallelMesh
+from megatronish.parallel.mesh import ParallelMesh
 from megatronish.parallel.whole import collect_whole, parts_of
 from megatronish.training.fragments import SavedFragments
 from megatronish.training.held_state import HeldState, can_move
 from megatronish.training.host_copies import HostCopies
+from megatronish.training.memory import GIB, ActivationBudget, OutOfMemory, shortest_batch
+from megatronish.training.model_parallel_unit import ModelParallelUnit
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
 from megatronish.training.pickled_state import PickledState
 from megatronish.training.saving import Snapshot
+from megatronish.training.step import (
+    Batch,
+    StepResult,
+    let_skip_steps,
+    nan_unless_finite,
+    own_part,
+    the_norm_tells,
+)
 
 NEVER = 1 << 60
 STATE_CLASSES = (
@@ -72,18 +82,6 @@ STATE_CLASSES = (
     fragment_address,
 )  # in its pickles
 EVALUATED_AT_ONCE = 64  # micro batches that a pipeline runs between two fillings of itself
-Batch = dict[str, Any]  # what data/loader.py yields, on the engine's device
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did. Tensors stay on the device: reading them waits for it."""
-
-    loss_sum: torch.Tensor  # [] fp32, this rank's sum of token losses
-    tokens: torch.Tensor  # [] fp32, tokens of the whole step over all ranks
-    grad_norm: float | torch.Tensor | None  # before clipping, over all ranks
-    skipped: bool  # nothing was updated
-    bad: bool  # and that because a loss or gradient was no number on some rank, not because of fp16's loss scale
 
 
 def device() -> torch.device:
@@ -155,7 +153,7 @@ class Engine:
         stage, low_precision = config.deepspeed.zero_optimization.stage, config.deepspeed.dtype != "fp32"
         self._own_norm = stage == 0 and not low_precision
         if self._own_norm:
-            _let_skip_steps(optimizer)
+            let_skip_steps(optimizer)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=keys, mpu=mpu)
         self._stage3 = stage == 3
         self.can_move = can_move(config)
@@ -163,16 +161,20 @@ class Engine:
         self._engine.checkpoint_engine = self._files
         self._engine._copy_recovery_script = lambda save_path: None  # a program has no place in a checkpoint
         self._fp16 = config.deepspeed.dtype == "fp16"
+        limit = config.megatronish.train.memory_budget
+        self.budget = None if limit is None else ActivationBudget(model, limit * GIB)
+        self._lacked_memory = False
+        self.can_shrink = stage < 3 and mesh.tp.size * mesh.pp.size * mesh.sp.size == 1
         if stage == 0 and low_precision:
             self._engine.optimizer.optimizer.state.clear()
         if hasattr(self._engine.optimizer, "check_grad_overflow") and not self._fp16:
             self._engine.optimizer.check_grad_overflow = True
             if not config.deepspeed.zero_optimization.offloads_optimizer:  # there each gradient is looked at anyway
-                self._engine.optimizer.check_overflow = _the_norm_tells
+                self._engine.optimizer.check_overflow = the_norm_tells
 
     def _wrap(self, model: Transformer) -> tuple[nn.Module, Any]:
         """What DeepSpeed gets: a module, and the groups of tensor parallelism."""
-        return _LossModule(model), _ModelParallelUnit.of(self.mesh)
+        return _LossModule(model), ModelParallelUnit.of(self.mesh)
 
     def _begin_step(self, batches: list[Batch], rate_share: float) -> torch.Tensor:
         """Set the learning rate; returns the number of tokens of the step."""
@@ -190,15 +192,55 @@ class Engine:
         loss_sum, norm = torch.zeros((), device=self.device), None
         self._engine.train()
         scaler = self.held_state().scaler_numbers() if self._fp16 else {}
+        self._lacked_memory = False
         for batch in batches:
-            loss = self._engine(batch)
-            self._engine.backward(loss * (scale + _nan_unless_finite(loss)), scale_wrt_gas=False)
+            loss = self._forward(batch)
+            try:
+                self._engine.backward(loss * (scale + nan_unless_finite(loss)), scale_wrt_gas=False)
+            except torch.OutOfMemoryError as error:
+                raise self._no_memory(batch, error) from None
             loss_sum += loss.detach()
             if self._own_norm and self._engine.is_gradient_accumulation_boundary():
                 norm = self._plain_norm()
                 self._engine.optimizer.overflow = not torch.isfinite(norm)
             self._engine.step()
         return self._result(loss_sum, tokens, norm, scaler)
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        """The loss of a micro batch. Without memory for it, NaN: then every rank leaves the step out.
+
+        That takes a pass over next to nothing in its place, since the others wait for this rank's gradients. Raises
+        OutOfMemory where ranks wait for each other inside the forward pass, too.
+        """
+        try:
+            with self.budget or nullcontext():
+                loss: torch.Tensor = self._engine(batch)
+            return loss
+        except (OutOfMemory, torch.OutOfMemoryError) as error:
+            if not self.can_shrink:
+                raise self._no_memory(batch, error) from None
+        self._lacked_memory = True
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self._engine(shortest_batch(batch)) * math.nan
+
+    def _no_memory(self, batch: Batch, error: Exception) -> OutOfMemory:
+        """What ends the run where a rank cannot leave a step out: the others already wait for this part of it."""
+        return OutOfMemory(
+            f"no memory for a micro batch of {len(batch['tokens'])} on rank {dist.get_rank()} ({error}). Halve "
+            "--train_micro_batch_size_per_gpu and double --gradient_accumulation_steps, which keeps the samples of a step, or add "
+            "--train.activation_checkpointing selective (then full). A run does this by itself in the forward pass, under ZeRO 0 to 2 "
+            "without tensor, pipeline or sequence parallel ranks."
+        )
+
+    def set_plan(self, plan: BatchPlan) -> None:
+        """Take micro batches of another size from the next step on; the samples of a step stay the same."""
+        engine = self._engine
+        engine._config.train_micro_batch_size_per_gpu = plan.micro
+        engine._config.gradient_accumulation_steps = plan.accumulation
+        engine.micro_steps = engine.global_steps * plan.accumulation  # a step ends where they are a multiple
+        if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+            engine.optimizer.gradient_accumulation_steps = plan.accumulation
 
     def _result(
         self, loss_sum: torch.Tensor, tokens: torch.Tensor, own_norm: torch.Tensor | None, scaler: dict[str, float]
@@ -212,14 +254,17 @@ class Engine:
             ):  # ZeRO-2 offload adds the next step's to them otherwise
                 if isinstance(gradients := getattr(self._engine.optimizer, kept, None), dict):
                     gradients.update(dict.fromkeys(gradients))
-        if self._fp16 and skipped:
-            broken = (~torch.isfinite(loss_sum)).float()
-            dist.all_reduce(broken, op=dist.ReduceOp.MAX)
-            bad = bool(broken)
-            if bad:  # the loss is not scaled: no smaller scale would have helped
-                self.held_state().set_scaler(scaler)
+        lacked = False
+        if skipped:
+            known = torch.tensor([not torch.isfinite(loss_sum), self._lacked_memory], device=self.device).float()
+            dist.all_reduce(known, op=dist.ReduceOp.MAX)
+            broken, lacked = (bool(each) for each in known.tolist())
+            if self._fp16:
+                bad = broken
+                if bad:  # the loss is not scaled: no smaller scale would have helped
+                    self.held_state().set_scaler(scaler)
         norm = self._engine.get_global_grad_norm() if own_norm is None else own_norm
-        return StepResult(loss_sum, tokens, norm, skipped, bad)
+        return StepResult(loss_sum, tokens, norm, skipped, bad and not lacked, lacked)
 
     def _plain_norm(self) -> torch.Tensor:
         divided: list[torch.Tensor] = []
@@ -351,16 +396,6 @@ def start_engine(model: Transformer, config: RunConfig, plan: BatchPlan, mesh: P
     return (StageEngine if mesh.pp.size > 1 else Engine)(model, config, plan, mesh)
 
 
-def own_part(batch: Batch, sp: Axis) -> Batch:
-    """The rank's part of the sequences of a micro batch; documents stay those of the whole."""
-    if sp.size == 1:
-        return batch
-    parts: Batch = {
-        key: batch[key].chunk(sp.size, dim=1)[sp.rank] for key in ("tokens", "labels", "positions") if key in batch
-    }
-    return {**batch, **parts}
-
-
 def _first_and_last(batches: list[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What DeepSpeed loads on the first and on the last stage; the stage itself looks up the rest."""
     return iter([(batch["tokens"], batch["labels"]) for batch in batches])
@@ -415,7 +450,7 @@ class _Stage(PipelineModule):
             return hidden
         loss = self.model.hidden_loss(hidden, labels)
         self.loss_sum += loss.detach()
-        return loss * (self._scale + _nan_unless_finite(loss))
+        return loss * (self._scale + nan_unless_finite(loss))
 
     def _file(self, folder: str) -> str:
         return os.path.join(folder, f"stage_{self.stage_id:02d}-tensor_{self.mesh.tp.rank:02d}.pt")
@@ -429,63 +464,9 @@ class _Stage(PipelineModule):
         self.model.load_state_dict(checkpoint_engine.load(self._file(load_dir), map_location="cpu"), strict=strict)
 
 
-def _nan_unless_finite(loss: torch.Tensor) -> torch.Tensor:
-    """0, or NaN for an infinite loss or one that is no number; computed where the loss is."""
-    return loss.detach() - loss.detach()
-
-
-def _let_skip_steps(optimizer: Any) -> None:
-    """Give torch's optimizer the flag that DeepSpeed's have: while it is set, a step does nothing."""
-    step, optimizer.overflow = optimizer.step, False
-
-    def step_unless_told(closure: Any = None) -> Any:
-        return None if optimizer.overflow else step(closure)
-
-    optimizer.step = step_unless_told
-
-
-def _the_norm_tells(partition_gradients: bool = True) -> None:
-    """In place of DeepSpeed's look at every gradient: its optimizers judge by the norm next."""
-
-
 def is_tied_copy(parameter: torch.Tensor) -> bool:
     """Whether another pipeline stage has the same parameter and counts it."""
     return bool(getattr(parameter, "ds_pipe_replicated", False))
-
-
-class _ModelParallelUnit:
-    """The groups of the mesh under the names that DeepSpeed asks for (`mpu`, after Megatron-LM)."""
-
-    def __init__(self, mesh: ParallelMesh) -> None:
-        assert mesh.device_mesh is not None
-        self._mesh, self._data, self._model = mesh, mesh.device_mesh.get_group("dp"), mesh.device_mesh.get_group("tp")
-
-    @classmethod
-    def of(cls, mesh: ParallelMesh) -> _ModelParallelUnit | None:
-        """None where no matrix is divided: then DeepSpeed takes all ranks for data-parallel ones."""
-        return cls(mesh) if mesh.tp.size > 1 else None
-
-    def get_model_parallel_rank(self) -> int:
-        return self._mesh.tp.rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._mesh.tp.size
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._model
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-
-    def get_data_parallel_rank(self) -> int:
-        return self._mesh.dp.rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._mesh.dp.size
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._data
 
 
 def linear_cross_entropy(

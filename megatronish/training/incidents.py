@@ -25,7 +25,7 @@ class Incidents:
     """Every rank has one, and calls `record` together with the others."""
 
     def __init__(self, run: Prepared, rank: Rank, engine: Engine, store: CheckpointStore) -> None:
-        self._run, self._rank, self._engine, self._store = run, rank, engine, store
+        self.run, self._rank, self._engine, self._store = run, rank, engine, store
         self._last: deque[TrainedStep] = deque(maxlen=REMEMBERED)
 
     def remember(self, trained: TrainedStep) -> None:
@@ -38,7 +38,7 @@ class Incidents:
         Of a step that was left out the weights are still those that it began with, so it is run again and looked at.
         """
         trained = next(each for each in self._last if each.step == step)
-        folder: Path | None = _first_says(box_folder(self._run.run_dir, step) if self._rank.is_first else None)
+        folder: Path | None = _first_says(box_folder(self.run.run_dir, step) if self._rank.is_first else None)
         if folder is None:
             return None
         if kind == BAD:
@@ -61,7 +61,7 @@ class Incidents:
     def _event(
         self, kind: str, trained: TrainedStep, state: TrainState, loss: float, score: float, checkpoint: Path | None
     ) -> Event:
-        plan, mesh = self._run.plan, self._engine.mesh
+        plan, mesh = self.run.plan, self._engine.mesh
         first = state.samples - (state.step - trained.step + 1) * plan.samples
         norm = math.nan if trained.grad_norm is None else float(trained.grad_norm)
         return Event(
@@ -75,15 +75,15 @@ class Incidents:
             documents=[self._documents(first, rank) for rank in range(plan.data_size)],
             layout={axis: getattr(mesh, axis).size for axis in ("pp", "dp", "sp", "tp")},
             checkpoint=None if checkpoint is None else checkpoint.name,
-            config=self._run.config.to_json(),
+            config=self.run.config.to_json(),
         )
 
     def _documents(self, first: int, rank: int) -> list[dict[str, Any]]:
         """The samples of a data-parallel rank in a step that begins with sample `first`, in its order."""
-        plan = self._run.plan
+        plan = self.run.plan
         starts = [first + (a * plan.data_size + rank) * plan.micro for a in range(plan.accumulation)]
         numbers = [start + place for start in starts for place in range(plan.micro)]
-        return [{"sample": number, **documents_of(self._run.data.train, number)} for number in numbers]
+        return [{"sample": number, **documents_of(self.run.data.train, number)} for number in numbers]
 
 
 def _first_says(told: Any) -> Any:

@@ -11,8 +11,10 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatronish import __version__
 from megatronish.config.errors import ConfigError
@@ -39,8 +41,6 @@ from megatronish.training.announcement import announce
 from megatronish.training.black_box import BAD, SPIKE, TrainedStep
 from megatronish.training.checkpoint import ENGINE_TAG, RUN_FILE, CheckpointStore
 from megatronish.training.engine import (
-    Batch,
-    StepResult,
     device,
     gathered,
     partitioned_construction,
@@ -51,6 +51,15 @@ from megatronish.training.engine import (
 from megatronish.training.guard import BadSteps, spike_score
 from megatronish.training.host_copies import HostCopies
 from megatronish.training.incidents import Incidents
+from megatronish.training.memory import (
+    GIB,
+    ActivationBudget,
+    OutOfMemory,
+    longest_batch,
+    rehearse,
+    relief,
+    told,
+)
 from megatronish.training.monitor import Monitor
 from megatronish.training.peak import find_peak
 from megatronish.training.preparation import Prepared, prepare
@@ -59,6 +68,7 @@ from megatronish.training.run_lock import hold_run_dir
 from megatronish.training.saving import Saver, Snapshot
 from megatronish.training.schedules import rate_share
 from megatronish.training.state import LAYOUT, TrainState, load_streams, save_streams
+from megatronish.training.step import Batch, StepResult
 from megatronish.training.step_agreement import StepAgreement, StepRecord
 from megatronish.training.stopping import StopRequests, seconds_left
 
@@ -157,6 +167,7 @@ class Trainer:
         self.bad_steps = BadSteps(ours.train.max_skipped_steps)
         self.incidents = Incidents(run, rank, self.engine, self.store)
         self.last: TrainedStep  # of this process
+        self.recompute: str = ours.train.activation_checkpointing
         self._unreported: list[StepRecord] = []
         self._spiking = False
 
@@ -181,6 +192,7 @@ class Trainer:
         """Steps up to the last one, then the last checkpoint is waited for and all is closed; why it ended before, if it did."""
         try:
             with self._stops:
+                self._rehearse()
                 stopped_by = self._steps()
                 self._mark("saving", self.state.step)
                 self.saver.finish()
@@ -203,6 +215,9 @@ class Trainer:
             start = time.monotonic()
             self._mark("training", self.state.step)
             result = self.next_step(self.next_batches())
+            if result is not None and result.out_of_memory:
+                self._relieve(f"out of memory in step {self.state.step + 1}, which is done again")
+                continue
             done = self.state.step
             last = done == config.steps
             if self.monitor and done == self.run.state.step + 1:
@@ -218,6 +233,8 @@ class Trainer:
                 self._report(done)
             is_best = self._validate(done) if self._validates_at(done) else False
             stop = next((record.stop for record in records if record.stop), None)
+            if stop and self._went_back(self.agreement.settled(True)):
+                continue  # and stop there
             self._stops.step_took(time.monotonic() - start)
             if saves or is_best or stop:
                 self._timed_save(done, is_best)
@@ -243,12 +260,58 @@ class Trainer:
             return None
         torch.manual_seed(seed)
         result = self.engine.train_step(batches, rate_share(step - self.state.skipped, config.steps, self.schedule))
+        if result.out_of_memory:
+            return result
         tokens = self.run.data.tokens_of(self.state.samples, plan.samples)
         self.state = self.state.advance(plan.samples, tokens, updated=not result.bad)
         self.agreement.exchange(step + 1, result.loss_sum, result.tokens, self._stops.reason)
         self.last = TrainedStep(step + 1, batches, result.loss_sum, result.grad_norm, seed)
         self.incidents.remember(self.last)
         return result
+
+    def _relieve(self, message: str) -> None:
+        """Take smaller micro batches, or recompute more, so that a step fits. Raises OutOfMemory when nothing is left."""
+        ours, dtype = self.run.config.megatronish, self.run.config.deepspeed.dtype
+        found = relief(self.run.plan, self.recompute, ours.model.seq_length, dtype, self.device.type)
+        if found is None:
+            raise OutOfMemory(
+                f"{message}, but a micro batch of one sample does not fit, and every block is recomputed already. Shorten "
+                "--model.seq_length, or use more ranks with --zero_optimization.stage 3 or --parallel.tensor."
+            )
+        plan, self.recompute = found
+        if plan != self.run.plan and self.loader.stream_states() is not None:
+            raise OutOfMemory(
+                f"{message}, and streamed text cannot be divided into other micro batches on the way. Start with "
+                f"--train_micro_batch_size_per_gpu {plan.micro} --gradient_accumulation_steps {plan.accumulation}."
+            )
+        model: Any = self.engine.module.model
+        model.set_activation_checkpointing(self.recompute)
+        self._say(told(message, plan, self.recompute))
+        self.run = replace(self.run, plan=plan)
+        self.engine.set_plan(plan)
+        self.incidents.run = self.run
+        self.loader.close()
+        self.loader = self._open_loader(None)
+
+    def _rehearse(self) -> None:
+        """Before the first step run the largest micro batch that can come, and take smaller ones until all ranks have room."""
+        on_gpu = self.device.type == "cuda"
+        if not self.engine.can_shrink or not (on_gpu or self.engine.budget):
+            return
+        model, module = self.run.config.megatronish.model, self.engine.module
+        budget = self.engine.budget or ActivationBudget(module, None)
+        while True:
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats(self.device)
+            batch = longest_batch(self.run.plan.micro, model.seq_length, model.vocab_size, self.device)
+            fits = torch.tensor(float(rehearse(module, batch, budget)), device=self.device)
+            if dist.get_world_size() > 1:
+                dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+            if fits:
+                break
+            self._relieve("the largest micro batch does not fit")
+        peak = f", {torch.cuda.max_memory_allocated(self.device) / GIB:.2f} GiB at most" if on_gpu else ""
+        self._say(f"the largest micro batch fits: it keeps {budget.used / GIB:.3g} GiB for its backward pass{peak}")
 
     def _count(self, bad: bool, records: list[StepRecord]) -> None:
         """Keep what is to be known of a step that was left out; raises TrainingStopped when they do not end."""
