@@ -20,8 +20,7 @@ def main() -> int:
         config = parse(sys.argv[1:], "launchers/pretrain.py")
         from megatronish.training.loop import pretrain  # torch and deepspeed: only after the process is settled
 
-        pretrain(config, rank)
-    return 0
+        return pretrain(config, rank)
 
 
 if __name__ == "__main__":

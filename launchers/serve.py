@@ -33,7 +33,12 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"the key that clients must send (or the variable {KEY_VARIABLE})",
     )
     add("--model-name", metavar="NAME", help="what clients call the model (the name of its folder)")
-    add("--slots", type=int, default=8, metavar="N", help="sequences written side by side (8)")
+    add(
+        "--slots",
+        type=int,
+        metavar="N",
+        help="sequences written side by side (what a quarter of free memory holds, up to 64)",
+    )
     add("--max-context", type=int, metavar="N", help="tokens of prompt and answer (the model's context)")
     add(
         "--max-waiting", type=int, default=64, metavar="N", help="further requests that may wait; more are refused (64)"
@@ -105,7 +110,7 @@ def main() -> int:
         name = arguments.model_name or loaded.info.run_dir.resolve().name
         app = create_app(scheduler, name, api_key=key, limits=Limits(arguments.timeout, arguments.max_body))
         print(
-            f"{loaded.info.folder} as {name!r}: {arguments.slots} slots of {scheduler.max_context:,} tokens, cache "
+            f"{loaded.info.folder} as {name!r}: {scheduler.slots} slots of {scheduler.max_context:,} tokens, cache "
             f"{scheduler.cache_bytes / 1e6:,.0f} MB; http://{arguments.host}:{arguments.port}",
             file=sys.stderr,
         )

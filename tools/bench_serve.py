@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--checkpoint", required=True, metavar="DIR", help="what to serve")
     add("--clients", type=int, default=64, metavar="N", help="(64)")
     add("--seconds", type=float, default=60.0, metavar="S", help="(60)")
-    add("--slots", type=int, default=16, metavar="N", help="(16)")
+    add("--slots", type=int, default=64, metavar="N", help="(64)")
     add("--new-tokens", type=int, default=64, metavar="N", help="of each completion, unless it ends itself (64)")
     add("--prompt", default="def f(x):", metavar="TEXT", help="what each begins with")
     add("--server-options", nargs=argparse.REMAINDER, default=[], help="all that follows goes to launchers/serve.py")

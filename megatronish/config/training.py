@@ -46,9 +46,29 @@ class TrainConfig(Frozen):
         description="seconds without a heartbeat of a rank, or without progress of any, after which all ranks end; 0: never",
     )
     start_timeout: float = Field(600.0, gt=0.0, description="seconds to wait for all ranks to come")
+    time_limit: float | None = Field(
+        None, gt=0.0, description="hours after which the run saves and ends with status 76; it begins to save in time"
+    )
+    max_skipped_steps: int = Field(
+        5, ge=1, description="steps in a row that a loss or gradient which is no number makes skip; then the run ends"
+    )
+    on_spike: Literal["ignore", "warn", "rollback"] = Field(
+        "warn", description="what a sudden rise of the loss does; rollback: back to a checkpoint, past that data"
+    )
+    spike_threshold: float = Field(
+        10.0, gt=0.0, description="a spike: the loss is so many robust standard deviations above the median"
+    )
+    spike_window: int = Field(128, ge=8, description="steps whose losses are the median and the deviation of a spike")
+    spike_steps: int = Field(2, ge=1, description="steps up to a spike whose samples are left out after a rollback")
+    max_rollbacks: int = Field(3, ge=0, description="rollbacks of a whole run; a spike after them is warned of")
     log_interval: int = Field(10, ge=1, description="steps between lines of metrics.jsonl and the live line")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none", description="recompute in backward: nothing, all but matrix products and attention, or whole blocks"
+    )
+    memory_budget: float | None = Field(
+        None,
+        gt=0.0,
+        description="GiB that a forward pass of a rank may keep for backward; beyond it counts as out of memory",
     )
     compile: bool = Field(False, description="torch.compile every block")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from megatronish.data.errors import DataError
 from megatronish.data.indexed import IndexedReader
-from megatronish.data.packing import KEPT_EPOCHS, DocumentTable, join_pieces
+from megatronish.data.packing import KEPT_EPOCHS, DocumentTable, documents_at, join_pieces
 from megatronish.data.permutation import keyed_permutation
 from megatronish.data.samples import Rows, SampleSource
 
@@ -85,6 +85,10 @@ class DocumentSamples:
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
         """Real tokens of samples int64[b]: inputs and the one more."""
         return self._places(numbers)[1]
+
+    def documents(self, number: int) -> list[int]:
+        """The data set's document of sample `number`."""
+        return documents_at(self.reader, self._places(np.array([number], dtype=np.int64))[0])
 
     def rows(self, numbers: np.ndarray) -> Rows:
         """Samples int64[b] of up to s + 1 tokens; see SampleSource."""

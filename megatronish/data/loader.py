@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import signal
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -95,6 +96,12 @@ class _StreamParts:
         return {"workers": self.workers, "ranks": self.ranks, "parts": parts}
 
 
+def _hear_no_signals(worker: int) -> None:
+    """In a loader process: a signal to stop is for its rank, which ends it when it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class MicroBatchLoader:
     """Endless iterator over one rank's micro batches, starting at the sampler's `consumed_samples`.
 
@@ -138,6 +145,7 @@ class MicroBatchLoader:
                     prefetch_factor=max(prefetch, 1),
                     persistent_workers=True,
                     pin_memory=pin_memory,
+                    worker_init_fn=_hear_no_signals,
                 )
             )
         elif prefetch > 0:

@@ -16,7 +16,7 @@ import numpy as np
 from megatronish.data.blend import Blend
 from megatronish.data.errors import DataError
 from megatronish.data.indexed import IndexedReader
-from megatronish.data.packing import DocumentTable, TokenStream
+from megatronish.data.packing import DocumentTable, TokenStream, documents_at
 from megatronish.data.samples import Rows, Sample
 
 DEFAULT_SPLIT = "969,30,1"
@@ -105,6 +105,11 @@ class MegatronSamples:
     def sample(self, number: int) -> Sample:
         """Tokens int[s + 1] of sample `number` and the offsets in 0..s at which documents (sequences) begin."""
         return self.rows(np.array([number], dtype=np.int64)).sample(0)
+
+    def documents(self, number: int) -> list[int]:
+        """The data set's sequences of which sample `number` has tokens, in order."""
+        begin = int(self._order[number]) * self.seq_length
+        return documents_at(self.reader, self._stream.sources(begin, self.seq_length + 1))
 
 
 def wanted_samples(weights: Sequence[float] | None, corpora: int, total: int) -> list[int | None]:

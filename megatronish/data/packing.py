@@ -72,6 +72,11 @@ class TokenStream:
         lengths = lengths_between(starts, len(begins) * length)
         return Rows(join_pieces(self._tokens, sources, lengths).reshape(len(begins), length), starts)
 
+    def sources(self, begin: int, length: int) -> np.ndarray:
+        """Where the documents of which a window has tokens begin in the reader's tokens, int64[documents], in order."""
+        first, last = np.searchsorted(self.stream_starts, (begin + 1, begin + length), side="left")
+        return self._source_starts[first - 1 : last]
+
     def _few_windows(self, begins: list[int], length: int) -> Rows:
         """The same in plain Python: for a few documents faster than the fixed cost of the array operations."""
         starts: list[int] = []
@@ -94,6 +99,12 @@ class TokenStream:
             starts += [start + shift for start in here[:count]]
         tokens = np.ndarray((len(begins), length), self._tokens.dtype, buffer=bytearray().join(pieces))
         return Rows(tokens, np.array(starts, dtype=np.int64))
+
+
+def documents_at(reader: IndexedReader, starts: np.ndarray) -> list[int]:
+    """The documents that begin at these of the reader's tokens; an empty one is passed over for the one behind it."""
+    found = np.searchsorted(reader.document_starts, starts, side="right") - 1
+    return [int(document) for document in found]
 
 
 def lengths_between(starts: np.ndarray, end: int) -> np.ndarray:
@@ -188,6 +199,13 @@ class PackedDataset:
     def sample(self, number: int) -> Sample:
         """Tokens int[s + 1] of sample `number` (from 0, without end) and the offsets in 0..s at which documents begin."""
         return self.rows(np.array([number], dtype=np.int64)).sample(0)
+
+    def documents(self, number: int) -> list[int]:
+        """The data set's documents of which sample `number` has tokens, in order."""
+        epoch, place = divmod(number, self.samples_per_epoch)
+        stream, sample_order = self._epoch(epoch)
+        begin = int(sample_order[place]) * self.seq_length
+        return documents_at(self.reader, stream.sources(begin, self.seq_length + 1))
 
 
 class DocumentTable:

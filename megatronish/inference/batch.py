@@ -19,6 +19,7 @@ from megatronish.inference.lookup import PromptLookup
 from megatronish.inference.sampling import Sampling, choose
 from megatronish.model.kv_cache import KVCache
 from megatronish.model.transformer import Transformer
+from megatronish.ops.linear import FEW_ROWS
 
 FinishReason = Literal["end of document", "max new tokens", "context full", "stop string", "cancelled"]
 
@@ -177,13 +178,17 @@ class Batch:
             self._admit(self.waiting.popleft())
         ready = [each for each in self.running if each.unread == 1]
         room = self._cache.chunk
+        last: list[tuple[Generation, Tensor]] = []
         for each in [each for each in self.running if each.unread > 1]:
             # A piece is never cut by what was read before it: its numbers do not depend on its neighbours.
             piece = min(each.unread, self._cache.chunk)
             if piece > room:
                 break
-            self._read_piece(each)
+            hidden = self._read_piece(each)
+            if each.unread == 0:
+                last.append((each, hidden))
             room -= piece
+        self._begin(last)
         self._decode(ready)
 
     def _admit(self, generation: Generation) -> None:
@@ -208,16 +213,24 @@ class Batch:
         count = next((i for i in range(limit) if held[i] != ids[i]), limit)
         return count if self._cache.can_rewind(len(held) - count) else 0
 
-    def _read_piece(self, generation: Generation) -> None:
-        """Read the next piece of a prompt; the last piece gives the first new token."""
+    def _read_piece(self, generation: Generation) -> Tensor:
+        """Read the next piece of a prompt; what the head would read of its last token, [hidden]."""
         assert generation.slot is not None, "running generations have a slot"
         piece = generation.ids[generation.read :][: self._cache.chunk]
         tokens = torch.tensor([piece], device=self.device)
-        logits = self.model(tokens, cache=self._cache.select([generation.slot]), last=1)
+        hidden = self.model.last_hidden(tokens, self._cache.select([generation.slot]))
         self._held[generation.slot] += piece
         generation.read += len(piece)
-        if generation.unread == 0:
-            self._take(generation, logits[0, -1])
+        return hidden[0]
+
+    def _begin(self, last: list[tuple[Generation, Tensor]]) -> None:
+        """Draw the first new token of each whose prompt is read, from what the head would read: the head is the largest
+        matrix of a small model, and reads its weights once for all of them, each row by itself as long as they are few."""
+        assert self.model.head is not None, "generation needs the whole model"
+        for part in (last[start : start + FEW_ROWS] for start in range(0, len(last), FEW_ROWS)):
+            logits = self.model.head(torch.stack([hidden for _, hidden in part]))
+            for (generation, _), row in zip(part, logits, strict=True):
+                self._take(generation, row)
 
     def _decode(self, ready: list[Generation]) -> None:
         """Read the last token of each, with the guesses behind it, and draw the tokens that follow."""

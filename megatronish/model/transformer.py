@@ -144,6 +144,10 @@ class Transformer(nn.Module):
         hidden = self._hidden(tokens, positions, cu_seqlens, max_seqlen, cache)
         return self.head(hidden if last is None else hidden[:, -last:])
 
+    def last_hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """What the head reads of the last token of each row, [b, hidden]: tokens [b, s] behind those in `cache`."""
+        return self._hidden(tokens, None, None, None, cache)[:, -1]
+
     def _hidden(
         self,
         tokens: Tensor,

@@ -8,11 +8,17 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 SHUTDOWN_SECONDS = 20.0
 FLUSH_SECONDS = 1.0
 STOPPED = 75  # exit status of a run that the watchdog ended: EX_TEMPFAIL of sysexits.h, "try again"
+SAVED = 76  # exit status of a run that was asked to stop, by a signal or its time limit, and saved before it did
+
+STATUS_FILE = (
+    "MEGATRONISH_STATUS_FILE"  # in the environment: where the first rank writes its status for launchers/supervise.py
+)
 
 
 def end_now(status: int) -> NoReturn:
@@ -50,6 +56,8 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         traceback.print_exc()
         status = 1
     end_within(SHUTDOWN_SECONDS, status)
+    if (told := os.environ.get(STATUS_FILE)) and os.environ.get("RANK", "0") == "0":
+        Path(told).write_text(str(status), encoding="ascii")
     atexit._run_exitfuncs()
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and status == 0 and not mpi.Is_finalized():

@@ -14,6 +14,10 @@ What it settles, so that the rest of the code need not know (each met on deepspe
   divided on the first of their ranks only: the layers mark theirs;
 - its pipelines take a flat list of layers and name their parameters by index: here a stage is a part of the Transformer with
   its own names, and every stage reads the micro batches itself, so that hidden states are all that travels;
+- a step whose loss is no number on any rank, or whose gradient norm is none, changes nothing. A loss that is no number makes its
+  rank's gradients so, and with them the norm that every rank gets: no message of its own is needed. DeepSpeed then skips the
+  step; in bf16 under ZeRO 1 and 2 it looks at the norm only where told to (`check_grad_overflow`), and then at every gradient, too,
+  which would read them once more;
 - shutdown is explicit and bounded in time.
 """
 
@@ -22,12 +26,12 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import math
 import os
 import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +55,24 @@ from megatronish.model.transformer import IGNORED_LABEL, Transformer
 from megatronish.parallel.ending import SHUTDOWN_SECONDS, end_within
 from megatronish.parallel.layers import is_copy
 from megatronish.parallel.meeting import Meeting, meet_by_environment
-from megatronish.parallel.mesh import Axis, ParallelMesh
+from megatronish.parallel.mesh import ParallelMesh
 from megatronish.parallel.whole import collect_whole, parts_of
 from megatronish.training.fragments import SavedFragments
 from megatronish.training.held_state import HeldState, can_move
 from megatronish.training.host_copies import HostCopies
+from megatronish.training.memory import GIB, ActivationBudget, OutOfMemory, shortest_batch
+from megatronish.training.model_parallel_unit import ModelParallelUnit
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
 from megatronish.training.pickled_state import PickledState
 from megatronish.training.saving import Snapshot
+from megatronish.training.step import (
+    Batch,
+    StepResult,
+    let_skip_steps,
+    nan_unless_finite,
+    own_part,
+    the_norm_tells,
+)
 
 NEVER = 1 << 60
 STATE_CLASSES = (
@@ -68,17 +82,6 @@ STATE_CLASSES = (
     fragment_address,
 )  # in its pickles
 EVALUATED_AT_ONCE = 64  # micro batches that a pipeline runs between two fillings of itself
-Batch = dict[str, Any]  # what data/loader.py yields, on the engine's device
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did. Tensors stay on the device: reading them waits for it."""
-
-    loss_sum: torch.Tensor  # [] fp32, this rank's sum of token losses
-    tokens: torch.Tensor  # [] fp32, tokens of the whole step over all ranks
-    grad_norm: float | torch.Tensor | None  # before clipping, over all ranks
-    skipped: bool  # fp16 overflow: nothing was updated
 
 
 def device() -> torch.device:
@@ -147,20 +150,31 @@ class Engine:
         optimizer = build_optimizer(groups, config, self.device)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=keys, mpu=mpu)
         stage, low_precision = config.deepspeed.zero_optimization.stage, config.deepspeed.dtype != "fp32"
         self._own_norm = stage == 0 and not low_precision
+        if self._own_norm:
+            let_skip_steps(optimizer)
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=keys, mpu=mpu)
         self._stage3 = stage == 3
         self.can_move = can_move(config)
         self._files = PickledState(STATE_CLASSES)
         self._engine.checkpoint_engine = self._files
         self._engine._copy_recovery_script = lambda save_path: None  # a program has no place in a checkpoint
+        self._fp16 = config.deepspeed.dtype == "fp16"
+        limit = config.megatronish.train.memory_budget
+        self.budget = None if limit is None else ActivationBudget(model, limit * GIB)
+        self._lacked_memory = False
+        self.can_shrink = stage < 3 and mesh.tp.size * mesh.pp.size * mesh.sp.size == 1
         if stage == 0 and low_precision:
             self._engine.optimizer.optimizer.state.clear()
+        if hasattr(self._engine.optimizer, "check_grad_overflow") and not self._fp16:
+            self._engine.optimizer.check_grad_overflow = True
+            if not config.deepspeed.zero_optimization.offloads_optimizer:  # there each gradient is looked at anyway
+                self._engine.optimizer.check_overflow = the_norm_tells
 
     def _wrap(self, model: Transformer) -> tuple[nn.Module, Any]:
         """What DeepSpeed gets: a module, and the groups of tensor parallelism."""
-        return _LossModule(model), _ModelParallelUnit.of(self.mesh)
+        return _LossModule(model), ModelParallelUnit.of(self.mesh)
 
     def _begin_step(self, batches: list[Batch], rate_share: float) -> torch.Tensor:
         """Set the learning rate; returns the number of tokens of the step."""
@@ -175,16 +189,82 @@ class Engine:
         batches = [own_part(batch, self.mesh.sp) for batch in batches]
         tokens = self._begin_step(batches, rate_share)
         scale = self.mesh.data.size / tokens  # DeepSpeed averages over ranks
-        loss_sum = torch.zeros((), device=self.device)
+        loss_sum, norm = torch.zeros((), device=self.device), None
         self._engine.train()
+        scaler = self.held_state().scaler_numbers() if self._fp16 else {}
+        self._lacked_memory = False
         for batch in batches:
-            loss = self._engine(batch)
-            self._engine.backward(loss * scale, scale_wrt_gas=False)
+            loss = self._forward(batch)
+            try:
+                self._engine.backward(loss * (scale + nan_unless_finite(loss)), scale_wrt_gas=False)
+            except torch.OutOfMemoryError as error:
+                raise self._no_memory(batch, error) from None
             loss_sum += loss.detach()
-            norm = self._plain_norm() if self._own_norm and self._engine.is_gradient_accumulation_boundary() else None
+            if self._own_norm and self._engine.is_gradient_accumulation_boundary():
+                norm = self._plain_norm()
+                self._engine.optimizer.overflow = not torch.isfinite(norm)
             self._engine.step()
-        skipped = bool(getattr(self._engine.optimizer, "overflow", False))
-        return StepResult(loss_sum, tokens, norm if self._own_norm else self._engine.get_global_grad_norm(), skipped)
+        return self._result(loss_sum, tokens, norm, scaler)
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        """The loss of a micro batch. Without memory for it, NaN: then every rank leaves the step out.
+
+        That takes a pass over next to nothing in its place, since the others wait for this rank's gradients. Raises
+        OutOfMemory where ranks wait for each other inside the forward pass, too.
+        """
+        try:
+            with self.budget or nullcontext():
+                loss: torch.Tensor = self._engine(batch)
+            return loss
+        except (OutOfMemory, torch.OutOfMemoryError) as error:
+            if not self.can_shrink:
+                raise self._no_memory(batch, error) from None
+        self._lacked_memory = True
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self._engine(shortest_batch(batch)) * math.nan
+
+    def _no_memory(self, batch: Batch, error: Exception) -> OutOfMemory:
+        """What ends the run where a rank cannot leave a step out: the others already wait for this part of it."""
+        return OutOfMemory(
+            f"no memory for a micro batch of {len(batch['tokens'])} on rank {dist.get_rank()} ({error}). Halve "
+            "--train_micro_batch_size_per_gpu and double --gradient_accumulation_steps, which keeps the samples of a step, or add "
+            "--train.activation_checkpointing selective (then full). A run does this by itself in the forward pass, under ZeRO 0 to 2 "
+            "without tensor, pipeline or sequence parallel ranks."
+        )
+
+    def set_plan(self, plan: BatchPlan) -> None:
+        """Take micro batches of another size from the next step on; the samples of a step stay the same."""
+        engine = self._engine
+        engine._config.train_micro_batch_size_per_gpu = plan.micro
+        engine._config.gradient_accumulation_steps = plan.accumulation
+        engine.micro_steps = engine.global_steps * plan.accumulation  # a step ends where they are a multiple
+        if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+            engine.optimizer.gradient_accumulation_steps = plan.accumulation
+
+    def _result(
+        self, loss_sum: torch.Tensor, tokens: torch.Tensor, own_norm: torch.Tensor | None, scaler: dict[str, float]
+    ) -> StepResult:
+        """What the step did; scaler: where the loss scale stood before it."""
+        skipped = bad = bool(getattr(self._engine.optimizer, "overflow", False))
+        if skipped:
+            for kept in (
+                "averaged_gradients",
+                "all_grad_tensors",
+            ):  # ZeRO-2 offload adds the next step's to them otherwise
+                if isinstance(gradients := getattr(self._engine.optimizer, kept, None), dict):
+                    gradients.update(dict.fromkeys(gradients))
+        lacked = False
+        if skipped:
+            known = torch.tensor([not torch.isfinite(loss_sum), self._lacked_memory], device=self.device).float()
+            dist.all_reduce(known, op=dist.ReduceOp.MAX)
+            broken, lacked = (bool(each) for each in known.tolist())
+            if self._fp16:
+                bad = broken
+                if bad:  # the loss is not scaled: no smaller scale would have helped
+                    self.held_state().set_scaler(scaler)
+        norm = self._engine.get_global_grad_norm() if own_norm is None else own_norm
+        return StepResult(loss_sum, tokens, norm, skipped, bad and not lacked, lacked)
 
     def _plain_norm(self) -> torch.Tensor:
         divided: list[torch.Tensor] = []
@@ -290,9 +370,7 @@ class StageEngine(Engine):
         # DeepSpeed averages over data-parallel ranks and over micro batches.
         stage.begin(batches, self.mesh.data.size / tokens * len(batches))
         self._engine.train_batch(_first_and_last(batches))
-        skipped = bool(getattr(self._engine.optimizer, "overflow", False))
-        loss_sum = self.mesh.pp.sum_(stage.loss_sum)
-        return StepResult(loss_sum, tokens, self._engine.get_global_grad_norm(), skipped)
+        return self._result(self.mesh.pp.sum_(stage.loss_sum), tokens, None, {})
 
     @torch.no_grad()
     def evaluate(self, batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -316,16 +394,6 @@ class StageEngine(Engine):
 def start_engine(model: Transformer, config: RunConfig, plan: BatchPlan, mesh: ParallelMesh) -> Engine:
     """The engine of this rank; see Engine."""
     return (StageEngine if mesh.pp.size > 1 else Engine)(model, config, plan, mesh)
-
-
-def own_part(batch: Batch, sp: Axis) -> Batch:
-    """The rank's part of the sequences of a micro batch; documents stay those of the whole."""
-    if sp.size == 1:
-        return batch
-    parts: Batch = {
-        key: batch[key].chunk(sp.size, dim=1)[sp.rank] for key in ("tokens", "labels", "positions") if key in batch
-    }
-    return {**batch, **parts}
 
 
 def _first_and_last(batches: list[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -382,7 +450,7 @@ class _Stage(PipelineModule):
             return hidden
         loss = self.model.hidden_loss(hidden, labels)
         self.loss_sum += loss.detach()
-        return loss * self._scale
+        return loss * (self._scale + nan_unless_finite(loss))
 
     def _file(self, folder: str) -> str:
         return os.path.join(folder, f"stage_{self.stage_id:02d}-tensor_{self.mesh.tp.rank:02d}.pt")
@@ -399,41 +467,6 @@ class _Stage(PipelineModule):
 def is_tied_copy(parameter: torch.Tensor) -> bool:
     """Whether another pipeline stage has the same parameter and counts it."""
     return bool(getattr(parameter, "ds_pipe_replicated", False))
-
-
-class _ModelParallelUnit:
-    """The groups of the mesh under the names that DeepSpeed asks for (`mpu`, after Megatron-LM)."""
-
-    def __init__(self, mesh: ParallelMesh) -> None:
-        assert mesh.device_mesh is not None
-        self._mesh, self._data, self._model = mesh, mesh.device_mesh.get_group("dp"), mesh.device_mesh.get_group("tp")
-
-    @classmethod
-    def of(cls, mesh: ParallelMesh) -> _ModelParallelUnit | None:
-        """None where no matrix is divided: then DeepSpeed takes all ranks for data-parallel ones."""
-        return cls(mesh) if mesh.tp.size > 1 else None
-
-    def get_model_parallel_rank(self) -> int:
-        return self._mesh.tp.rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._mesh.tp.size
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._model
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-
-    def get_data_parallel_rank(self) -> int:
-        return self._mesh.dp.rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._mesh.dp.size
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._data
 
 
 def linear_cross_entropy(

@@ -7,7 +7,7 @@ or replaced. AdamW's and Lion's moments are numbers of each weight; Muon's are n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ class HeldState:
 
     def fragments(self) -> Fragments:
         """What this rank, and none before it, holds: views of the tensors themselves. Every rank calls it."""
-        held, scalars = {}, self._scaler_numbers()
+        held, scalars = {}, self.scaler_numbers()
         for name, place in self._places():
             state = self._torch.state[place.flat]
             kinds = {key: place.of(value) for key, value in state.items() if _is_moment(value, place.flat)}
@@ -85,10 +85,14 @@ class HeldState:
             place.of(place.flat).copy_(saved.read(MASTER, extent))
             for kind in saved.moments:
                 place.of(self._torch.state[place.flat][kind]).copy_(saved.read(kind, extent))
-        scaler = self._scaler()
-        for key in self._scaler_numbers().keys() & saved.scalars.keys():
-            setattr(scaler, key, type(getattr(scaler, key))(saved.scalars[key]))
+        self.set_scaler(saved.scalars)
         self._update_weights()
+
+    def set_scaler(self, numbers: Mapping[str, float]) -> None:
+        """Give the loss scale of fp16 the numbers that `scaler_numbers` gave; others are passed over."""
+        scaler = self._scaler()
+        for key in self.scaler_numbers().keys() & numbers.keys():
+            setattr(scaler, key, type(getattr(scaler, key))(numbers[key]))
 
     def optimizer_bytes(self) -> int:
         """Bytes of the moments, and of the master weights where they are not the model's own."""
@@ -159,7 +163,8 @@ class HeldState:
         own = getattr(self._optimizer, "loss_scale_config", None)
         return own if self._is_unfused else getattr(self._optimizer, "loss_scaler", None)
 
-    def _scaler_numbers(self) -> dict[str, float]:
+    def scaler_numbers(self) -> dict[str, float]:
+        """Where the loss scale of fp16 stands."""
         found = vars(self._scaler()) if self._scaler() is not None else {}
         return {key: float(found[key]) for key in SCALER if isinstance(found.get(key), int | float)}
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatronish import __version__
-from megatronish.config.errors import ConfigError, UserError
+from megatronish.config.errors import ConfigError
 from megatronish.config.run import BatchPlan, RunConfig
 from megatronish.data.dataset import Dataset
 from megatronish.data.loader import MicroBatchLoader
@@ -27,7 +30,7 @@ from megatronish.model.init import init_weights
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import WEIGHTS_FILE, save_model
 from megatronish.parallel.decisions import Decisions
-from megatronish.parallel.ending import SHUTDOWN_SECONDS, end_within
+from megatronish.parallel.ending import SAVED, SHUTDOWN_SECONDS, end_within
 from megatronish.parallel.layers import TensorParallel
 from megatronish.parallel.meeting import Meeting, meet_by_environment
 from megatronish.parallel.mesh import ParallelMesh, build_mesh
@@ -35,9 +38,9 @@ from megatronish.parallel.pipeline import balanced_stages
 from megatronish.parallel.startup import Rank, has_gpu
 from megatronish.parallel.watchdog import Watchdog
 from megatronish.training.announcement import announce
+from megatronish.training.black_box import BAD, SPIKE, TrainedStep
 from megatronish.training.checkpoint import ENGINE_TAG, RUN_FILE, CheckpointStore
 from megatronish.training.engine import (
-    Batch,
     device,
     gathered,
     partitioned_construction,
@@ -45,7 +48,18 @@ from megatronish.training.engine import (
     start_process_group,
     stop_process_group,
 )
+from megatronish.training.guard import BadSteps, spike_score
 from megatronish.training.host_copies import HostCopies
+from megatronish.training.incidents import Incidents
+from megatronish.training.memory import (
+    GIB,
+    ActivationBudget,
+    OutOfMemory,
+    longest_batch,
+    rehearse,
+    relief,
+    told,
+)
 from megatronish.training.monitor import Monitor
 from megatronish.training.peak import find_peak
 from megatronish.training.preparation import Prepared, prepare
@@ -53,43 +67,44 @@ from megatronish.training.resume import settle_resume
 from megatronish.training.run_lock import hold_run_dir
 from megatronish.training.saving import Saver, Snapshot
 from megatronish.training.schedules import rate_share
-from megatronish.training.state import load_streams, save_streams
+from megatronish.training.state import LAYOUT, TrainState, load_streams, save_streams
+from megatronish.training.step import Batch, StepResult
+from megatronish.training.step_agreement import StepAgreement, StepRecord
+from megatronish.training.stopping import StopRequests, seconds_left
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class TrainingStopped(UserError):
-    """Training cannot go on: the loss is no number."""
-
-
-def pretrain(config: RunConfig, rank: Rank) -> Path:
-    """Train the run to its last step; returns the run's folder. Every rank calls it.
+def pretrain(config: RunConfig, rank: Rank) -> int:
+    """Train the run to its last step; returns the exit status: 0, or SAVED if it was asked to stop. Every rank calls it.
 
     Raises UserError for whatever the user can mend, before the ranks meet wherever it can be known by then.
     """
-    run_dir = Path(config.megatronish.train.save_dir)
-    with hold_run_dir(run_dir, rank.is_first):
+    train = config.megatronish.train
+    stops = StopRequests(seconds_left(train.time_limit, os.environ))
+    with hold_run_dir(Path(train.save_dir), rank.is_first):
         run = prepare(config, rank)
-        meeting = meet_by_environment(config.megatronish.train.start_timeout, what_ranks_share(config))
+        meeting = meet_by_environment(train.start_timeout, what_ranks_share(config))
         run = settle_resume(run, meeting)
-        if run.state.step < config.megatronish.train.steps:
-            train_together(run, rank, meeting)
-        elif rank.is_first:
+        if run.state.step < train.steps:
+            return train_together(run, rank, meeting, stops)
+        if rank.is_first:
             print(f"{run.resume_from} is already at step {run.state.step}: nothing left to train. Raise --train.steps.")
-    return run_dir
+    return 0
 
 
-def train_together(run: Prepared, rank: Rank, meeting: Meeting) -> None:
-    """Train with the ranks of the meeting, and leave them in bounded time whatever comes."""
+def train_together(run: Prepared, rank: Rank, meeting: Meeting, stops: StopRequests) -> int:
+    """Train with the ranks of the meeting, and leave them in bounded time whatever comes; returns the exit status."""
     train = run.config.megatronish.train
     try:
         with start_watchdog(meeting, run.config) as watchdog:
             start_process_group(collective_minutes(train.hang_timeout), meeting)
-            _Trainer(run, rank, watchdog, meeting).train()
+            stopped_by = Trainer(run, rank, watchdog, stops, meeting).train()
     except BaseException:
         end_within(SHUTDOWN_SECONDS, status=1)  # peers may wait for this rank in a collective: the launcher ends them
         raise
     stop_process_group()
+    return SAVED if stopped_by else 0
 
 
 def what_ranks_share(config: RunConfig) -> dict[str, str]:
@@ -114,11 +129,13 @@ def collective_minutes(hang_timeout: float) -> float:
     return max(30.0, 11 * hang_timeout / 60)
 
 
-class _Trainer:
+class Trainer:
     """The loop of one rank."""
 
-    def __init__(self, run: Prepared, rank: Rank, watchdog: Watchdog | None, meeting: Meeting) -> None:
-        self._watchdog = watchdog
+    def __init__(
+        self, run: Prepared, rank: Rank, watchdog: Watchdog | None, stops: StopRequests, meeting: Meeting
+    ) -> None:
+        self._watchdog, self._stops = watchdog, stops
         ours = run.config.megatronish
         self.run, self.rank, self.train_config, self.schedule = run, rank, ours.train, ours.schedule
         self.device, self.state = device(), run.state
@@ -142,79 +159,241 @@ class _Trainer:
         self.engine = start_engine(model, run.config, run.plan, self.mesh)
         if run.resume_from:
             self.engine.load(run.resume_from, ENGINE_TAG)
-        sampler = MicroBatchSampler(
-            self.state.samples, run.plan.samples, run.plan.micro, self.mesh.dp.rank, run.plan.data_size
-        )
-        self.loader = MicroBatchLoader(
-            run.data.train,
-            sampler,
-            document_mask=ours.data.document_mask and ours.data.pack,  # unpacked, a row is one document anyway
-            num_workers=ours.data.num_workers,
-            prefetch=2 * run.plan.accumulation,
-            pin_memory=self.device.type == "cuda",
-            stream_states=load_streams(run.resume_from, self.mesh.dp.rank) if run.resume_from else None,
-        )
+        self.loader = self._open_loader(run.resume_from)
         self.monitor = None
         if rank.is_first:
             self.monitor = Monitor(run.config, run.run_dir, self.state.step, self.flops, peak, self.device)
+        self.agreement = StepAgreement(self.device, self.mesh.tp.size * self.mesh.pp.size)
+        self.bad_steps = BadSteps(ours.train.max_skipped_steps)
+        self.incidents = Incidents(run, rank, self.engine, self.store)
+        self.last: TrainedStep  # of this process
+        self.recompute: str = ours.train.activation_checkpointing
+        self._unreported: list[StepRecord] = []
+        self._spiking = False
+
+    def _open_loader(self, checkpoint: Path | None) -> MicroBatchLoader:
+        """This rank's micro batches from where the state stands; checkpoint: where streamed text is taken up again."""
+        plan, data = self.run.plan, self.run.config.megatronish.data
+        return MicroBatchLoader(
+            self.run.data.train,
+            MicroBatchSampler(self.state.samples, plan.samples, plan.micro, self.mesh.dp.rank, plan.data_size),
+            document_mask=data.document_mask and data.pack,  # unpacked, a row is one document anyway
+            num_workers=data.num_workers,
+            prefetch=2 * plan.accumulation,
+            pin_memory=self.device.type == "cuda",
+            stream_states=load_streams(checkpoint, self.mesh.dp.rank) if checkpoint else None,
+        )
 
     def _mark(self, phase: str, step: int) -> None:
         if self._watchdog:
             self._watchdog.mark(phase, step)
 
-    def train(self) -> None:
-        """Steps up to the last one, then the last checkpoint is waited for, and the loader and the logs are closed."""
+    def train(self) -> str | None:
+        """Steps up to the last one, then the last checkpoint is waited for and all is closed; why it ended before, if it did."""
         try:
-            self._steps()
-            self._mark("saving", self.state.step)
-            self.saver.finish()
+            with self._stops:
+                self._rehearse()
+                stopped_by = self._steps()
+                self._mark("saving", self.state.step)
+                self.saver.finish()
+                return stopped_by
         except BaseException:
             self.saver.abandon()
             raise
         finally:
-            self.loader.close()
-            if self.monitor:
-                self.monitor.close()
+            self.close()
 
-    def _steps(self) -> None:
-        config, plan = self.train_config, self.run.plan
-        losses: list[torch.Tensor] = []
-        tokens: list[torch.Tensor] = []
-        for step in range(self.state.step, config.steps):
-            self._mark("training", step)
-            torch.manual_seed(step_seed(config.seed, step, random_stream(self.mesh, self.run.config)))
-            batches = [to_device(next(self.loader), self.device) for _ in range(plan.accumulation)]
-            share = rate_share(step, config.steps, self.schedule)
-            result = self.engine.train_step(batches, share)
-            losses.append(result.loss_sum)
-            tokens.append(result.tokens)
-            done, last = step + 1, step + 1 == config.steps
-            self.state = self.state.advance(plan.samples, self.run.data.tokens_of(self.state.samples, plan.samples))
-            if self.monitor and step == self.run.state.step:
-                self.monitor.first_step()
-            if done % config.log_interval == 0 or last:
-                self._report(done, losses, tokens, result.grad_norm)
-                losses, tokens = [], []
-            is_best = self._validate(done) if self._validates_at(done) else False
-            if done % config.save_interval == 0 or last or is_best:
-                self._save(done, is_best)
-
-    def _report(
-        self, done: int, losses: list[torch.Tensor], tokens: list[torch.Tensor], norm: float | torch.Tensor | None
-    ) -> None:
-        """Mean loss of the steps since the last report, over all ranks; stops when it is no number."""
-        total = torch.stack(losses).sum()
-        self.mesh.data.sum_(total)
-        count = torch.stack(tokens).sum().item()
-        loss = total.item() / count
+    def close(self) -> None:
+        """Close the loader and the logs."""
+        self.loader.close()
         if self.monitor:
-            grad_norm = None if norm is None else float(norm)
-            self.monitor.step(done, loss, self.engine.learning_rate(), grad_norm, self.state.tokens, int(count))
-        if not math.isfinite(loss):
-            raise TrainingStopped(
-                f"the loss is {loss} at step {done}. The last checkpoint is {self.store.newest()}. "
-                "Lower --optimizer.params.lr, lengthen --schedule.warmup_steps, or clip with --gradient_clipping 1.0."
+            self.monitor.close()
+
+    def _steps(self) -> str | None:
+        config = self.train_config
+        while self.state.step < config.steps:
+            start = time.monotonic()
+            self._mark("training", self.state.step)
+            result = self.next_step(self.next_batches())
+            if result is not None and result.out_of_memory:
+                self._relieve(f"out of memory in step {self.state.step + 1}, which is done again")
+                continue
+            done = self.state.step
+            last = done == config.steps
+            if self.monitor and done == self.run.state.step + 1:
+                self.monitor.first_step()
+            reports, saves = done % config.log_interval == 0 or last, done % config.save_interval == 0 or last
+            bad = result is not None and result.bad
+            records = self.agreement.settled(reports or saves or bad or self._validates_at(done))
+            if result is not None:
+                self._count(result.bad, records)
+            if self._went_back(records):
+                continue
+            if reports:
+                self._report(done)
+            is_best = self._validate(done) if self._validates_at(done) else False
+            stop = next((record.stop for record in records if record.stop), None)
+            if stop and self._went_back(self.agreement.settled(True)):
+                continue  # and stop there
+            self._stops.step_took(time.monotonic() - start)
+            if saves or is_best or stop:
+                self._timed_save(done, is_best)
+            if stop and not last:
+                self._say(f"stopped by {stop} after step {done}, saved; the same command goes on from here")
+                return stop
+        return None
+
+    def next_batches(self) -> list[Batch]:
+        """This rank's micro batches of the next step, on its device."""
+        return [to_device(next(self.loader), self.device) for _ in range(self.run.plan.accumulation)]
+
+    def seed(self) -> int:
+        """Of the random numbers of this rank in the next step."""
+        return step_seed(self.train_config.seed, self.state.step, random_stream(self.mesh, self.run.config))
+
+    def next_step(self, batches: list[Batch]) -> StepResult | None:
+        """Train on the micro batches of the next step, or pass them over (None), and count it done. Every rank calls it."""
+        config, plan, step, seed = self.train_config, self.run.plan, self.state.step, self.seed()
+        if self.state.leaves_out(plan.samples):
+            self.state = self.state.advance(plan.samples, 0, updated=False)
+            self._say(f"step {self.state.step} left out: its samples are among those of a loss spike")
+            return None
+        torch.manual_seed(seed)
+        result = self.engine.train_step(batches, rate_share(step - self.state.skipped, config.steps, self.schedule))
+        if result.out_of_memory:
+            return result
+        tokens = self.run.data.tokens_of(self.state.samples, plan.samples)
+        self.state = self.state.advance(plan.samples, tokens, updated=not result.bad)
+        self.agreement.exchange(step + 1, result.loss_sum, result.tokens, self._stops.reason)
+        self.last = TrainedStep(step + 1, batches, result.loss_sum, result.grad_norm, seed)
+        self.incidents.remember(self.last)
+        return result
+
+    def _relieve(self, message: str) -> None:
+        """Take smaller micro batches, or recompute more, so that a step fits. Raises OutOfMemory when nothing is left."""
+        ours, dtype = self.run.config.megatronish, self.run.config.deepspeed.dtype
+        found = relief(self.run.plan, self.recompute, ours.model.seq_length, dtype, self.device.type)
+        if found is None:
+            raise OutOfMemory(
+                f"{message}, but a micro batch of one sample does not fit, and every block is recomputed already. Shorten "
+                "--model.seq_length, or use more ranks with --zero_optimization.stage 3 or --parallel.tensor."
             )
+        plan, self.recompute = found
+        if plan != self.run.plan and self.loader.stream_states() is not None:
+            raise OutOfMemory(
+                f"{message}, and streamed text cannot be divided into other micro batches on the way. Start with "
+                f"--train_micro_batch_size_per_gpu {plan.micro} --gradient_accumulation_steps {plan.accumulation}."
+            )
+        model: Any = self.engine.module.model
+        model.set_activation_checkpointing(self.recompute)
+        self._say(told(message, plan, self.recompute))
+        self.run = replace(self.run, plan=plan)
+        self.engine.set_plan(plan)
+        self.incidents.run = self.run
+        self.loader.close()
+        self.loader = self._open_loader(None)
+
+    def _rehearse(self) -> None:
+        """Before the first step run the largest micro batch that can come, and take smaller ones until all ranks have room."""
+        on_gpu = self.device.type == "cuda"
+        if not self.engine.can_shrink or not (on_gpu or self.engine.budget):
+            return
+        model, module = self.run.config.megatronish.model, self.engine.module
+        budget = self.engine.budget or ActivationBudget(module, None)
+        while True:
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats(self.device)
+            batch = longest_batch(self.run.plan.micro, model.seq_length, model.vocab_size, self.device)
+            fits = torch.tensor(float(rehearse(module, batch, budget)), device=self.device)
+            if dist.get_world_size() > 1:
+                dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+            if fits:
+                break
+            self._relieve("the largest micro batch does not fit")
+        peak = f", {torch.cuda.max_memory_allocated(self.device) / GIB:.2f} GiB at most" if on_gpu else ""
+        self._say(f"the largest micro batch fits: it keeps {budget.used / GIB:.3g} GiB for its backward pass{peak}")
+
+    def _count(self, bad: bool, records: list[StepRecord]) -> None:
+        """Keep what is to be known of a step that was left out; raises TrainingStopped when they do not end."""
+        if bad:
+            self.saver.wait()
+            box = self.incidents.record(BAD, records[-1].step, self.state, records[-1].loss)
+            self._say(f"step {records[-1].step} left out: a loss or gradient is no number" + _kept(box))
+        self.bad_steps.count(bad, self.state.step, self.store.newest() if bad else None)
+
+    def _went_back(self, records: list[StepRecord]) -> bool:
+        """Take up what is known of finished steps; whether one of them sent the run back to a checkpoint."""
+        config = self.train_config
+        for record in records:
+            self._unreported.append(record)
+            if not math.isfinite(record.loss):
+                continue
+            score = spike_score(self.state.losses, record.loss)
+            rises, before = score > config.spike_threshold, self._spiking
+            self._spiking = rises
+            if rises and not before and config.on_spike != "ignore" and self._meet_spike(record, score):
+                return True
+            self.state = replace(self.state, losses=[*self.state.losses, record.loss][-config.spike_window :])
+        return False
+
+    def _meet_spike(self, record: StepRecord, score: float) -> bool:
+        """Tell of a loss spike and keep its box; whether the run went back."""
+        self.saver.wait()
+        box = self.incidents.record(SPIKE, record.step, self.state, record.loss, score)
+        told = (
+            f"loss spike at step {record.step}: {record.loss:.4f}, {score:.1f} deviations above the median{_kept(box)}"
+        )
+        if self.train_config.on_spike == "warn":
+            self._say(told)
+            return False
+        plan, first = self.run.plan, max(record.step - self.train_config.spike_steps, 0)
+        checkpoint = self.incidents.checkpoint_before(first + 1)
+        if checkpoint is None or self.state.rollbacks >= self.train_config.max_rollbacks:
+            why = (
+                "no checkpoint is old enough" if checkpoint is None else f"{self.state.rollbacks} rollbacks are enough"
+            )
+            self._say(f"{told}; not rolled back: {why}")
+            return False
+        samples = [self.state.samples - (self.state.step - step) * plan.samples for step in (first, record.step)]
+        self._roll_back(checkpoint, samples)
+        self._say(f"{told}; back at step {self.state.step}, samples {samples[0]} to {samples[1] - 1} will be left out")
+        return True
+
+    def _roll_back(self, checkpoint: Path, samples: list[int]) -> None:
+        """Go on from a checkpoint of this run, without these samples [first, stop); that is saved at once."""
+        self._mark("starting", self.state.step)
+        now, saved = self.state, TrainState.load(checkpoint)
+        layout = {name: getattr(now, name) for name in LAYOUT}
+        left_out = [*now.left_out, samples]
+        self.state = replace(saved, **layout, left_out=left_out, rollbacks=now.rollbacks + 1)
+        self.engine.load(checkpoint, ENGINE_TAG)
+        self.agreement.forget()
+        self._unreported, self._spiking = [], False
+        self.loader.close()
+        self.loader = self._open_loader(checkpoint)
+        if self.monitor:
+            self.monitor.rewind(self.state.step)
+        self._timed_save(self.state.step, False)
+
+    def _say(self, text: str) -> None:
+        if self.monitor:
+            self.monitor.say(text)
+
+    def _timed_save(self, done: int, is_best: bool) -> None:
+        start = time.monotonic()
+        self._save(done, is_best)
+        self._stops.save_took(max(time.monotonic() - start, self.saver.usual_seconds))
+
+    def _report(self, done: int) -> None:
+        """Mean loss of the steps since the last report, over all ranks, without those that were left out."""
+        records = [record for record in self._unreported if math.isfinite(record.loss)]
+        self._unreported = []
+        if self.monitor and records:
+            count = sum(record.tokens for record in records)
+            loss = sum(record.loss * record.tokens for record in records) / count
+            norm = None if self.last.grad_norm is None else float(self.last.grad_norm)
+            norm = norm if norm is not None and math.isfinite(norm) else None
+            self.monitor.step(done, loss, self.engine.learning_rate(), norm, self.state.tokens, count)
 
     def _validates_at(self, done: int) -> bool:
         interval = self.train_config.eval_interval
@@ -273,9 +452,9 @@ class _Trainer:
 
         return Snapshot(engine.bytes + sum(tensor.nbytes for tensor in weights.values()), write)
 
-    def _say(self, text: str) -> None:
-        if self.monitor:
-            self.monitor.say(text)
+
+def _kept(box: Path | None) -> str:
+    return f" (kept in {box})" if box else ""
 
 
 def build_model(

@@ -1,14 +1,27 @@
-"""Making a run fit the memory of the machine without changing what it computes."""
+"""Making a run fit the memory of the machine without changing what it computes: before it starts, and when it does not."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import psutil
+import torch
+from torch import Tensor, nn
 
+from megatronish.config.errors import UserError
 from megatronish.config.model import ModelConfig
 from megatronish.config.run import BatchPlan
 
+GIB = 1 << 30
+MODES = (
+    "none",
+    "selective",
+    "full",
+)  # of activation checkpointing, each with less memory and more work than the one before
+# Work that recomputing adds to a step, as a share of it: cheap operations alone, or a forward pass, a third of the three.
+RECOMPUTED = {"selective": 0.05, "full": 1 / 3}
+RIDGE = {"cuda": 300.0, "cpu": 20.0}  # operations in the time of reading a byte from memory: H100 bf16; AVX-512 cores
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 CPU_SHARE = 0.4  # of host memory, for the activations of all ranks
 
@@ -38,3 +51,91 @@ def fit_to_host(plan: BatchPlan, model: ModelConfig, dtype: str, checkpointing: 
     """`fit_micro_batch` for CPU ranks: depends on the machine's memory alone, so that a resumed run gets the same plan."""
     budget = CPU_SHARE * psutil.virtual_memory().total / local_ranks
     return fit_micro_batch(plan, activation_bytes_per_token(model, dtype, checkpointing) * model.seq_length, budget)
+
+
+class OutOfMemory(UserError):
+    """A micro batch needs more memory than there is, or than train.memory_budget allows."""
+
+
+class ActivationBudget:
+    """Inside it the bytes that a forward pass keeps for its backward pass are counted, each storage once.
+
+    limit: bytes; None: only count. Raises OutOfMemory in the forward pass that goes beyond it. `used` is that of the last
+    pass. The module's own weights, and what a checkpointed block does not keep, are not among them.
+    """
+
+    def __init__(self, module: nn.Module, limit: float | None) -> None:
+        self._limit, self.used = limit, 0
+        self._own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self._seen: set[int] = set()
+        self._hooks: Any = None
+
+    def __enter__(self) -> ActivationBudget:
+        self.used = 0
+        self._seen.clear()
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        place = storage.data_ptr()
+        if place not in self._own and place not in self._seen:
+            self._seen.add(place)
+            self.used += storage.nbytes()
+            if self._limit is not None and self.used > self._limit:
+                raise OutOfMemory(f"activations of {self.used / GIB:.3g} GiB are more than train.memory_budget allows")
+        return tensor
+
+
+def relief(plan: BatchPlan, mode: str, seq_length: int, dtype: str, device: str) -> tuple[BatchPlan, str] | None:
+    """The next thing to try when a micro batch does not fit: (plan, activation checkpointing); None when nothing is left.
+
+    Half the micro batch and twice the accumulation, the same samples a step, or more recomputation, whichever costs less: a
+    micro batch reads the weights three times (forward, backward, adding up) for 6 operations a weight and token, so one of
+    T tokens spends bytes * ridge / (2 T) of its time on them, and half of one twice that share.
+    """
+    at = MODES.index(mode)
+    further = MODES[at + 1] if at + 1 < len(MODES) else None
+    if plan.micro > 1:
+        half = max(part for part in range(1, plan.micro) if plan.micro % part == 0)
+        parts = plan.micro // half
+        halved = replace(plan, micro=half, accumulation=plan.accumulation * parts)
+        cost = (parts - 1) * ITEM_BYTES[dtype] * RIDGE[device] / (2 * plan.micro * seq_length)
+        if further is None or cost <= RECOMPUTED[further]:
+            return halved, mode
+    return None if further is None else (plan, further)
+
+
+def rehearse(module: nn.Module, batch: dict[str, Any], budget: ActivationBudget) -> bool:
+    """Whether a forward and backward pass over `batch` fits; no gradient is kept and nothing is sent to other ranks."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    try:
+        with budget:
+            loss = module(batch)
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+    except (OutOfMemory, torch.OutOfMemoryError):
+        return False
+    return True
+
+
+def longest_batch(micro: int, seq_length: int, vocabulary: int, where: torch.device) -> dict[str, Any]:
+    """A micro batch as large as any: every row full, a single document each."""
+    tokens = torch.arange(micro * seq_length, device=where).view(micro, seq_length) % vocabulary
+    return {"tokens": tokens, "labels": tokens}
+
+
+def shortest_batch(batch: dict[str, Any], length: int = 8) -> dict[str, Any]:
+    """The beginning of the first row alone: next to no memory, and every weight is used."""
+    return {key: batch[key][:1, :length] for key in ("tokens", "labels")}
+
+
+def told(message: str, plan: BatchPlan, mode: str) -> str:
+    """A line for the user about what was changed."""
+    return (
+        f"{message}: from here on micro batch {plan.micro}, accumulation {plan.accumulation}, activation checkpointing "
+        f"{mode}; the samples of a step stay the same"
+    )

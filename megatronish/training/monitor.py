@@ -167,7 +167,7 @@ class Monitor:
         device: torch.device,
         out: TextIO | None = None,
     ) -> None:
-        self._total = config.megatronish.train.steps
+        self._total, self._config, self._run_dir = config.megatronish.train.steps, config, run_dir
         self._flops_per_token, self._peak = flops_per_token, peak
         self._sinks = open_sinks(config, run_dir, start_step)
         self._devices = DeviceMetrics(device)
@@ -220,6 +220,13 @@ class Monitor:
         self.say(
             f"validation at step {step}: loss {loss:.4f} over {tokens:,} tokens{', best so far' if is_best else ''}"
         )
+
+    def rewind(self, step: int) -> None:
+        """The run is back at `step` steps done: what was told of later ones is dropped (Weights & Biases keeps it)."""
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = open_sinks(self._config, self._run_dir, step)
+        self._last_time, self._last_step = time.perf_counter(), step
 
     def pause_ends(self, seconds: float) -> None:
         """The last `seconds` were not training (validation, saving): leave them out of rates and ETA."""

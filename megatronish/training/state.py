@@ -44,6 +44,10 @@ class TrainState:
     tensor: int = 1  # ranks that share every matrix
     pipeline: int = 1  # ranks that share the layer list
     sequence: int = 1  # ranks that share every sample
+    skipped: int = 0  # steps done without an update: the learning rate's schedule does not count them
+    left_out: list[list[int]] = field(default_factory=list)  # samples [first, stop) that are not trained on
+    rollbacks: int = 0
+    losses: list[float] = field(default_factory=list)  # of the last steps, finite ones: what a spike is measured by
 
     @classmethod
     def start(
@@ -68,9 +72,19 @@ class TrainState:
             data_order=data_order or {},
         )
 
-    def advance(self, samples: int, tokens: int) -> TrainState:
-        """The state one optimizer step later."""
-        return replace(self, step=self.step + 1, samples=self.samples + samples, tokens=self.tokens + tokens)
+    def advance(self, samples: int, tokens: int, updated: bool = True) -> TrainState:
+        """The state one step later; without an update its samples are passed over and its tokens not counted."""
+        return replace(
+            self,
+            step=self.step + 1,
+            samples=self.samples + samples,
+            tokens=self.tokens + (tokens if updated else 0),
+            skipped=self.skipped + (not updated),
+        )
+
+    def leaves_out(self, samples: int) -> bool:
+        """Whether any of the next `samples` samples is one to leave out: then the step they make is."""
+        return any(first < self.samples + samples and self.samples < stop for first, stop in self.left_out)
 
     def save(self, folder: Path) -> None:
         """Write folder/state.json."""
@@ -130,6 +144,11 @@ class TrainState:
                 f"{where} counted its samples in another order: {', '.join(differing)}. Set that back to continue it, or begin "
                 "afresh with --train.resume never and another --train.save_dir."
             )
+
+
+def load_step(folder: Path) -> int:
+    """Steps done of a checkpoint. Raises ConfigError when it cannot be read."""
+    return TrainState.load(folder).step
 
 
 def save_streams(folder: Path, rank: int, states: dict[str, Any] | None) -> None:

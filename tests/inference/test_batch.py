@@ -68,6 +68,23 @@ def test_a_batch_has_the_very_numbers_of_its_rows():
         assert [score.logprob for score in generation.scores] == [score.logprob for score in single.scores]
 
 
+@pytest.mark.skipif(not EXTENSION.cpu, reason=EXTENSION.cpu_problem)
+def test_forty_rows_are_still_by_themselves():
+    """As many as a server writes side by side; their first tokens come from one product with the head."""
+    model = build("full", torch.bfloat16)
+    prompts = [[number, *range(2 + number % 13)] for number in range(40)]
+    batch, rows = Batch(model, 40), []
+    forward = model.head.forward
+    model.head.forward = lambda hidden: (hidden.ndim == 2 and rows.append(len(hidden))) or forward(hidden)
+    together = [batch.add(Request(ids, 8, Sampling(1.3), draw(i), logprobs=0)) for i, ids in enumerate(prompts)]
+    texts = [list(each) for each in together]
+    assert sum(rows) == 40 and len(rows) < 10  # 64 tokens of prompts a step, for that is the context
+    for i, (generation, ids) in enumerate(zip(together, prompts)):
+        single = Batch(model, 1).add(Request(ids, 8, Sampling(1.3), draw(i), logprobs=0))
+        assert texts[i] == list(single)
+        assert [score.logprob for score in generation.scores] == [score.logprob for score in single.scores]
+
+
 class HalfRight:
     """Guesses the text that will come, every fifth id of it wrong."""
 

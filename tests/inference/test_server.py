@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+import types
 
 import httpx
 import openai
@@ -19,6 +20,7 @@ from megatronish.data.tokenizer import ByteTokenizer
 from megatronish.inference.generate import generate
 from megatronish.inference.load import load_for_inference
 from megatronish.inference.sampling import Sampling
+from megatronish.inference.server import scheduler as scheduler_module
 from megatronish.inference.server.app import Limits, create_app
 from megatronish.inference.server.scheduler import Scheduler
 
@@ -302,3 +304,15 @@ def test_who_may_listen_where(arguments, message, monkeypatch):
 def test_limits_below_one(loaded, options):
     with pytest.raises(UserError, match="must be at least 1"):
         Scheduler(loaded, **options)
+
+
+def test_slots_by_default_are_what_memory_holds(loaded, monkeypatch):
+    """A quarter of the free memory for keys and values in fp32: 2 layers, 2 heads of 8, 32 tokens."""
+    each = 2 * 2 * 2 * 8 * 32 * 4
+    for free, slots in ((each, 1), (4 * 10.5 * each, 10), (1 << 40, 64)):
+        memory = types.SimpleNamespace(available=free)
+        monkeypatch.setattr(scheduler_module.psutil, "virtual_memory", lambda memory=memory: memory)
+        assert Scheduler(loaded).slots == slots
+    assert Scheduler(loaded).cache_bytes == 64 * each
+    assert Scheduler(loaded, max_context=16).cache_bytes == 32 * each
+    assert Scheduler(loaded, slots=3).slots == 3

@@ -8,7 +8,7 @@ from torch import Tensor
 from megatronish.ops import reference
 from megatronish.ops.cached_attention import cached_attention_
 from megatronish.ops.extension import EXTENSION
-from megatronish.ops.linear import linear
+from megatronish.ops.linear import FEW_ROWS, linear
 
 pytestmark = pytest.mark.skipif(not EXTENSION.cpu, reason=EXTENSION.cpu_problem)
 # A rounding of the result, and sums of up to 200 products in fp32.
@@ -26,7 +26,9 @@ def _close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("m", "k", "n"), [(1, 192, 33), (2, 7, 5), (3, 64, 1), (7, 100, 66), (16, 48, 515)])
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(1, 192, 33), (2, 7, 5), (3, 64, 1), (7, 100, 66), (16, 48, 515), (64, 96, 130)]
+)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_linear_rows(level: str, dtype: torch.dtype, m: int, k: int, n: int, bias: bool) -> None:
     x, w = _draw(m, k, dtype=dtype), _draw(n, k, seed=1, dtype=dtype)
@@ -43,7 +45,8 @@ def test_linear_takes_the_kernel_only_where_it_may() -> None:
     with torch.no_grad():
         assert torch.equal(linear(x, w), torch.ops.megatronish.linear_rows(x.view(16, 32), w, None).view(2, 8, 40))
         _close(linear(x[:, ::2], w), F.linear(x[:, ::2].double(), w.double()), torch.bfloat16)
-        assert torch.equal(linear(_draw(17, 32), w.float()), F.linear(_draw(17, 32), w.float()))
+        more = _draw(FEW_ROWS + 1, 32)
+        assert torch.equal(linear(more, w.float()), F.linear(more, w.float()))
         assert torch.equal(linear(x.double(), w.double()), F.linear(x.double(), w.double()))
     assert linear(x.requires_grad_(), w).requires_grad
 

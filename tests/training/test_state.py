@@ -47,7 +47,9 @@ def test_unreadable_states(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"state.json: cannot be read \(.*\); use an older checkpoint"):
             TrainState.load(tmp_path)
     raw = json.loads(whole)
-    for field in (field for field in fields(TrainState) if field.default is MISSING and field.name != "data_order"):
+    for field in fields(TrainState):
+        if field.default is not MISSING or field.default_factory is not MISSING:
+            continue
         (tmp_path / STATE_FILE).write_text(json.dumps({key: value for key, value in raw.items() if key != field.name}))
         with pytest.raises(ConfigError, match=f"cannot be read .*{field.name}"):
             TrainState.load(tmp_path)
@@ -108,7 +110,21 @@ def test_what_may_differ() -> None:
     there = replace(START, step=5, samples=40, tokens=4000, best_loss=2.0)
     assert there.continue_as(START, Path("x"), moves=False) == there
     compared = {name for name, _, _ in [*OTHERS, *LAYOUTS]} | {"data_identity", "data_order"}
-    assert {field.name for field in fields(TrainState)} == compared | {"step", "samples", "tokens", "best_loss"}
+    stands = {"step", "samples", "tokens", "best_loss", "skipped", "left_out", "rollbacks", "losses"}
+    assert {field.name for field in fields(TrainState)} == compared | stands
+
+
+def test_a_step_without_an_update(tmp_path: Path) -> None:
+    """It is passed: its samples count as read, its tokens do not as trained on, and the schedule leaves it out."""
+    state = START.advance(8, 256).advance(8, 256, updated=False)
+    assert (state.step, state.samples, state.tokens, state.skipped) == (2, 16, 256, 1)
+    some = replace(state, left_out=[[24, 40]], losses=[2.5, 0.1 + 0.2], rollbacks=1)
+    some.save(tmp_path)
+    assert TrainState.load(tmp_path) == some
+    assert [replace(some, samples=at).leaves_out(8) for at in (8, 16, 17, 24, 39, 40)] == [
+        *(False, False, True),  # 17 to 24 holds one of them, as when a step is another number of samples than before
+        *(True, True, False),
+    ]
 
 
 def test_another_order_of_the_data(tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import psutil
+import torch
+
 from megatronish.config.errors import UserError
 from megatronish.inference.batch import Batch, FinishReason, Request, TokenScore
 from megatronish.inference.chat_format import ChatFormat
@@ -16,8 +19,27 @@ from megatronish.inference.generate import TextGeneration
 from megatronish.inference.load import Loaded
 from megatronish.inference.prompt import Prompt
 from megatronish.inference.server.metrics import Metrics
+from megatronish.model.accounting import kv_cache_bytes
+from megatronish.model.transformer import Transformer
+from megatronish.ops.linear import FEW_ROWS
 
 logger = logging.getLogger(__name__)
+
+
+MOST_SLOTS = FEW_ROWS  # on CPUs a text does not depend on its neighbours up to so many
+CACHE_SHARE = 0.25  # of the free memory, where nobody says how many slots there are
+
+
+def fitting_slots(model: Transformer, length: int) -> int:
+    """How many sequences of `length` tokens are written side by side by default: what a quarter of the free memory holds,
+    from 1 to MOST_SLOTS."""
+    weight = next(model.parameters())
+    if weight.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(weight.device)
+    else:
+        free = psutil.virtual_memory().available
+    each = kv_cache_bytes(model.config, 1, length, weight.element_size())
+    return max(1, min(MOST_SLOTS, int(CACHE_SHARE * free / each)))
 
 
 class Busy(Exception):
@@ -58,18 +80,20 @@ class Scheduler:
     """Runs a `Batch` in a thread of its own. Call `start` before the first job and `close` at the end."""
 
     def __init__(
-        self, loaded: Loaded, *, slots: int = 8, max_context: int | None = None, max_waiting: int = 64,
+        self, loaded: Loaded, *, slots: int | None = None, max_context: int | None = None, max_waiting: int = 64,
         keep_prefixes: bool = False,
     ) -> None:  # fmt: skip
-        """max_context: tokens of prompt and answer, the model's context by default. max_waiting: jobs beyond those that run.
-        Raises UserError for limits below 1."""
+        """slots: sequences written side by side, by default `fitting_slots`. max_context: tokens of prompt and answer, the
+        model's context by default. max_waiting: jobs beyond those that run. Raises UserError for limits below 1."""
         for name, value in (
-            ("slots", slots),
+            ("slots", 1 if slots is None else slots),
             ("max context", 1 if max_context is None else max_context),
             ("max waiting", max_waiting),
         ):
             if value < 1:
                 raise UserError(f"{name} {value} must be at least 1")
+        length = min(max_context or loaded.model.config.seq_length, loaded.model.config.seq_length)
+        slots = fitting_slots(loaded.model, length) if slots is None else slots
         self.tokenizer = loaded.tokenizer
         self.format = ChatFormat.of_folder(loaded.info.folder, loaded.tokenizer)
         self.metrics = Metrics(running=lambda: len(self._jobs), waiting=lambda: len(self._arrived))
@@ -88,6 +112,11 @@ class Scheduler:
         self._jobs: list[Job] = []
         self._closing = False
         self._thread = threading.Thread(target=self._serve, name="scheduler", daemon=True)
+
+    @property
+    def slots(self) -> int:
+        """Sequences written side by side."""
+        return self._slots
 
     @property
     def max_context(self) -> int:

@@ -1,0 +1,128 @@
+"""A step with a loss or gradient that is no number, on any rank, changes nothing: no weight, no moment, no later step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatronish.config.run import RunConfig
+from tests.distributed import run_ranks
+from tests.runs import make_dataset, rank_loader, small_run
+from tests.training.test_resume import LAYOUTS as RESUMED
+
+pytestmark = pytest.mark.distributed
+BAD_STEP, STEPS, RANKS = 2, 5, 2
+LAYOUTS: dict[str, dict[str, Any]] = {
+    **{name: RESUMED[name] for name in ("zero0", "zero0-bf16", "zero1-bf16", "zero2-lion", "zero1-muon")},
+    **{name: RESUMED[name] for name in ("zero2-muon-bf16", "zero2-offload-muon", "zero3-offload-bf16")},
+    "zero0-muon": {**RESUMED["zero1-muon"], "zero_optimization": {"stage": 0}},
+    "zero2-bf16 sums": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
+    "zero2-offload": RESUMED["zero2-offload-bf16"],
+    "zero2 unclipped": {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.0},
+    "zero3": {"zero_optimization": {"stage": 3}},
+    "tp2 zero1": {"megatronish": {"parallel": {"tensor": 2}}},
+    "sp2 zero2": {"zero_optimization": {"stage": 2}, "megatronish": {"parallel": {"sequence": 2}}},
+    "pp2 zero1": {"megatronish": {"parallel": {"pipeline": 2}}},
+    "pp2 zero1 bf16": {"bf16": {"enabled": True}, "megatronish": {"parallel": {"pipeline": 2}}},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+def break_loss(model: Any, value: float) -> Callable[[], None]:
+    """Make the next loss of this rank `value` times itself, its gradient with it; returns what mends the model."""
+    whole = model.hidden_loss
+
+    def broken(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        model.hidden_loss = whole
+        return whole(hidden, labels) * value
+
+    model.hidden_loss = broken
+    return lambda: setattr(model, "hidden_loss", whole)
+
+
+def break_gradient(model: Any, value: float) -> Callable[[], None]:
+    """Put `value` into one number of a gradient of this rank's next backward pass; the loss stays what it is."""
+    weight = next(p for p in model.parameters() if p.requires_grad)
+
+    def broken(gradient: torch.Tensor) -> torch.Tensor:
+        handle.remove()
+        gradient = gradient.clone()
+        gradient.view(-1)[0] = value
+        return gradient
+
+    handle = weight.register_hook(broken)
+    return handle.remove
+
+
+def steps_of_engine(rank: int, config: RunConfig, data_size: int, fault: str | None) -> dict[str, Any]:
+    """Steps with a fault on the last rank at BAD_STEP, or without that step; what they left, and what they said."""
+    from megatronish.parallel.mesh import build_mesh
+    from megatronish.training.engine import start_engine
+    from megatronish.training.loop import build_model
+
+    plan, ours = config.batch_plan(data_size), config.megatronish
+    mesh = build_mesh(ours.parallel, "cpu")
+    engine = start_engine(build_model(config, plan, mesh), config, plan, mesh)
+    loader = rank_loader(config, mesh.dp.rank, data_size)
+    told = []
+    for step in range(STEPS):
+        batches = [next(loader) for _ in range(plan.accumulation)]
+        mend = None
+        if step == BAD_STEP and fault is None:
+            continue
+        if step == BAD_STEP and rank == RANKS - 1:
+            kind, value = fault.split()
+            mend = {"loss": break_loss, "gradient": break_gradient}[kind](engine.module.model, float(value))
+        result = engine.train_step(batches, 1.0)
+        told.append((result.bad, result.skipped, math.isfinite(float(result.grad_norm))))
+        if mend:
+            mend()
+    folder = Path(ours.train.save_dir) / (fault or "without").replace(" ", "-")
+    engine.save(folder, "engine")
+    return {
+        "told": told,
+        "weights": {name: value.clone() for name, value in engine.weights().items()},
+        "folder": folder,
+    }
+
+
+def compare(rank: int, config: RunConfig, data_size: int, faults: list[str]) -> dict[str, list[Any]]:
+    """The steps once for each fault and once without, in one process a rank; where they end must be the same bits."""
+    without = steps_of_engine(rank, config, data_size, None)
+    told = {}
+    for fault in faults:
+        found = steps_of_engine(rank, config, data_size, fault)
+        told[fault] = found["told"]
+        torch.distributed.barrier()
+        for name, weight in without["weights"].items():
+            assert torch.equal(weight, found["weights"][name]), f"{fault}: {name} differs"
+        if rank == 0:
+            files = sorted(path.relative_to(without["folder"]) for path in without["folder"].rglob("*.safetensors"))
+            for file in files:
+                one, other = (load_file(each["folder"] / file) for each in (without, found))
+                assert one.keys() == other.keys()
+                assert all(torch.equal(one[name], other[name]) for name in one), (fault, file)
+    return told
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_bad_step_changes_nothing(layout: str, data: str, tmp_path: Path) -> None:
+    """NaN in the loss and inf in a gradient of one rank: all ranks skip, and go on as if the step had not been."""
+    changes = LAYOUTS[layout]
+    parallel = changes.get("megatronish", {}).get("parallel", {})
+    faults = ["loss nan", "loss inf"] + ([] if "zero3" in layout else ["gradient inf"])
+    size = RANKS // math.prod(parallel.values())
+    config = small_run(data, tmp_path, changes)
+    for told in run_ranks(RANKS, compare, config, size, faults):
+        for fault in faults:
+            assert told[fault] == [(False, False, True)] * 2 + [(True, True, False)] + [(False, False, True)] * 2, fault

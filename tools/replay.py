@@ -1,0 +1,68 @@
+"""Run the step of a black box again: `deepspeed tools/replay.py runs/x/black_box/step-00000120`.
+
+Under the launcher and with as many ranks as recorded it (torchrun, mpirun, srun, or plain python for one). It starts from the
+checkpoint in the box, trains the steps between, then runs the step, prints for each module the norm of its output and for each
+weight those of weight and gradient, names the first module to put out inf or NaN, and says whether loss and norms have the
+recorded bits. The run's data must still be where they were; nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatronish.config.errors import explained
+from megatronish.parallel.ending import run_program
+from megatronish.parallel.startup import settle_process
+
+if TYPE_CHECKING:
+    from megatronish.training.replay import Replayed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("box", type=Path, help="a folder SAVE_DIR/black_box/step-N")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed gives it
+    arguments = parser.parse_args()
+    with explained():
+        rank = settle_process()
+    with explained(rank.is_first, rank.name):
+        from megatronish.training.replay import replay  # torch: only after the process is settled
+
+        found = replay(arguments.box, rank)
+    report = describe(found, rank.rank)
+    sys.stdout.write(report)
+    return 0
+
+
+def describe(found: Replayed, rank: int) -> str:
+    """What is printed of a rank: the first rank's tables, of another only where its numbers break."""
+    diagnosis, event = found.diagnosis, found.event
+    lines = []
+    if rank == 0:
+        lines += [
+            f"step {event.step}: {event.kind}, recorded loss {event.loss:.6g}; {found.steps_before} step(s) before it"
+        ]
+        lines += [f"  output    {norm:12.5g}  {name}" for name, norm in diagnosis.outputs.items()]
+        for name, norm in diagnosis.weights.items():
+            gradient = f"{diagnosis.gradients[name]:12.5g}" if name in diagnosis.gradients else f"{'-':>12}"
+            lines += [f"  weight    {norm:12.5g}  gradient {gradient}  {name}"]
+    if diagnosis.broken:
+        module, micro = diagnosis.broken
+        lines += [f"rank {rank}: the first output that is no number is that of {module}, in micro batch {micro}"]
+    elif diagnosis.outputs:
+        broken = diagnosis.broken_gradients
+        told = f"; {len(broken)} gradients are not, that of {broken[-1]} among them" if broken else ""
+        lines += [f"rank {rank}: every output is finite{told}"]
+    same = {True: "the recorded bits", False: "NOT the recorded bits"}
+    lines += [
+        f"rank {rank}: micro batches have {same[found.same_batches]}, loss {same[found.same_loss]}, "
+        f"norms {same[found.same_norms]}"
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_program(main)
