@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatronish.data.provenance import documents_of
 from megatronish.parallel.startup import Rank
 from megatronish.training.black_box import BAD, Event, TrainedStep, box_folder, write_event, write_rank
-from megatronish.training.checkpoint import CheckpointStore
+from megatronish.training.checkpoint import CheckpointStore, faults_of
 from megatronish.training.diagnosis import Diagnosis, diagnose_step, weight_norms
 from megatronish.training.engine import Engine
 from megatronish.training.preparation import Prepared
@@ -95,5 +95,6 @@ def _first_says(told: Any) -> Any:
 
 
 def newest_before(store: CheckpointStore, step: int) -> Path | None:
-    """The newest complete checkpoint of fewer than `step` steps."""
-    return max((path for path in store.complete() if load_step(path) < step), key=load_step, default=None)
+    """The newest checkpoint of fewer than `step` steps whose manifest and sizes are right."""
+    good = (path for path in store.complete() if not faults_of(path))
+    return max((path for path in good if load_step(path) < step), key=load_step, default=None)

@@ -18,6 +18,7 @@ from megatronish.model.manifest import MANIFEST_FILE, DamagedError, read_manifes
 from megatronish.parallel.meeting import meet, meet_by_environment
 from megatronish.parallel.startup import Rank
 from megatronish.training.checkpoint import CheckpointStore
+from megatronish.training.incidents import newest_before
 from megatronish.training.resume import choose_checkpoint, shares
 from tests.distributed import run_ranks
 from tests.runs import make_dataset, small_run
@@ -175,6 +176,13 @@ def test_one_that_was_asked_for_by_name(run_dir: Path) -> None:
     with pytest.raises(ConfigError, match="none of 1 checkpoint"):
         choose(run_dir, str(folder / NEW))
     assert choose(run_dir, str(folder / OLD)) == folder / OLD
+
+
+def test_a_rollback_passes_over_a_damaged_one(run_dir: Path) -> None:
+    store, folder = CheckpointStore(run_dir, 2), run_dir / "checkpoints"
+    assert [newest_before(store, step) for step in (5, 4, 2)] == [folder / NEW, folder / OLD, None]
+    (folder / NEW / "state.json").write_text('{"st')
+    assert newest_before(store, 5) == folder / OLD
 
 
 def choose_on_rank(rank: int, run_dir: Path) -> Path | None:
