@@ -87,8 +87,14 @@ def write(loaded: Loaded, sampling: Sampling, arguments: argparse.Namespace) -> 
     prompts = [encode_prompt(tokenizer, text) for text in texts]
     length = max(len(prompt.ids) for prompt in prompts) + max(0, arguments.max_new_tokens)
     length = min(length, model.config.seq_length)
-    options = {"eod_id": tokenizer.eod_id, "vocab_size": tokenizer.vocab_size, "compiled": arguments.compile}
-    batch = Batch(model, len(prompts), length, **options)
+    batch = Batch(
+        model,
+        len(prompts),
+        length,
+        eod_id=tokenizer.eod_id,
+        vocab_size=tokenizer.vocab_size,
+        compiled=arguments.compile,
+    )
     requests = []
     for prompt in prompts:
         draw = torch.Generator(batch.device).manual_seed(arguments.seed)

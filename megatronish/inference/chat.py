@@ -46,8 +46,14 @@ class Chat:
         self.tell(system)
         self._tokenizer = tokenizer
         # Turns share their beginning: what the cache holds of the last turn is not read again.
-        options = {"eod_id": tokenizer.eod_id, "vocab_size": tokenizer.vocab_size, "compiled": compiled}
-        self._batch = Batch(model, 1, **options, keep_prefixes=True)
+        self._batch = Batch(
+            model,
+            1,
+            eod_id=tokenizer.eod_id,
+            vocab_size=tokenizer.vocab_size,
+            keep_prefixes=True,
+            compiled=compiled,
+        )
         self._generator = torch.Generator(self._batch.device).manual_seed(seed)
 
     def tell(self, system: str | None) -> None:
