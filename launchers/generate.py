@@ -12,7 +12,14 @@ import time
 from typing import TYPE_CHECKING
 
 from megatronish.config.errors import UserError, explained
-from megatronish.inference.arguments import add_quantize, add_sampling, model_parser, open_model, sampling_of
+from megatronish.inference.arguments import (
+    add_compile,
+    add_quantize,
+    add_sampling,
+    model_parser,
+    open_model,
+    sampling_of,
+)
 from megatronish.parallel.startup import settle_process
 
 if TYPE_CHECKING:  # torch: only after the process is settled
@@ -32,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stop", action="append", default=[], metavar="TEXT", help="end a text before this; repeatable")
     add("--lookup", type=int, default=0, metavar="N", help="guess N tokens ahead where text repeats itself (0)")
     add_quantize(parser)
+    add_compile(parser)
     return parser
 
 
@@ -58,6 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.interactive:
         from megatronish.inference.chat import converse
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends an answer, not the conversation
         converse(loaded, sampling, arguments)
         return
     write(loaded, sampling, arguments)
@@ -78,7 +87,14 @@ def write(loaded: Loaded, sampling: Sampling, arguments: argparse.Namespace) -> 
     prompts = [encode_prompt(tokenizer, text) for text in texts]
     length = max(len(prompt.ids) for prompt in prompts) + max(0, arguments.max_new_tokens)
     length = min(length, model.config.seq_length)
-    batch = Batch(model, len(prompts), length, eod_id=tokenizer.eod_id, vocab_size=tokenizer.vocab_size)
+    batch = Batch(
+        model,
+        len(prompts),
+        length,
+        eod_id=tokenizer.eod_id,
+        vocab_size=tokenizer.vocab_size,
+        compiled=arguments.compile,
+    )
     requests = []
     for prompt in prompts:
         draw = torch.Generator(batch.device).manual_seed(arguments.seed)

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatronish.config.errors import UserError, explained
-from megatronish.inference.arguments import add_quantize, model_parser, open_model
+from megatronish.inference.arguments import add_compile, add_quantize, model_parser, open_model
 from megatronish.parallel.startup import settle_process
 
 KEY_VARIABLE = "MEGATRONISH_API_KEY"
@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="do not read again what a slot's last prompt began with; rounds differently",
     )
     add_quantize(parser)
+    add_compile(parser)
     return parser
 
 
@@ -106,6 +107,7 @@ def main() -> int:
             max_context=arguments.max_context,
             max_waiting=arguments.max_waiting,
             keep_prefixes=arguments.keep_prefixes,
+            compiled=arguments.compile,
         )
         name = arguments.model_name or loaded.info.run_dir.resolve().name
         app = create_app(scheduler, name, api_key=key, limits=Limits(arguments.timeout, arguments.max_body))

@@ -40,6 +40,7 @@ from tools.bench_train import build_litgpt, build_transformers  # noqa: E402
 
 NAMES = (
     "megatronish bf16",
+    "megatronish bf16 compiled",
     "megatronish int8",
     "megatronish int4",
     "transformers bf16",
@@ -68,12 +69,15 @@ class Contestant:
 def ours(config: ModelConfig, form: str, device: torch.device) -> Contestant:
     """Batch over Transformer."""
     model = Transformer(config, seed=0).to(torch.bfloat16).to(device).eval()
-    if form != "bf16":
-        quantize_model(model, form)  # type: ignore[arg-type]
+    kind, compiled = form.removesuffix(" compiled"), form.endswith(" compiled")
+    if kind != "bf16":
+        quantize_model(model, kind)  # type: ignore[arg-type]
     batches: dict[int, Batch] = {}
 
     def run(prompts: Tensor, new: int) -> object:
-        batch = batches.setdefault(len(prompts), Batch(model, len(prompts)))
+        if len(prompts) not in batches:
+            batches[len(prompts)] = Batch(model, len(prompts), compiled=compiled)
+        batch = batches[len(prompts)]
         requests = [Request(prompt, new, GREEDY, ignore_eod=True) for prompt in prompts.tolist()]
         return [list(each) for each in [batch.add(request) for request in requests]]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatronish.config.errors import UserError
+from megatronish.inference.compiled import CompiledStep
 from megatronish.inference.lookup import PromptLookup
 from megatronish.inference.sampling import Sampling, choose
 from megatronish.model.kv_cache import KVCache
@@ -104,7 +105,8 @@ class Batch:
 
     eod_id: the token that ends a text. vocab_size: the tokenizer's; larger ids are never drawn. keep_prefixes: a prompt
     that begins as an earlier one of the same slot does is not read again that far; its numbers then differ in rounding
-    from those of a prompt read at once.
+    from those of a prompt read at once. compiled: one new token of every sequence is a graph of torch.compile, made when
+    first needed.
     """
 
     def __init__(
@@ -116,11 +118,13 @@ class Batch:
         eod_id: int | None = None,
         vocab_size: int | None = None,
         keep_prefixes: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.model = model
         self.max_length = min(max_length or model.config.seq_length, model.config.seq_length)
         self.eod_id, self.vocab_size = eod_id, vocab_size or model.config.vocab_size
         self.keep_prefixes = keep_prefixes
+        self._step = CompiledStep(model) if compiled else None
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
         weight = next(model.parameters())
@@ -243,7 +247,11 @@ class Batch:
             ([each.ids[-1], *guess] + [0] * width)[:width] for each, guess in zip(ready, guesses, strict=True)
         ]  # zeros fill up shorter guesses: what they write is forgotten again
         cache = self._cache.select([each.slot for each in ready if each.slot is not None])
-        logits = self.model(torch.tensor(rows, device=self.device), cache=cache)
+        tokens = torch.tensor(rows, device=self.device)
+        if self._step is not None and width == 1:
+            logits = self._step(tokens, cache)
+        else:
+            logits = self.model(tokens, cache=cache)
         for row, (each, guess) in enumerate(zip(ready, guesses, strict=True)):
             assert each.slot is not None, "running generations have a slot"
             slot, start = each.slot, each.read

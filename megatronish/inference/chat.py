@@ -36,7 +36,7 @@ class Chat:
 
     def __init__(
         self, loaded: Loaded, sampling: Sampling, *, seed: int = 0, max_new_tokens: int = 200, system: str | None = None,
-        stop: tuple[str, ...] = (), lookup: int = 0,
+        stop: tuple[str, ...] = (), lookup: int = 0, compiled: bool = False,
     ) -> None:  # fmt: skip
         model, tokenizer, info = loaded
         self.format = ChatFormat.of_folder(info.folder, tokenizer)
@@ -46,7 +46,14 @@ class Chat:
         self.tell(system)
         self._tokenizer = tokenizer
         # Turns share their beginning: what the cache holds of the last turn is not read again.
-        self._batch = Batch(model, 1, eod_id=tokenizer.eod_id, vocab_size=tokenizer.vocab_size, keep_prefixes=True)
+        self._batch = Batch(
+            model,
+            1,
+            eod_id=tokenizer.eod_id,
+            vocab_size=tokenizer.vocab_size,
+            keep_prefixes=True,
+            compiled=compiled,
+        )
         self._generator = torch.Generator(self._batch.device).manual_seed(seed)
 
     def tell(self, system: str | None) -> None:
@@ -133,6 +140,7 @@ def converse(loaded: Loaded, sampling: Sampling, arguments: argparse.Namespace) 
         system=arguments.system,
         stop=tuple(arguments.stop),
         lookup=arguments.lookup,
+        compiled=arguments.compile,
     )
     shape = (
         "its chat template"

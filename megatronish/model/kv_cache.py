@@ -62,6 +62,11 @@ class KVCache:
         """Tokens of the longest of the selected rows."""
         return max(self.lengths[row] for row in self.rows)
 
+    @property
+    def selected_rows(self) -> Tensor:
+        """The selected rows, int32 [rows] on the cache's device."""
+        return self._rows_tensor
+
     def select(self, rows: Sequence[int]) -> KVCache:
         """The cache of these rows, in this order: a forward pass with it reads and extends them alone."""
         selected = object.__new__(KVCache)

@@ -96,6 +96,8 @@ def test_streams(run):
     assert joined.tolist() == [256, *reader.document(2).tolist(), *reader.document(5).tolist()]
     apart = list(held_out_streams(reader, np.array([2, 5]), None, document_mask=True))
     assert [stream.tolist() for stream in apart] == [reader.document(2).tolist(), reader.document(5).tolist()]
+    begun = list(held_out_streams(reader, np.array([2, 5]), 7, document_mask=True))
+    assert [stream.tolist() for stream in begun] == [[7, *stream.tolist()] for stream in apart]
     assert list(held_out_streams(reader, np.array([], dtype=np.int64), 256, document_mask=False)) == []
 
 

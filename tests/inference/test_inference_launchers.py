@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from launchers import evaluate as evaluate_launcher
 from launchers import generate as generate_launcher
 from megatronish.config.errors import UserError
 from megatronish.data.tokenizer import ByteTokenizer
+from megatronish.inference import chat
 from megatronish.inference.generate import generate
 from megatronish.inference.load import load_for_inference
 from megatronish.inference.sampling import Sampling
@@ -160,3 +162,16 @@ class TestLoading:
         weights = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
         refused("torn or not a safetensors file")
+
+
+def test_ctrl_c_ends_an_answer_not_the_conversation(run, monkeypatch):
+    """The launcher lets Ctrl-C end the program, but for a conversation, which takes it as an exception."""
+    handlers = []
+    monkeypatch.setattr(chat, "converse", lambda *_: handlers.append(signal.getsignal(signal.SIGINT)))
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        words = ["--checkpoint", str(run.folder), "--interactive", "--device", "cpu"]
+        generate_launcher.run(generate_launcher.build_parser().parse_args(words))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert handlers == [signal.default_int_handler]

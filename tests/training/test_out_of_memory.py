@@ -82,7 +82,7 @@ def same_weights(one: Path, other: Path, step: int = 6) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("layout", ["zero0", "zero2-bf16", "zero2-offload-bf16"])
+@pytest.mark.parametrize("layout", ["zero0", "zero2-offload-bf16"])
 def test_one_rank_runs_out_and_all_take_smaller_micro_batches(layout: str, data: str, tmp_path: Path) -> None:
     """In step 4: it is done again in micro batches of 2, and the run ends in the bits of one resumed there with 2."""
     short, other = (run_config(data, tmp_path / name, layout, 4) for name in ("short", "other"))

@@ -81,7 +81,7 @@ class Scheduler:
 
     def __init__(
         self, loaded: Loaded, *, slots: int | None = None, max_context: int | None = None, max_waiting: int = 64,
-        keep_prefixes: bool = False,
+        keep_prefixes: bool = False, compiled: bool = False,
     ) -> None:  # fmt: skip
         """slots: sequences written side by side, by default `fitting_slots`. max_context: tokens of prompt and answer, the
         model's context by default. max_waiting: jobs beyond those that run. Raises UserError for limits below 1."""
@@ -104,6 +104,7 @@ class Scheduler:
             eod_id=loaded.tokenizer.eod_id,
             vocab_size=loaded.tokenizer.vocab_size,
             keep_prefixes=keep_prefixes,
+            compiled=compiled,
         )
         self._slots, self._max_waiting = slots, max_waiting
         self._changed = threading.Condition()
