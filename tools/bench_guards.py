@@ -1,6 +1,6 @@
 """What guards cost a training step: `torchrun --nproc-per-node 2 tools/bench_guards.py [--seconds 60]`, or plain python for one rank.
 
-In turns of a few steps, off, on, on, off, in one run, so that a busy machine slows both alike. On: what the training loop does for
+In turns of a step, off, on, on, off, in one run, so that a busy machine slows both alike. On: what the training loop does for
 bad steps, stops and hangs: NaN carried into the gradients, the check of the gradient norm, the all-reduce of loss and stop flags,
 the spike score, the last batches remembered, the watchdog's thread. Off: the same steps without them. Told are the process's CPU time
 and the clock a step, and the ratio of neighbouring turns; and each part alone, in microseconds.
@@ -20,7 +20,7 @@ from typing import Any
 from megatronish.parallel.ending import run_program
 from megatronish.parallel.startup import settle_process
 
-TURN_STEPS = 4
+TURN_STEPS = 1
 MODELS = {  # a step of some tenths of a second on two cores, and one of some seconds
     "small": {"hidden_size": 256, "num_layers": 4, "num_attention_heads": 4, "ffn_hidden_size": 704, "seq_length": 256},
     "large": {
@@ -144,7 +144,7 @@ class Bench:
         return lines + self.parts(statistics.median(each[0] for each in times[False]))
 
     def turn(self, on: bool) -> tuple[float, float]:
-        """Seconds of the clock and of CPU time a step, of a few steps."""
+        """Seconds of the clock and of CPU time a step of a turn."""
         from megatronish.parallel.watchdog import Watchdog
 
         self.switch(on)
