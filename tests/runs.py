@@ -15,7 +15,7 @@ from megatronish.config.run import RunConfig
 from megatronish.data.dataset import open_dataset
 from megatronish.data.loader import MicroBatchLoader
 from megatronish.data.packing import PackedDataset
-from megatronish.data.preprocess import PreprocessOptions, preprocess
+from megatronish.data.preprocessing.preprocess import PreprocessOptions, preprocess
 from megatronish.data.sampler import MicroBatchSampler
 from megatronish.data.splits import split_documents
 from megatronish.model.transformer import Transformer

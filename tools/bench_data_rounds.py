@@ -223,8 +223,8 @@ def hf_map(arguments: dict[str, Any]) -> Round:
 
 
 def stream_ours(arguments: dict[str, Any]) -> Round:
-    """Packed samples straight from JSON lines by data/streaming.py; every round goes on where the last one ended."""
-    from megatronish.data.streaming import StreamOptions, open_stream
+    """Packed samples straight from JSON lines by data/streams/streaming.py; every round goes on where the last one ended."""
+    from megatronish.data.streams.streaming import StreamOptions, open_stream
 
     tokenizer = f"{arguments['tokenizer']}/tokenizer.json"
     options = StreamOptions(tokenizer=tokenizer, seq_length=arguments["seq_length"], seed=1)

@@ -17,10 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
 from megatronish.data.backends import BACKENDS
-from megatronish.data.commands import COMMANDS, add_command_arguments, run_command
-from megatronish.data.dry_run import dry_run
 from megatronish.data.errors import DataError
-from megatronish.data.options import (
+from megatronish.data.preprocessing.commands import COMMANDS, add_command_arguments, run_command
+from megatronish.data.preprocessing.dry_run import dry_run
+from megatronish.data.preprocessing.options import (
     DEFAULT_MAX_DOC_BYTES,
     DEFAULT_OUTPUT_PREFIX,
     DEFAULT_VOCAB_SIZE,
@@ -28,9 +28,9 @@ from megatronish.data.options import (
     TOKEN_DTYPES,
     PreprocessOptions,
 )
-from megatronish.data.pool import WorkerDied
-from megatronish.data.preprocess import preprocess, summary
-from megatronish.data.records import ON_ERROR
+from megatronish.data.preprocessing.pool import WorkerDied
+from megatronish.data.preprocessing.preprocess import preprocess, summary
+from megatronish.data.preprocessing.records import ON_ERROR
 
 # Megatron's names for the tokenizers that --tokenizer-model can hold, and the kind that each must turn out to be.
 TOKENIZER_TYPES = {
@@ -68,7 +68,7 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help=".jsonl, .parquet or text (but parquet also .gz, .zst), globs, hf://NAME[:SPLIT]; repeatable",
+        help=".jsonl, .parquet or text (but parquet also .gz, .zst), globs, hf://NAME[:CONFIG][/SPLIT], https://...; repeatable",
     )
     add(
         "--json-keys",

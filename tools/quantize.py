@@ -34,6 +34,7 @@ def main() -> int:
         settle_process()
         from megatronish.inference.held_out import evaluate_model
         from megatronish.inference.quantize import quantize_model, save_quantized, stored_bytes
+        from megatronish.model.manifest import MANIFEST_FILE, seal
 
         loaded = open_model(arguments)
         before, size = evaluate_model(loaded, arguments.data, None, arguments.max_tokens), stored_bytes(loaded.model)
@@ -49,9 +50,11 @@ def main() -> int:
         if arguments.output is not None:
             arguments.output.mkdir(parents=True, exist_ok=True)
             for path in loaded.info.folder.iterdir():  # tokenizer, chat template, run description
-                if path.is_file() and path.suffix not in (".safetensors", ".pt", ".bin"):
+                kept = path.suffix not in (".safetensors", ".pt", ".bin") and path.name != MANIFEST_FILE
+                if path.is_file() and kept:
                     shutil.copy2(path, arguments.output)
             save_quantized(arguments.output, loaded.model, arguments.format, arguments.group)
+            seal(arguments.output, loaded.info.step or 0)
             print(f"written to {arguments.output}")
     return 0
 

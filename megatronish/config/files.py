@@ -1,9 +1,9 @@
-"""Files that appear whole or not at all, and are on the disk when a function returns."""
+"""Files that appear whole or not at all, and are on the disk when a function returns; names that stay in their folder."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -32,3 +32,10 @@ def sync_tree(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         sync(path)
     sync(folder)
+
+
+def is_inner(name: str) -> bool:
+    """Whether a path, as a manifest gives it, stays in the manifest's folder whatever it is joined to."""
+    path = PurePosixPath(name)
+    plain = bool(name) and str(path) == name and "\\" not in name and "\0" not in name
+    return plain and not path.is_absolute() and not {"..", "."} & set(path.parts) and ":" not in path.parts[0]

@@ -27,7 +27,16 @@ class TrainConfig(Frozen):
     seed: int = Field(1234, ge=0, description="seed of the initial weights, dropout and data order")
     save_dir: str = Field(..., min_length=1, description="folder of the run: checkpoints, logs, resolved configuration")
     save_interval: int = Field(500, ge=1, description="steps between checkpoints; the last step is always saved")
-    keep_last: int = Field(2, ge=1, description="newest checkpoints to keep; the best by validation is kept besides")
+    keep_last: int = Field(
+        2, ge=1, description="newest good checkpoints to keep; the best by validation is kept besides"
+    )
+    keep_every: int = Field(0, ge=0, description="checkpoints at multiples of so many steps are kept for good; 0: none")
+    async_save: bool = Field(
+        True, description="write checkpoints beside training, which then waits only for a copy in host memory"
+    )
+    on_save_error: Literal["continue", "stop"] = Field(
+        "continue", description="a checkpoint that cannot be written: train on and try at the next one, or stop"
+    )
     resume: str = Field("auto", description='"auto" (newest checkpoint in save_dir, if any), "never", or a checkpoint')
     eval_interval: int = Field(250, ge=0, description="steps between validations; 0 never validates")
     eval_tokens: int | None = Field(None, ge=1, description="held-out tokens per validation; null reads them all")

@@ -8,6 +8,8 @@ by the tokenizer's own library, so the ids never depend on the back end.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -26,6 +28,8 @@ ASCII_BYTES = bytes(range(128))
 CACHE_BYTES = 64 << 20
 MEMORY_CHECK_BYTES = 1 << 20
 PROBED_AT_ONCE = 64
+# Hugging Face tokenizers take 100 bytes of memory for one of text; after a long document the C library keeps these unless told.
+LONG_TEXT = 1 << 18
 
 
 class Encoder(ABC):
@@ -58,7 +62,10 @@ class NativeEncoder(Encoder):
         self.name = NATIVE_NAMES[reference.kind]
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return self.reference.encode_batch(texts)
+        ids = self.reference.encode_batch(texts)
+        if max(map(len, texts), default=0) > LONG_TEXT:
+            release_memory()
+        return ids
 
 
 class TiktokenEncoder(Encoder):
@@ -163,6 +170,12 @@ class GigatokenEncoder(Encoder):
             self._raw = self._load()
             # What is resident now cannot be given back; grow from here, by at least a quarter of the allowance.
             self._memory_limit = max(self._memory_limit, _resident_bytes() + CACHE_BYTES // 4)
+
+
+def release_memory() -> None:
+    """Give back to the system what malloc holds and nobody uses (glibc; elsewhere nothing happens)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _probe_of(character: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from megatronish.config.files import is_inner
 from megatronish.data.errors import DataError
 
 FORMAT = "megatronish-dataset"
@@ -124,6 +125,9 @@ def _parse(path: Path, content: Any) -> Manifest:
         for record in content["files"].values():
             if not isinstance(record.get("xxh3", record.get("sha256")), str):
                 raise KeyError("a file without its hash")
+        for name in (*content["files"], values["tokenizer"].file or "none"):
+            if not is_inner(name):
+                raise DataError(f"{path}: names {name!r}, which is outside its folder; nothing of it is read")
         return Manifest(**values)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: incomplete or of another version: {error}; make the data set again") from None

@@ -27,9 +27,9 @@ from megatronish.data.manifest import TokenizerRecord
 from megatronish.data.megatron_order import DEFAULT_SPLIT, MegatronBlend, MegatronSamples, wanted_samples
 from megatronish.data.packing import PackedDataset
 from megatronish.data.samples import SampleSource
-from megatronish.data.sources import is_stream
 from megatronish.data.splits import Split, split_documents, split_in_order
-from megatronish.data.streaming import DocumentStream, StreamOptions, open_stream
+from megatronish.data.streams.sources import is_stream
+from megatronish.data.streams.streaming import DocumentStream, StreamOptions, open_stream
 from megatronish.data.tokenizer import load_tokenizer
 from megatronish.data.validation import ValidationLoader
 

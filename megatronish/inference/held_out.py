@@ -16,7 +16,7 @@ from megatronish.config.data import DataConfig
 from megatronish.config.errors import UserError
 from megatronish.config.run import RunConfig
 from megatronish.data.dataset import Dataset, check_dataset_fits, combined_fingerprint, open_dataset
-from megatronish.data.sources import is_stream
+from megatronish.data.streams.sources import is_stream
 from megatronish.data.training_data import split_of
 from megatronish.inference.evaluate import ProgressLine, gzip_size, held_out_streams, score_streams, xz_size
 from megatronish.inference.load import CheckpointInfo, Loaded, load_for_inference

@@ -12,7 +12,15 @@ import torch
 from megatronish.config.errors import UserError
 from megatronish.data.tokenizer import Tokenizer, load_tokenizer
 from megatronish.inference.quantize import QUANTIZATION_FILE, load_quantized
-from megatronish.model.checkpoints import BEST, STATE_FILE, TOKENIZER_RECORD_FILE, find_checkpoint, run_folder
+from megatronish.model.checkpoints import (
+    BEST,
+    RUN_FILE,
+    STATE_FILE,
+    TOKENIZER_RECORD_FILE,
+    find_checkpoint,
+    run_folder,
+)
+from megatronish.model.manifest import check_before_reading
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import WEIGHTS_FILE, load_model
 
@@ -47,6 +55,7 @@ def load_for_inference(
     """
     path = Path(path)
     folder = path if (path / WEIGHTS_FILE).exists() else find_checkpoint(path, BEST)
+    check_before_reading(folder, (STATE_FILE, RUN_FILE, TOKENIZER_RECORD_FILE, "tokenizer.json", "tokenizer.model"))
     state = _read_object(folder / STATE_FILE) if (folder / STATE_FILE).exists() else {}
     tokenizer = _load_tokenizer(folder)
     try:

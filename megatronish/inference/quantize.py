@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megatronish.config.errors import UserError
 from megatronish.config.files import sync, write_whole
+from megatronish.model.manifest import check_before_reading
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import CONFIG_FILE, WEIGHTS_FILE, load_config
 from megatronish.ops.linear import few_rows, rows_product
@@ -194,6 +195,7 @@ def save_quantized(folder: Path, model: Transformer, form: Format, group: int) -
 def load_quantized(folder: Path, device: torch.device | str, dtype: torch.dtype | None) -> Transformer:
     """The quantized model in `folder`, in evaluation mode. Raises UserError for files that are torn or do not fit."""
     path = folder / QUANTIZATION_FILE
+    check_before_reading(folder, (QUANTIZATION_FILE, WEIGHTS_FILE, CONFIG_FILE))
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         form, group = found["format"], found["group"]

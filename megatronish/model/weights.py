@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatronish.config.files import sync, write_whole
 from megatronish.config.model import KernelConfig, ModelConfig
+from megatronish.model.manifest import check_before_reading
 from megatronish.model.transformer import Transformer
 
 WEIGHTS_FILE = "model.safetensors"
@@ -129,6 +130,7 @@ def open_model(folder: str | Path, device: torch.device | str = "cpu") -> Iterat
 
     Raises ValueError as `load_model` does.
     """
+    check_before_reading(Path(folder), (WEIGHTS_FILE, CONFIG_FILE))
     path, config = Path(folder) / WEIGHTS_FILE, load_config(folder)
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")

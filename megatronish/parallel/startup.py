@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import secrets
 import socket
 import sys
 from collections.abc import Callable, MutableMapping
@@ -176,16 +177,17 @@ def device_number(rank: Rank, visible: str | None) -> int:
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on, below the ephemeral range."""
-    start = PORT_BASE + os.getpid() % PORT_SPAN
-    for port in range(start, start + 100):
+    """A TCP port nobody listens on, below the ephemeral range; drawn, so that two runs seldom find the same one."""
+    for port in (PORT_BASE + secrets.randbelow(PORT_SPAN) for _ in range(100)):
         with socket.socket() as probe:
             try:
                 probe.bind(("", port))
             except OSError:
                 continue
             return port
-    raise LaunchError(f"no free TCP port in {start}..{start + 99}; set MASTER_PORT.")
+    raise LaunchError(
+        f"of 100 TCP ports from {PORT_BASE} to {PORT_BASE + PORT_SPAN - 1} none is free; set MASTER_PORT."
+    )
 
 
 def has_gpu() -> bool:

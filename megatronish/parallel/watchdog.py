@@ -63,6 +63,7 @@ class Watchdog:
         self._told_slow: set[int] = set()
         self._failing: Message | None = None  # of this rank; set by the main thread
         self._own_status: int | None = None
+        self._speaking = threading.RLock()  # one of the two threads says why; `_end` keeps it
         self._closing = threading.Event()
         self._stacks_path = folder / STACKS / f"rank-{meeting.rank:05d}.txt"
         self._stacks_path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,8 @@ class Watchdog:
         if lost:
             text = "".join(traceback.format_exception_only(error)).strip()
         else:
-            self._own_status = status
+            with self._speaking:
+                self._own_status = status
         self._failing = {"failed": text, "status": status, "lost": lost}
         if self._meeting.rank or lost:
             self._thread.join(3 * GRACE_SECONDS)
@@ -223,16 +225,17 @@ class Watchdog:
 
     def _judge_failures(self) -> None:
         """Rank 0 only: what a rank told of itself, after the grace in which rank 0 may say it itself."""
-        if self._meeting.rank or self._own_status is not None:
-            return
         for rank, (when, message) in self._failures.items():
             if time.monotonic() - when < (2 if message["lost"] else 1) * GRACE_SECONDS:
                 continue
-            place, standing = self._meeting.places[rank], self._standings.get(rank)
-            if message["lost"]:
-                self._end(STOPPED, verdict.collective_failed(place, message["failed"], self._standings))
-            status = STOPPED if message["status"] == 1 else message["status"]
-            self._end(status, verdict.failed(place, message["failed"], standing))
+            with self._speaking:
+                if self._meeting.rank or self._own_status is not None:
+                    return
+                place, standing = self._meeting.places[rank], self._standings.get(rank)
+                if message["lost"]:
+                    self._end(STOPPED, verdict.collective_failed(place, message["failed"], self._standings))
+                status = STOPPED if message["status"] == 1 else message["status"]
+                self._end(status, verdict.failed(place, message["failed"], standing))
 
     def _tell_slow_ranks(self, elapsed: float) -> None:
         self._compare_at -= elapsed
@@ -247,6 +250,7 @@ class Watchdog:
 
     def _end(self, status: int, text: str, quiet: Iterable[Place] = ()) -> NoReturn:
         """End this rank, and from rank 0 all of them, after saying why; ranks in `quiet` cannot hear it and are killed."""
+        self._speaking.acquire()
         kill = [[place.processes, place.pid] for place in quiet]
         if text:
             _write(f"error: {text}")

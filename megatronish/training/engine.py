@@ -37,8 +37,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.fp16 import loss_scaler
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import nn
 
 from megatronish.config.errors import UserError
@@ -52,9 +55,18 @@ from megatronish.parallel.mesh import Axis, ParallelMesh
 from megatronish.parallel.whole import collect_whole, parts_of
 from megatronish.training.fragments import SavedFragments
 from megatronish.training.held_state import HeldState, can_move
+from megatronish.training.host_copies import HostCopies
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
+from megatronish.training.pickled_state import PickledState
+from megatronish.training.saving import Snapshot
 
 NEVER = 1 << 60
+STATE_CLASSES = (
+    loss_scaler.LossScaler,
+    loss_scaler.DynamicLossScaler,
+    ZeroStageEnum,
+    fragment_address,
+)  # in its pickles
 EVALUATED_AT_ONCE = 64  # micro batches that a pipeline runs between two fillings of itself
 Batch = dict[str, Any]  # what data/loader.py yields, on the engine's device
 
@@ -139,7 +151,10 @@ class Engine:
         stage, low_precision = config.deepspeed.zero_optimization.stage, config.deepspeed.dtype != "fp32"
         self._own_norm = stage == 0 and not low_precision
         self._stage3 = stage == 3
-        self._can_move = can_move(config)
+        self.can_move = can_move(config)
+        self._files = PickledState(STATE_CLASSES)
+        self._engine.checkpoint_engine = self._files
+        self._engine._copy_recovery_script = lambda save_path: None  # a program has no place in a checkpoint
         if stage == 0 and low_precision:
             self._engine.optimizer.optimizer.state.clear()
 
@@ -208,18 +223,37 @@ class Engine:
         """The rate of the first parameter group."""
         return self._engine.optimizer.param_groups[0]["lr"]
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write the engine's state (master weights, moments, loss scale) to folder/tag. Every rank calls it.
+    def snapshot(self, tag: str, copies: HostCopies | None = None) -> Snapshot:
+        """The engine's state (master weights, moments, loss scale) as it is now, to be written to folder/tag.
 
-        Where the optimizer is one of which DeepSpeed alone knows the layout (see `can_move`), DeepSpeed writes it.
+        copies: where the state is copied to, so that it can be written while training goes on; without them it must be
+        written before the next step. Every rank calls it. Where DeepSpeed alone knows the layout (see `can_move`) it writes
+        the state itself: every rank then calls `write` in the thread of its collectives.
         """
-        if self._can_move:
-            self.held_state().save(folder / tag, dist.get_rank())
-        else:
-            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        if not self.can_move:
+            return Snapshot(0, lambda folder: self._save_pickled(folder, tag))
+        fragments = self.held_state().fragments()
+        size = fragments.bytes
+        fragments, rank = fragments.on_host(copies), dist.get_rank()
+        return Snapshot(size, lambda folder: fragments.write(folder / tag, rank))
+
+    def state_bytes(self) -> int:
+        """Of what `snapshot` would copy."""
+        return self.held_state().fragments().bytes if self.can_move else 0
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write the state now. Every rank calls it."""
+        self.snapshot(tag).write(folder)
+
+    def _save_pickled(self, folder: Path, tag: str) -> list[Path]:
+        self._files.written, self._files.error = [], None
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        if self._files.error:
+            raise self._files.error
+        return self._files.written
 
     def load(self, folder: Path, tag: str) -> None:
-        """Read what `save` wrote; what DeepSpeed wrote, under the same layout only. Every rank calls it."""
+        """Read what a snapshot wrote; what DeepSpeed wrote, under the same layout only. Every rank calls it."""
         if saved := SavedFragments(folder / tag):
             self.held_state().load(saved)
         elif self._engine.load_checkpoint(str(folder), tag=tag)[0] is None:

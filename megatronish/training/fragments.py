@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatronish.config.errors import ConfigError
 from megatronish.parallel.layers import Shard
+from megatronish.training.host_copies import HostCopies
 
 FILES = "state-rank-{:05d}.safetensors"
 MASTER = "master"  # the weights as the optimizer keeps them; its moments have their own names
@@ -63,21 +64,47 @@ class Extent:
         return cls(raw["name"], tuple(raw["shape"]), cut, raw["start"], raw["stop"])
 
 
-def save_fragments(
-    folder: Path, rank: int, held: Mapping[str, tuple[Extent, Mapping[str, Tensor]]], scalars: Mapping[str, float]
-) -> None:
-    """Write a rank's file: by parameter where it belongs and its numbers of each kind, 1-D; scalars are of all of them."""
-    tensors = {f"{kind}/{key}": numbers for key, (_, kinds) in held.items() for kind, numbers in kinds.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    header = {
-        "extents": json.dumps({key: extent.to_json() for key, (extent, _) in held.items()}),
-        "scalars": json.dumps(dict(scalars)),
-    }
-    save_file({key: numbers.contiguous() for key, numbers in tensors.items()}, folder / FILES.format(rank), header)
+@dataclass(frozen=True)
+class Fragments:
+    """A rank's part of the state. held: by parameter where it belongs and its numbers of each kind, 1-D; scalars: of all."""
+
+    held: Mapping[str, tuple[Extent, Mapping[str, Tensor]]]
+    scalars: Mapping[str, float]
+
+    @property
+    def bytes(self) -> int:
+        """Of the numbers."""
+        return sum(numbers.nbytes for _, kinds in self.held.values() for numbers in kinds.values())
+
+    def on_host(self, copies: HostCopies | None) -> Fragments:
+        """The same on the CPU: in `copies`, which later steps leave alone, or where the numbers are there already, themselves."""
+
+        def taken(key: str, numbers: Tensor) -> Tensor:
+            return numbers.cpu() if copies is None else copies.take(key, numbers)
+
+        held = {
+            name: (extent, {kind: taken(f"{kind}/{name}", numbers) for kind, numbers in kinds.items()})
+            for name, (extent, kinds) in self.held.items()
+        }
+        return Fragments(held, self.scalars)
+
+    def write(self, folder: Path, rank: int) -> list[Path]:
+        """Write the rank's file, if it holds anything; the paths that were written."""
+        if not self.held:
+            return []
+        tensors = {f"{kind}/{key}": numbers for key, (_, kinds) in self.held.items() for kind, numbers in kinds.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        header = {
+            "extents": json.dumps({key: extent.to_json() for key, (extent, _) in self.held.items()}),
+            "scalars": json.dumps(dict(self.scalars)),
+        }
+        path = folder / FILES.format(rank)
+        save_file({key: numbers.contiguous() for key, numbers in tensors.items()}, path, header)
+        return [path]
 
 
 class SavedFragments:
-    """The files of `save_fragments` in a folder, read piece by piece. Raises ConfigError for one that cannot be read."""
+    """The files of `Fragments.write` in a folder, read piece by piece. Raises ConfigError for one that cannot be read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from megatronish.config.run import RunConfig
 from megatronish.parallel.layers import shard_of
 from megatronish.parallel.mesh import ParallelMesh
-from megatronish.training.fragments import MASTER, Extent, SavedFragments, save_fragments
+from megatronish.training.fragments import MASTER, Extent, Fragments, SavedFragments
 
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of the loss scale, what is no setting
 
@@ -60,25 +59,20 @@ class HeldState:
         # ZeRO 1 and 2: None for a parameter of which another rank has all.
         self._is_partitioned = any(hasattr(p, "_hp_mapping") for p in model.parameters())
 
-    def save(self, folder: Path, rank: int) -> None:
-        """Write what this rank, and none before it, holds. Every rank calls it."""
+    def fragments(self) -> Fragments:
+        """What this rank, and none before it, holds: views of the tensors themselves. Every rank calls it."""
         held, scalars = {}, self._scaler_numbers()
         for name, place in self._places():
             state = self._torch.state[place.flat]
             kinds = {key: place.of(value) for key, value in state.items() if _is_moment(value, place.flat)}
             scalars |= {key: float(value) for key, value in state.items() if key not in kinds}
             held[name] = (place.extent, {MASTER: place.of(place.flat), **kinds})
-        if held and self._is_writer():
-            own = {name: item for name, item in held.items() if self._is_first_copy(item[0])}
-            on_cpu = {
-                name: (extent, {kind: numbers.cpu() for kind, numbers in kinds.items()})
-                for name, (extent, kinds) in own.items()
-            }
-            save_fragments(folder, rank, on_cpu, scalars)
+        own = {name: item for name, item in held.items() if self._is_first_copy(item[0])} if self._is_writer() else {}
+        return Fragments(own, scalars)
 
     @torch.no_grad()
     def load(self, saved: SavedFragments) -> None:
-        """Take up what `save` wrote, under this layout or another. Every rank calls it."""
+        """Take up what `fragments` gave, as it was written, under this layout or another. Every rank calls it."""
         for flat in self._flat_tensors():
             state: dict[str, Any] = {kind: torch.zeros_like(flat) for kind in saved.moments}
             if "step" in saved.scalars:

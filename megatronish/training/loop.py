@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatronish import __version__
 from megatronish.config.errors import ConfigError, UserError
@@ -26,7 +25,8 @@ from megatronish.model.accounting import flops_per_token, layer_costs
 from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
 from megatronish.model.init import init_weights
 from megatronish.model.transformer import Transformer
-from megatronish.model.weights import save_model
+from megatronish.model.weights import WEIGHTS_FILE, save_model
+from megatronish.parallel.agreement import Agreement
 from megatronish.parallel.ending import SHUTDOWN_SECONDS, end_within
 from megatronish.parallel.layers import TensorParallel
 from megatronish.parallel.meeting import Meeting, meet_by_environment
@@ -45,9 +45,13 @@ from megatronish.training.engine import (
     start_process_group,
     stop_process_group,
 )
+from megatronish.training.host_copies import HostCopies
 from megatronish.training.monitor import Monitor
 from megatronish.training.peak import find_peak
 from megatronish.training.preparation import Prepared, prepare
+from megatronish.training.resume import settle_resume
+from megatronish.training.run_lock import hold_run_dir
+from megatronish.training.saving import Saver, Snapshot
 from megatronish.training.schedules import rate_share
 from megatronish.training.state import load_streams, save_streams
 
@@ -63,21 +67,29 @@ def pretrain(config: RunConfig, rank: Rank) -> Path:
 
     Raises UserError for whatever the user can mend, before the ranks meet wherever it can be known by then.
     """
-    run = prepare(config, rank)
-    if run.state.step >= config.megatronish.train.steps:
-        if rank.is_first:
+    run_dir = Path(config.megatronish.train.save_dir)
+    with hold_run_dir(run_dir, rank.is_first):
+        run = prepare(config, rank)
+        meeting = meet_by_environment(config.megatronish.train.start_timeout, what_ranks_share(config))
+        run = settle_resume(run, meeting)
+        if run.state.step < config.megatronish.train.steps:
+            train_together(run, rank, meeting)
+        elif rank.is_first:
             print(f"{run.resume_from} is already at step {run.state.step}: nothing left to train. Raise --train.steps.")
-        return run.run_dir
-    meeting = meet_by_environment(config.megatronish.train.start_timeout, what_ranks_share(config))
+    return run_dir
+
+
+def train_together(run: Prepared, rank: Rank, meeting: Meeting) -> None:
+    """Train with the ranks of the meeting, and leave them in bounded time whatever comes."""
+    train = run.config.megatronish.train
     try:
-        with start_watchdog(meeting, config) as watchdog:
-            start_process_group(collective_minutes(config.megatronish.train.hang_timeout), meeting)
-            _Trainer(run, rank, watchdog).train()
+        with start_watchdog(meeting, run.config) as watchdog:
+            start_process_group(collective_minutes(train.hang_timeout), meeting)
+            _Trainer(run, rank, watchdog, meeting).train()
     except BaseException:
         end_within(SHUTDOWN_SECONDS, status=1)  # peers may wait for this rank in a collective: the launcher ends them
         raise
     stop_process_group()
-    return run.run_dir
 
 
 def what_ranks_share(config: RunConfig) -> dict[str, str]:
@@ -105,14 +117,23 @@ def collective_minutes(hang_timeout: float) -> float:
 class _Trainer:
     """The loop of one rank."""
 
-    def __init__(self, run: Prepared, rank: Rank, watchdog: Watchdog | None) -> None:
+    def __init__(self, run: Prepared, rank: Rank, watchdog: Watchdog | None, meeting: Meeting) -> None:
         self._watchdog = watchdog
         ours = run.config.megatronish
         self.run, self.rank, self.train_config, self.schedule = run, rank, ours.train, ours.schedule
         self.device, self.state = device(), run.state
         self.dtype = DTYPES[run.config.deepspeed.dtype]
         self.flops = flops_per_token(ours.model).train
-        self.store = CheckpointStore(run.run_dir, ours.train.keep_last, rank.is_first, dist.barrier)
+        self.store = CheckpointStore(run.run_dir, ours.train.keep_last, ours.train.keep_every)
+        self.copies = HostCopies()
+        self.saver = Saver(
+            self.store,
+            Agreement(meeting, "checkpoints"),
+            background=ours.train.async_save,
+            stop_on_error=ours.train.on_save_error == "stop",
+            tell=self._say,
+            local_ranks=rank.local_world_size,
+        )
         peak = find_peak(self.device, self.dtype)
         if rank.is_first:
             announce(run, rank, self.device, peak)
@@ -142,9 +163,14 @@ class _Trainer:
             self._watchdog.mark(phase, step)
 
     def train(self) -> None:
-        """Steps up to the last one, then the loader and the logs are closed."""
+        """Steps up to the last one, then the last checkpoint is waited for, and the loader and the logs are closed."""
         try:
             self._steps()
+            self._mark("saving", self.state.step)
+            self.saver.finish()
+        except BaseException:
+            self.saver.abandon()
+            raise
         finally:
             self.loader.close()
             if self.monitor:
@@ -217,24 +243,38 @@ class _Trainer:
 
     def _save(self, done: int, is_best: bool) -> None:
         self._mark("saving", done)
-        start = time.monotonic()
-        weights = self.engine.weights()
+        reason = "" if self.engine.can_move else "DeepSpeed writes this optimizer's state"
+        reason = reason or self.saver.reason_to_wait(self.engine.state_bytes() - self.copies.bytes)
+        seconds = self.saver.save(done, self._snapshot, is_best, reason=reason)
+        if self.monitor:
+            self.monitor.pause_ends(seconds)
 
-        def write(folder: Path) -> None:
-            self.engine.save(folder, ENGINE_TAG)
-            streams = self.loader.stream_states()
+    def _snapshot(self, in_background: bool) -> Snapshot:
+        """What this rank writes of the state as it is now; copied, if training goes on before it is written."""
+        copies = self.copies if in_background else None
+        engine, weights = self.engine.snapshot(ENGINE_TAG, copies), self.engine.weights()
+        if copies:
+            weights = {name: copies.take(f"weights/{name}", tensor) for name, tensor in weights.items()}
+            copies.wait()
+        state, streams = self.state, self.loader.stream_states()
+
+        def write(folder: Path) -> list[Path]:
+            written = engine.write(folder)
             if self.mesh.tp.rank == self.mesh.sp.rank == self.mesh.pp.rank == 0:  # the others read what this one reads
                 save_streams(folder, self.mesh.dp.rank, streams)
             if self.rank.is_first:
-                save_model(folder, weights, self.run.config.megatronish.model, metadata={"step": str(done)})
+                save_model(folder, weights, self.run.config.megatronish.model, metadata={"step": str(state.step)})
                 copy_tokenizer(self.run.data, folder)
                 self.run.config.save(folder / RUN_FILE)
-                self.state.save(folder)
+                state.save(folder)
+                written.append(folder / WEIGHTS_FILE)
+            return written
 
-        saved = self.store.save(done, write, is_best)
+        return Snapshot(engine.bytes + sum(tensor.nbytes for tensor in weights.values()), write)
+
+    def _say(self, text: str) -> None:
         if self.monitor:
-            self.monitor.say(f"saved {saved}")
-            self.monitor.pause_ends(time.monotonic() - start)
+            self.monitor.say(text)
 
 
 def build_model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -175,14 +176,16 @@ class Monitor:
         self._last_time, self._last_step = time.perf_counter(), start_step
         self._training_seconds, self._done = 0.0, 0
         self._pending_line = False
+        self._writing = threading.Lock()  # a checkpoint's thread speaks, too
 
     def say(self, text: str) -> None:
         """A line of its own, above the live line."""
-        if self._pending_line:
-            self._out.write("\n")
-            self._pending_line = False
-        self._out.write(text + "\n")
-        self._out.flush()
+        with self._writing:
+            if self._pending_line:
+                self._out.write("\n")
+                self._pending_line = False
+            self._out.write(text + "\n")
+            self._out.flush()
 
     def first_step(self) -> None:
         """Say how long after the start of the process the first step was done."""
@@ -245,12 +248,10 @@ class Monitor:
             f"ETA {clock(eta)}",
         ]
         line = " | ".join(part for part in parts if part)
-        if self._live:
-            self._out.write("\r\x1b[K" + line)
-            self._pending_line = True
-        else:
-            self._out.write(line + "\n")
-        self._out.flush()
+        with self._writing:
+            self._out.write("\r\x1b[K" + line if self._live else line + "\n")
+            self._pending_line = self._live
+            self._out.flush()
 
 
 def clock(seconds: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import load_config
 from megatronish.parallel.startup import Rank, has_gpu
-from megatronish.training.checkpoint import ENGINE_TAG, CheckpointStore, check_writable
+from megatronish.training.checkpoint import ENGINE_TAG, CheckpointStore, check_writable, faults_of, none_good
 from megatronish.training.fragments import SavedFragments
 from megatronish.training.held_state import can_move
 from megatronish.training.memory import fit_to_host
@@ -41,7 +41,10 @@ class Prepared:
 
 
 def prepare(config: RunConfig, rank: Rank) -> Prepared:
-    """Check data, batch arithmetic, folder and checkpoint before any process group exists. Raises UserError."""
+    """Check data, batch arithmetic, folder and checkpoint before any process group exists. Raises UserError.
+
+    The checkpoint is the first that looks good; its files are read by `resume.settle_resume`, when the ranks have met.
+    """
     ours = config.megatronish
     plan = config.batch_plan(ours.parallel.data_size(rank.world_size))
     if not has_gpu():
@@ -57,22 +60,31 @@ def prepare(config: RunConfig, rank: Rank) -> Prepared:
     )
     run_dir = Path(ours.train.save_dir)
     check_writable(run_dir)
-    state = TrainState.start(config, plan, data.fingerprint, data.order)
-    found = CheckpointStore(run_dir, ours.train.keep_last, rank.is_first, lambda: None).find(ours.train.resume)
-    if found is None:
-        imported = None
-        if ours.model.from_hf is not None:
-            imported = HuggingFaceWeights(ours.model.from_hf, ours.model)
-            check_imported_tokenizer(Path(ours.model.from_hf), data)
-        return Prepared(config, plan, data, run_dir, found, state, imported=imported)
-    check_same_model(found, config)
-    check_same_tokenizer(found, data)
-    moves = check_engine_state(found, ours.model) and can_move(config)
+    wanted = CheckpointStore(run_dir, ours.train.keep_last).wanted(ours.train.resume)
+    run = Prepared(config, plan, data, run_dir, None, TrainState.start(config, plan, data.fingerprint, data.order))
+    if wanted:
+        faults = {str(path): faults_of(path) for path in wanted}
+        found = next((path for path in wanted if not faults[str(path)]), None)
+        if found is None:
+            raise none_good(faults)
+        return continue_from(run, found)
+    if ours.model.from_hf is not None:
+        run = replace(run, imported=HuggingFaceWeights(ours.model.from_hf, ours.model))
+        check_imported_tokenizer(Path(ours.model.from_hf), data)
+    return run
+
+
+def continue_from(run: Prepared, found: Path) -> Prepared:
+    """The run as it goes on from the checkpoint `found`. Raises UserError when that is of another run."""
+    model = run.config.megatronish.model
+    check_same_model(found, run.config)
+    check_same_tokenizer(found, run.data)
+    moves = check_engine_state(found, model) and can_move(run.config)
+    fresh = TrainState.start(run.config, run.plan, run.data.fingerprint, run.data.order)
     saved = TrainState.load(found)
-    moved = saved.moved(state)
-    state = saved.continue_as(state, found, moves=moves)
+    state = saved.continue_as(fresh, found, moves=moves)
     check_streams(found, saved, state)
-    return Prepared(config, plan, data, run_dir, found, state, moved)
+    return replace(run, resume_from=found, state=state, moved=saved.moved(fresh), imported=None)
 
 
 def check_same_model(checkpoint: Path, config: RunConfig) -> None:

@@ -10,7 +10,7 @@ import pytest
 from megatronish.data.dataset import check_dataset_fits, open_dataset
 from megatronish.data.errors import DataError
 from megatronish.data.manifest import manifest_path, read_manifest
-from megatronish.data.preprocess import PreprocessOptions, preprocess
+from megatronish.data.preprocessing.preprocess import PreprocessOptions, preprocess
 
 TEXTS = ["Once upon a time", "größer als 日本", "literal <|endoftext|> stays", "last\n"]
 
@@ -102,6 +102,8 @@ def test_replaced_tokenizer_of_equal_size_is_refused(prefix):
         (lambda d: d | {"files": {"x": {"bytes": "1"}}}, "'1' is not a whole number"),
         (lambda d: d | {"counts": 5}, "incomplete"),
         (lambda d: d | {"tokenizer": {"kind": "bytes"}}, "incomplete"),
+        (lambda d: d | {"tokenizer": d["tokenizer"] | {"file": "/etc/passwd"}}, "'/etc/passwd', which is outside its"),
+        (lambda d: d | {"files": {"../x": {"bytes": 1, "xxh3": "0"}}}, "'../x', which is outside its folder"),
         (lambda d: d | {"counts": d["counts"] | {"tokens": 1}}, r"its manifest 1 uint16"),
     ],
 )

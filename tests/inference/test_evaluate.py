@@ -27,6 +27,7 @@ from megatronish.inference.evaluate import (
     xz_size,
 )
 from megatronish.inference.held_out import Evaluation, evaluate_run
+from megatronish.model.manifest import seal
 from tests.inference.conftest import save_checkpoint
 from tests.runs import WORDS, make_dataset
 
@@ -187,10 +188,12 @@ def test_what_is_refused(run, tmp_path):
     folder = tmp_path / "moved"
     shutil.copytree(run.folder / "checkpoints" / "step-00000002", folder)
     (folder / "run.json").unlink()
+    seal(folder, 2)
     refused("run.json is missing, so the data set is not known: name it with --data", folder=folder)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, "data_identity": "another"}))
     shutil.copy(run.folder / "checkpoints" / "step-00000002" / "run.json", folder)
+    seal(folder, 2)
     refused("is not the data set that this run trained on", folder=folder)
     other = make_dataset(tmp_path, documents=5)
     path = next(tmp_path.glob("set*.manifest.json"))

@@ -19,7 +19,7 @@ from megatronish.config.data import DataConfig
 from megatronish.data.builder import IndexedWriter
 from megatronish.data.indexed import IndexedReader
 from megatronish.data.megatron_order import MegatronBlend, greedy_blend, normalized
-from megatronish.data.surgery import merge
+from megatronish.data.preprocessing.surgery import merge
 from megatronish.data.training_data import open_training_data
 from tests.environments import make_environment
 from tests.runs import make_dataset

@@ -14,6 +14,7 @@ import pytest
 
 from launchers import pretrain
 from megatronish.config import errors
+from megatronish.model.manifest import seal
 from megatronish.model.weights import CONFIG_FILE
 from megatronish.training.state import TrainState
 from tests.config.raw import read
@@ -124,6 +125,7 @@ def saved_run(folder: Path, data: str, model: dict[str, Any] | None = None, **st
     copy_tokenizer(open_dataset(data), checkpoint)
     fresh = TrainState.start(read(), read().batch_plan(1), open_dataset(data).fingerprint)
     TrainState(**{**fresh.__dict__, "step": 2, **state}).save(checkpoint)
+    seal(checkpoint, 2)
     return checkpoint
 
 
@@ -161,14 +163,19 @@ def test_never_resuming_among_checkpoints(refused: Launch, data: str, tmp_path: 
 def test_torn_checkpoints(refused: Launch, data: str, tmp_path: Path) -> None:
     checkpoint = saved_run(tmp_path, data)
     (checkpoint / "state.json").write_text('{"step": 2')
+    assert f"{checkpoint}: state.json has 10 bytes, not " in refused(lines=3)
+    seal(checkpoint, 2)  # who changes a file and seals it is told what the file lacks
     assert "state.json: cannot be read" in refused()
     (checkpoint / CONFIG_FILE).unlink()
+    assert f"{CONFIG_FILE} is missing" in refused(lines=3)
+    seal(checkpoint, 2)
     assert f"{CONFIG_FILE} does not exist" in refused()
 
 
 def test_a_copy_of_a_checkpoint_without_training_state(refused: Launch, data: str, tmp_path: Path) -> None:
     checkpoint = saved_run(tmp_path, data)
     shutil.rmtree(checkpoint / "engine")
+    seal(checkpoint, 2)
     assert f"{checkpoint}/engine holds no training state" in refused()
 
 
@@ -178,10 +185,12 @@ def test_another_tokenizer_than_the_checkpoints(refused: Launch, data: str, tmp_
     record = checkpoint / "tokenizer_record.json"
     known = json.loads(record.read_text())
     record.write_text(json.dumps({**known, "sha256": "0123456789abcdef"}))
+    seal(checkpoint, 2)
     message = refused()
     assert f"{data} was made with another tokenizer (SHA-256 {known['sha256'][:12]}...)" in message
     assert "(0123456789ab...); prepare the data with the model's tokenizer (--tokenizer-model)" in message
     record.write_text("{")
+    seal(checkpoint, 2)
     assert "tokenizer_record.json: cannot be read" in refused()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -150,15 +151,20 @@ def test_nowhere_to_meet() -> None:
         find_master(find_rank(DEEPSPEED), DEEPSPEED)
 
 
-def test_free_port_passes_over_a_taken_one() -> None:
+def test_free_port_passes_over_a_taken_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ports are drawn in turn: the first while it is free, the second while the first is taken, none without it."""
     first = free_port()
-    with socket.socket() as taken:
+    second = next(port for port in iter(free_port, first))
+    draws = itertools.cycle([first - startup.PORT_BASE, second - startup.PORT_BASE])
+    monkeypatch.setattr(startup.secrets, "randbelow", lambda span: next(draws))
+    assert free_port() == first and next(draws) == second - startup.PORT_BASE
+    with socket.socket() as taken, socket.socket() as other:
         taken.bind(("", first))
         taken.listen()
-        second = free_port()
-        assert second != first
-        with socket.socket() as other:
-            other.bind(("", second))
+        assert free_port() == second
+        other.bind(("", second))
+        with pytest.raises(LaunchError, match="none is free"):
+            free_port()
     assert startup.PORT_BASE <= first < 32768  # Linux's ephemeral ports begin there
 
 

@@ -14,21 +14,23 @@ from megatronish.data.builder import IndexedWriter
 from megatronish.data.dataset import open_dataset
 from megatronish.data.indexed import IndexedReader
 from megatronish.data.tokenizer import byte_alphabet, load_tokenizer, train_bpe
+from tests.data.streams.shard_server import shard_server
+from tests.data.streams.text_shards import hub_answers
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 TEXTS = [f"Document {i}: {'word ' * (i % 7)}straße {i * i}" for i in range(100)]
 
 
-def run(folder: Path, *arguments: object) -> str:
+def run(folder: Path, *arguments: object, **environment: str) -> str:
     """Output of the tool, which has to succeed."""
-    done = attempt(folder, *arguments)
+    done = attempt(folder, *arguments, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def attempt(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def attempt(folder: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOL), *map(str, arguments)]
-    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env=offline)
 
 
@@ -147,24 +149,39 @@ def test_dry_run_writes_nothing(folder):
     assert sorted(path.name for path in folder.rglob("*")) == before
 
 
-@pytest.mark.slow
-def test_hugging_face_data_set_from_a_folder(folder):
-    """The library's own streaming, on local files; the hub only changes where they come from."""
-    pytest.importorskip("datasets")
-    (folder / "set").mkdir()
-    (folder / "d.jsonl").rename(folder / "set" / "train.jsonl")
-    (folder / "set" / "test.jsonl").write_text('{"text": "held out"}\n{"text": null}\n')
+def test_inputs_from_elsewhere(folder):
+    """The hub and a web server, both on this machine and faulty: named fields joined, bad lines named, splits chosen."""
+    pytest.importorskip("huggingface_hub")
+    sha = "0123456789abcdef0123456789abcdef01234567"
+    files = folder / "datasets/databricks/databricks-dolly-15k/resolve" / sha
+    files.mkdir(parents=True)
+    records = [
+        {"instruction": "Add.", "context": "", "response": "2"},
+        {"instruction": "A", "context": "B", "response": "C"},
+    ]
+    (files / "databricks-dolly-15k.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    bad = folder / "datasets/some/corpus/resolve" / sha / "test.jsonl"
+    bad.parent.mkdir(parents=True)
+    bad.write_text('{"text": "held out"}\n\n{"text": \n{"text": null}\n')
     given = ["--tokenizer-model", "bytes", "--shard-size", 500, "--output-prefix"]
-    run(folder, "--input", f"hf://{folder}/set", *given, "o")
-    assert texts_of(folder / "o_text_document") == TEXTS
-    done = attempt(folder, "--input", f"hf://{folder}/set:test", *given, "p")
-    assert done.returncode == 2 and "set:test, row 2: the value of 'text' is null" in done.stderr
-    run(folder, "--input", f"hf://{folder}/set:test", *given, "p", "--on-error", "skip")
-    assert texts_of(folder / "p_text_document") == ["held out"]
-    done = attempt(folder, "--input", f"hf://{folder}/nothing", *given, "q")
-    assert done.returncode == 2 and "cannot be opened" in done.stderr
-    done = attempt(folder, "--input", f"hf://{folder}/set", "--json-keys", "body", *given, "q")
-    assert "no key 'body'; keys are ['text']" in done.stderr
+    with shard_server(folder, faults=0.3, kinds=("500", "reset", "truncate")) as (url, served):
+        served.answers = hub_answers("databricks/databricks-dolly-15k", sha, ["databricks-dolly-15k.jsonl"])
+        served.answers |= hub_answers("some/corpus", sha, ["train.jsonl", "test.jsonl"])
+        there = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0"}
+        told = run(folder, "--input", "hf://dolly", *given, "o", **there)
+        assert texts_of(folder / "o_text_document") == ["Add.\n\n2", "A\n\nB\n\nC"]
+        assert "hf://dolly at 0123456789ab: 1 shards; licence: CC BY-SA 3.0" in told
+        run(folder, "--input", "hf://dolly", "--json-keys", "response", *given, "r", **there)
+        assert texts_of(folder / "r_response_document") == ["2", "C"]
+        done = attempt(folder, "--input", "hf://some/corpus:test", *given, "p", **there)
+        assert done.returncode == 2 and "hf://some/corpus:test at 0123456789ab, row 3: not JSON" in done.stderr
+        run(folder, "--input", "hf://some/corpus:test", *given, "p", "--on-error", "skip", **there)
+        assert texts_of(folder / "p_text_document") == ["held out"]
+        assert open_dataset(folder / "p_text_document").manifest.counts["rejected_documents"] == 2
+        run(folder, "--input", f"{url}/d.jsonl", *given, "w", **there)
+        assert texts_of(folder / "w_text_document") == TEXTS
+        done = attempt(folder, "--input", f"hf://{folder}/set", *given, "q", **there)
+        assert done.returncode == 2 and "expected hf://OWNER/NAME" in done.stderr
 
 
 def test_file_input_imports_neither_torch_nor_datasets(folder):

@@ -249,7 +249,7 @@ def test_bare_command_prepares_the_default_corpus_once(tmp_path):
         )
     program = (
         "import sys, sysconfig; from pathlib import Path; sys.argv = ['preprocess_data.py', *sys.argv[3:]];"
-        "import runpy; import megatronish.data.corpus as corpus;"
+        "import runpy; import megatronish.data.preprocessing.corpus as corpus;"
         f"corpus.default_corpus_folders = lambda: (Path({str(library)!r}), Path({str(tmp_path / 'none')!r}));"
         f"runpy.run_path({str(TOOL)!r}, run_name='__main__')"
     )

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatronish.config.errors import ConfigError
+from megatronish.model.manifest import MANIFEST_FILE
 from megatronish.training import checkpoint
 from megatronish.training.checkpoint import CheckpointStore, check_writable, step_name
+from tests.saves import save_alone
 
-
-def store(run_dir: Path, keep_last: int = 2) -> CheckpointStore:
-    return CheckpointStore(run_dir, keep_last, is_first=True, barrier=lambda: None)
+STEP_5, STEP_10, STEP_15 = (step_name(step) for step in (5, 10, 15))
 
 
 def content(step: int) -> Callable[[Path], None]:
@@ -30,6 +29,13 @@ def content(step: int) -> Callable[[Path], None]:
     return write
 
 
+def save(kept: CheckpointStore, step: int, is_best: bool = False, of: int | None = None) -> Path:
+    """Save the checkpoint of `step`, with the content of step `of`; its folder."""
+    outcome = save_alone(kept, step, content(of or step), is_best)
+    assert not outcome.problem
+    return Path(outcome.path)
+
+
 def names(run_dir: Path) -> list[str]:
     """Everything in the folder of checkpoints, hidden folders included."""
     return sorted(os.listdir(run_dir / "checkpoints"))
@@ -41,60 +47,76 @@ def pointer(run_dir: Path, name: str) -> str:
 
 def test_a_checkpoint_appears_whole(tmp_path: Path) -> None:
     """While it is written nothing stands under its name and `latest` names the one before."""
-    kept = store(tmp_path)
-    first = kept.save(5, content(5))
-    assert first == tmp_path / "checkpoints" / "step-00000005"
+    kept = CheckpointStore(tmp_path, 2)
+    first = save(kept, 5)
+    assert first == tmp_path / "checkpoints" / STEP_5
 
     def write(folder: Path) -> None:
         content(10)(folder)
-        assert not (tmp_path / "checkpoints" / step_name(10)).exists()
+        assert not (tmp_path / "checkpoints" / STEP_10).exists()
         assert kept.newest() == first
 
-    second = kept.save(10, write)
+    second = Path(save_alone(kept, 10, write).path)
     assert (second / "engine" / "weights").read_text() == "weights 10"
-    assert names(tmp_path) == ["latest", "step-00000005", "step-00000010"]
-    assert pointer(tmp_path, "latest") == "step-00000010\n"
+    assert names(tmp_path) == ["latest", STEP_5, STEP_10]
+    assert pointer(tmp_path, "latest") == f"{STEP_10}\n"
     assert kept.newest() == second
+    assert sorted(os.listdir(second)) == ["engine", MANIFEST_FILE, "state.json"]
 
 
 def test_a_failing_write_leaves_the_last_one_in_force(tmp_path: Path) -> None:
-    kept = store(tmp_path)
-    first = kept.save(5, content(5), is_best=True)
+    kept = CheckpointStore(tmp_path, 2)
+    first = save(kept, 5, is_best=True)
 
     def disk_full(folder: Path) -> None:
         content(10)(folder)
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
-        kept.save(10, disk_full, is_best=True)
+    assert save_alone(kept, 10, disk_full, is_best=True).problem == "rank 0: No space left on device"
     assert kept.newest() == first
-    assert kept.complete() == [first]
-    assert (pointer(tmp_path, "latest"), pointer(tmp_path, "best")) == ("step-00000005\n", "step-00000005\n")
-    kept.save(15, content(15))
-    assert names(tmp_path) == ["best", "latest", "step-00000005", "step-00000015"], "the torn one is cleared away"
+    assert (pointer(tmp_path, "latest"), pointer(tmp_path, "best")) == (f"{STEP_5}\n", f"{STEP_5}\n")
+    assert names(tmp_path) == ["best", "latest", STEP_5], "nothing is left of the torn one"
+    save(kept, 15)
+    assert names(tmp_path) == ["best", "latest", STEP_5, STEP_15]
 
 
-@pytest.mark.parametrize("fails", ["sync_tree", "sync"])
-def test_a_crash_between_writing_and_renaming(fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever step of the commit fails, what is found afterwards is a complete checkpoint."""
-    kept = store(tmp_path)
-    kept.save(5, content(5))
+@pytest.mark.parametrize("call", range(1, 9))
+def test_a_failure_at_each_step_of_the_commit(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever call to the disk fails, what is found afterwards is a good checkpoint, and the next save succeeds."""
+    kept = CheckpointStore(tmp_path, 1)
+    save(kept, 5)
+    calls = 0
+    sync, rename = os.fsync, Path.rename
 
-    def broken(folder: Path) -> None:
-        raise OSError("I/O error")
+    def count() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise OSError(5, "Input/output error")
+
+    def failing_sync(handle: int) -> None:
+        count()
+        sync(handle)
+
+    def failing_rename(self: Path, target: Path) -> Path:
+        count()
+        return rename(self, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, fails, broken)
-        with pytest.raises(OSError):
-            kept.save(10, content(10))
+        patch.setattr(os, "fsync", failing_sync)
+        patch.setattr(Path, "rename", failing_rename)
+        save_alone(kept, 10, content(10))
     found = kept.newest()
-    assert found is not None
+    assert found is not None and not checkpoint.faults_of(found)
     step = (found / "state.json").read_text()
     assert (found / "engine" / "weights").read_text() == f"weights {step}"
+    saved = save(kept, 15)
+    assert kept.newest() == saved
+    assert [name for name in names(tmp_path) if name != STEP_10] == ["latest", STEP_15]
 
 
 def test_files_are_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file and folder of the checkpoint is on the disk before its name is."""
+    """Every file and folder of the checkpoint is on the disk before its name is, and the manifest after all other files."""
     synced: list[str] = []
     rename = Path.rename
     fsync = os.fsync
@@ -109,79 +131,92 @@ def test_files_are_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "fsync", record_sync)
     monkeypatch.setattr(Path, "rename", record_rename)
-    store(tmp_path).save(5, content(5))
-    staging = tmp_path / "checkpoints" / ".writing-step-00000005"
-    commit = synced.index("rename to step-00000005")
-    expected = {staging / "engine" / "weights", staging / "state.json", staging / "engine", staging}
-    assert set(synced[:commit]) == {str(path) for path in expected}
+    save(CheckpointStore(tmp_path, 2), 5)
+    staging = tmp_path / "checkpoints" / f".writing-{STEP_5}"
+    commit = synced.index(f"rename to {STEP_5}")
+    files = {str(staging / name) for name in ("engine/weights", "state.json")}
+    assert set(synced[:commit]) == files | {
+        str(path) for path in (staging / MANIFEST_FILE, staging / "engine", staging)
+    }
+    assert files == set(synced[: synced.index(str(staging / MANIFEST_FILE))])
     assert synced[commit + 1] == str(tmp_path / "checkpoints")
 
 
-def test_every_rank_writes_before_the_rename(tmp_path: Path) -> None:
-    """Two ranks as threads: the first commits only after the second has written, whichever is slower."""
-    barrier = threading.Barrier(2, timeout=20)
-    seen: list[bool] = []
-
-    def rank(number: int) -> None:
-        kept = CheckpointStore(tmp_path, 2, is_first=number == 0, barrier=barrier.wait)
-
-        def write(folder: Path) -> None:
-            if number == 0:
-                content(5)(folder)
-            else:
-                threading.Event().wait(0.2)
-                (folder / "rank1").write_text("late")
-
-        path = kept.save(5, write)
-        seen.append((path / "rank1").exists() and (path / "state.json").exists())
-
-    threads = [threading.Thread(target=rank, args=(number,)) for number in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert seen == [True, True]
-    assert names(tmp_path) == ["latest", "step-00000005"]
-
-
-def test_the_last_n_and_the_best_are_kept(tmp_path: Path) -> None:
-    kept = store(tmp_path, keep_last=2)
+def test_the_last_n_every_k_and_the_best_are_kept(tmp_path: Path) -> None:
+    kept = CheckpointStore(tmp_path, 2, keep_every=15)
     for step in (5, 10, 15, 20, 25):
-        kept.save(step, content(step), is_best=step == 10)
-    assert names(tmp_path) == ["best", "latest", "step-00000010", "step-00000020", "step-00000025"]
-    kept.save(30, content(30), is_best=True)
-    assert names(tmp_path) == ["best", "latest", "step-00000025", "step-00000030"]
-    assert pointer(tmp_path, "best") == "step-00000030\n"
+        save(kept, step, is_best=step == 10)
+    assert names(tmp_path) == ["best", "latest", *(step_name(step) for step in (10, 15, 20, 25))]
+    save(kept, 30, is_best=True)
+    save(kept, 35)
+    save(kept, 40)
+    assert names(tmp_path) == ["best", "latest", *(step_name(step) for step in (15, 30, 35, 40))]
+    assert pointer(tmp_path, "best") == f"{step_name(30)}\n"
+
+
+def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
+    """Else the only spare would be the damaged one, and the good one before it gone."""
+    kept = CheckpointStore(tmp_path, 2)
+    save(kept, 5)
+    damaged = save(kept, 10)
+    (damaged / "engine" / "weights").write_text("")
+    save(kept, 15)
+    assert names(tmp_path) == ["latest", STEP_5, STEP_10, STEP_15]
+    save(kept, 20)
+    assert names(tmp_path) == ["latest", STEP_10, STEP_15, step_name(20)], "and it stays to be looked at"
 
 
 def test_a_run_taken_up_further_back_keeps_what_it_saves(tmp_path: Path) -> None:
     """Resumed from step 5 while 20 and 25 exist: the new step 10 is not pruned in favour of them, nor are they lost."""
-    kept = store(tmp_path, keep_last=2)
+    kept = CheckpointStore(tmp_path, 2)
     for step in (5, 20, 25):
-        kept.save(step, content(step), is_best=step == 5)
-    again = store(tmp_path, keep_last=1)
-    saved = again.save(10, content(10))
+        save(kept, step, is_best=step == 5)
+    again = CheckpointStore(tmp_path, 1)
+    saved = save(again, 10)
     assert saved.exists()
     assert again.newest() == saved
     assert names(tmp_path) == ["best", "latest", *(step_name(step) for step in (5, 10, 20, 25))]
+    assert [path.name for path in again.candidates()] == [step_name(step) for step in (10, 5, 25, 20)]
 
 
 def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
-    kept = store(tmp_path)
-    kept.save(5, content(5))
-    (kept.folder / step_name(5) / "old").write_text("of the first")
-    kept.save(5, content(6))
-    assert names(tmp_path) == ["latest", "step-00000005"]
-    assert sorted(os.listdir(kept.folder / step_name(5))) == ["engine", "state.json"]
-    assert (kept.folder / step_name(5) / "engine" / "weights").read_text() == "weights 6"
+    kept = CheckpointStore(tmp_path, 2)
+    old = save(kept, 5)
+    (old / "old").write_text("of the first")
+    new = save(kept, 5, of=6)
+    assert names(tmp_path) == ["latest", STEP_5]
+    assert sorted(os.listdir(new)) == ["engine", MANIFEST_FILE, "state.json"]
+    assert (new / "engine" / "weights").read_text() == "weights 6"
+
+
+def test_a_kill_between_the_renames_of_a_replacement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only checkpoint is saved again, and neither has its name when the process dies: the old one gets it back."""
+    kept = CheckpointStore(tmp_path, 1)
+    save(kept, 5)
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.name.startswith(".writing-"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(kept, 5, of=6)
+    assert kept.complete() == []
+    CheckpointStore(tmp_path, 1).clear()
+    found = kept.newest()
+    assert found is not None and (found / "engine" / "weights").read_text() == "weights 5"
+    assert names(tmp_path) == ["latest", STEP_5]
 
 
 @pytest.mark.parametrize("again", [10, 15])
 def test_a_kill_while_an_old_one_is_removed(again: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of an old checkpoint never stands under its name: it is renamed aside before its files go."""
-    kept = store(tmp_path, keep_last=1)
-    kept.save(5, content(5), is_best=True)
-    kept.save(10, content(10))
+    kept = CheckpointStore(tmp_path, 1)
+    save(kept, 5, is_best=True)
+    save(kept, 10)
     remove = shutil.rmtree
 
     def killed(folder: Path, ignore_errors: bool = False) -> None:
@@ -191,47 +226,60 @@ def test_a_kill_while_an_old_one_is_removed(again: int, tmp_path: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            kept.save(again, content(again))
+            save(kept, again)
     assert all((path / "engine" / "weights").exists() for path in kept.complete())
     assert kept.newest() == kept.folder / step_name(again)
-    kept.save(20, content(20))
+    save(kept, 20)
     assert not [name for name in names(tmp_path) if name.startswith(".")], "the remains are cleared away"
 
 
+def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known before a byte is written: the sizes of all ranks are."""
+    kept = CheckpointStore(tmp_path, 2)
+    first = save(kept, 5)
+    free = 3_000_000_000
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(free, 0, free))  # type: ignore[attr-defined]
+    written: list[Path] = []
+    problem = save_alone(kept, 10, written.append, size=5_000_000_000).problem
+    assert problem == f"it needs 5.000 GB and 3.000 GB are free on the disk of {kept.folder}"
+    assert written == [] and names(tmp_path) == ["latest", STEP_5] and kept.newest() == first
+
+
 def test_newest(tmp_path: Path) -> None:
-    """What `latest` names; if that is missing, torn or elsewhere, the newest complete one."""
-    kept = store(tmp_path, keep_last=9)
+    """What `latest` names; if that is missing, torn or elsewhere, the newest good one."""
+    kept = CheckpointStore(tmp_path, 9)
     assert kept.newest() is None
     for step in (5, 10, 15):
-        kept.save(step, content(step))
+        save(kept, step)
     latest = kept.folder / "latest"
-    latest.write_text("step-00000010\n")
-    assert kept.newest() == kept.folder / step_name(10)
+    latest.write_text(f"{STEP_10}\n")
+    assert kept.newest() == kept.folder / STEP_10
     for wrong in ("step-00000099\n", "", "../../elsewhere\n", "step-0000"):
         latest.write_text(wrong)
-        assert kept.newest() == kept.folder / step_name(15), repr(wrong)
+        assert kept.newest() == kept.folder / STEP_15, repr(wrong)
     latest.unlink()
-    (kept.folder / step_name(15) / "state.json").unlink()
-    assert kept.newest() == kept.folder / step_name(10), "a folder without state.json is not complete"
+    (kept.folder / STEP_15 / MANIFEST_FILE).unlink()
+    assert kept.newest() == kept.folder / STEP_10, "a folder without a manifest is not good"
 
 
-def test_find(tmp_path: Path) -> None:
-    kept = store(tmp_path / "run")
-    assert kept.find("auto") is None
-    assert kept.find("never") is None
-    first, second = (kept.save(step, content(step)) for step in (5, 10))
-    assert kept.find("auto") == second
-    assert kept.find(str(first)) == first
-    assert kept.find(str(tmp_path / "run")) == second
+def test_wanted(tmp_path: Path) -> None:
+    kept = CheckpointStore(tmp_path / "run", 2)
+    assert kept.wanted("auto") == []
+    assert kept.wanted("never") == []
+    first, second = (save(kept, step) for step in (5, 10))
+    assert kept.wanted("auto") == [second, first]
+    assert kept.wanted(str(first)) == [first]
+    assert kept.wanted(str(tmp_path / "run")) == [second, first]
+    assert kept.wanted(str(kept.folder)) == [second, first]
     with pytest.raises(ConfigError) as error:
-        kept.find("never")
+        kept.wanted("never")
     assert f"{kept.folder} already holds checkpoints" in str(error.value)
     assert "--train.save_dir, or continue with --train.resume auto" in str(error.value)
     with pytest.raises(ConfigError, match=r"gone: no such folder. Give a run's folder \(--train.save_dir\)"):
-        kept.find(str(tmp_path / "gone"))
+        kept.wanted(str(tmp_path / "gone"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="empty: holds no complete checkpoint"):
-        kept.find(str(tmp_path / "empty"))
+        kept.wanted(str(tmp_path / "empty"))
 
 
 def test_check_writable(tmp_path: Path) -> None:

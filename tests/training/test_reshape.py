@@ -18,7 +18,7 @@ from megatronish.config.model import ModelConfig
 from megatronish.config.run import RunConfig
 from megatronish.model.transformer import Transformer
 from megatronish.parallel.layers import Shard
-from megatronish.training.fragments import MASTER, Extent, SavedFragments, save_fragments
+from megatronish.training.fragments import MASTER, Extent, Fragments, SavedFragments
 from megatronish.training.preparation import check_streams
 from megatronish.training.state import TrainState, save_streams
 from tests.config.raw import read
@@ -215,7 +215,7 @@ def parts(rows: int, columns: int) -> tuple[Tensor, dict[int, list[tuple[Extent,
 def write(folder: Path) -> Tensor:
     whole, held = parts(8, 5)
     for rank, runs in held.items():
-        save_fragments(folder, rank, {"w": (runs[0][0], {MASTER: runs[0][1], "m": -runs[0][1]})}, {"step": 3.0})
+        Fragments({"w": (runs[0][0], {MASTER: runs[0][1], "m": -runs[0][1]})}, {"step": 3.0}).write(folder, rank)
     return whole
 
 

@@ -15,7 +15,7 @@ from megatronish.config.run import RunConfig
 from megatronish.data.training_data import open_training_data
 from megatronish.parallel.startup import Rank
 from megatronish.training.state import load_streams, save_streams
-from tests.data.test_streaming import make_texts, write_shard
+from tests.data.streams.text_shards import make_texts, write_shard
 from tests.distributed import run_ranks
 from tests.runs import make_dataset, small_run
 

@@ -1,0 +1,1 @@
+"""Text that is read while training runs: where it lies, its shards, and their documents in order."""

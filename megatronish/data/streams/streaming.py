@@ -1,0 +1,325 @@
+"""Training samples straight from text: shards are read, shuffled, tokenised and packed as training goes on.
+
+The order. Shards are permuted by the seed. With at least as many shards as parts (ranks x loader processes), part p of P owns
+shards p, p+P, p+2P, ... of that order; with fewer, shard s is shared by the parts p = s (mod S), document by document. What a
+part owns never changes, so parts stay disjoint in every epoch; each goes through its own shards in an order of its own for
+each epoch, and begins the next epoch when it is through. Documents are shuffled in windows of `buffer_documents` (or
+BUFFER_BYTES of text, if that is less): a window is read whole, permuted by (seed, place), and given out. Tokens with an
+end-of-document token behind each document are cut into samples as packing.py does it.
+
+Going on. All of this is a function of (seed, locations, part, parts, place), so the state is the place where the open window
+begins, the documents given out of it, and the tokens of the next one: some hundred bytes, no buffer. A reader that is opened
+with a state reads that window again and gives exactly the samples that the first would have given, from local files and from
+hub datasets (fixed to a commit) always, from other servers as long as size and ETag of the shard are what they were, which is
+checked. The parts must be the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatronish.data.backends import Encoder, choose_encoder
+from megatronish.data.dataset import tokenizer_file_at
+from megatronish.data.errors import DataError
+from megatronish.data.manifest import TokenizerRecord
+from megatronish.data.permutation import keyed_permutation
+from megatronish.data.samples import Sample
+from megatronish.data.streams.remote import Retry
+from megatronish.data.streams.shards import Fields, Place, Shard, ShardReader
+from megatronish.data.streams.sources import Location, resolve
+from megatronish.data.tokenizer import Tokenizer, load_tokenizer
+
+BUFFER_BYTES = 64_000_000
+ENCODE_DOCUMENTS = 32  # enough to amortise a call, few enough to keep a seek short
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How text becomes samples. tokenizer: as `load_tokenizer` takes it; text_key: in place of the source's own fields.
+
+    eod_id: the end-of-document token, where the tokenizer's file does not say. on_error: "fail" or "skip" for documents
+    without text. Raises DataError for values that cannot be.
+    """
+
+    tokenizer: str
+    seq_length: int
+    seed: int
+    buffer_documents: int = 10_000
+    text_key: str | None = None
+    eod_id: int | None = None
+    on_error: str = "fail"
+    retry: Retry = field(default_factory=Retry)
+
+    def __post_init__(self) -> None:
+        if self.seq_length < 1 or self.buffer_documents < 1:
+            raise DataError(
+                f"sequence length {self.seq_length} and stream buffer {self.buffer_documents} must be at least 1"
+            )
+        if self.on_error not in ("fail", "skip"):
+            raise DataError(f"data.on_error {self.on_error!r}: choose fail or skip")
+
+
+class DocumentStream:
+    """A source of samples without numbers (`StreamSource`): each part of it is read in order by a `StreamReader`.
+
+    identity: hash of URLs or of names and sizes of local shards, commit, tokenizer and options. `tokenizer_record` and
+    `tokenizer_file` describe the tokenizer as those of a Dataset do.
+    """
+
+    def __init__(self, location: Location, options: StreamOptions) -> None:
+        tokenizer = load_tokenizer(options.tokenizer, eod_id=options.eod_id)
+        if tokenizer.eod_id is None:
+            raise DataError(
+                f"tokenizer {options.tokenizer} names no end-of-document token, which streamed documents end with"
+            )
+        self.name = location.name
+        self.location = location
+        self.options = options
+        self.seq_length = options.seq_length
+        self.eod_id: int = tokenizer.eod_id
+        self.tokenizer_file = None if tokenizer.kind == "bytes" else tokenizer_file_at(Path(options.tokenizer))
+        name = self.tokenizer_file.name if self.tokenizer_file else None
+        self.tokenizer_record = TokenizerRecord(
+            tokenizer.kind, name, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id
+        )
+        self.fields = Fields((options.text_key,) if options.text_key else location.keys, options.on_error)
+        self.identity = self._identity()
+        order = keyed_permutation(len(location.shards), "shards", options.seed, self.identity)
+        self.shards = tuple(location.shards[number] for number in order)
+
+    def _identity(self) -> str:
+        options, location = self.options, self.location
+        digest = hashlib.sha256()
+        for shard in location.shards:  # a folder may be moved: of local shards names and sizes count
+            path = Path(shard.location)
+            what = (shard.name, "") if shard.remote else (path.name, path.stat().st_size)
+            digest.update(repr(what).encode())
+        how = (options.seq_length, options.seed, options.buffer_documents, options.on_error, *self.fields.keys)
+        digest.update(repr((how, location.revision, self.tokenizer_record.sha256)).encode())
+        return digest.hexdigest()
+
+    def describe(self) -> list[str]:
+        """What to tell before the start: shards, commit and licence."""
+        revision = f" at commit {self.location.revision[:12]}" if self.location.revision else ""
+        lines = [f"{self.name}: {len(self.shards):,} shards{revision}, streamed; fields {', '.join(self.fields.keys)}"]
+        if self.location.licence:
+            lines.append(f"{self.name}: licence: {self.location.licence}")
+        return lines
+
+    def open(self, part: int, parts: int, state: dict[str, Any] | None = None) -> PackedReader:
+        """The reader of one part, behind the last sample of the reader that `state` is of. Raises DataError."""
+        if not 0 <= part < parts:
+            raise ValueError(f"part {part} is outside 0..{parts - 1}")
+        return PackedReader(self, part, parts, state)
+
+
+def open_stream(location: str, options: StreamOptions, endpoint: str | None = None) -> DocumentStream:
+    """The stream at a location of `data.path` (see sources.py). Raises DataError."""
+    return DocumentStream(resolve(location, options.retry, endpoint), options)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a window begins: the `shard`-th of the part's shards in this epoch's order."""
+
+    epoch: int = 0
+    shard: int = 0
+    place: Place = Place()  # noqa: RUF009  # immutable
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Texts in the order they are given out, where they begin and where the next window does."""
+
+    start: _Start
+    texts: list[str]
+    following: _Start
+    tag: str
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A tokenised document: number `index` of a window."""
+
+    ids: np.ndarray
+    window: _Window
+    index: int
+
+
+class PackedReader:
+    """Samples of one part of a stream, in order (`StreamReader`)."""
+
+    def __init__(self, stream: DocumentStream, part: int, parts: int, state: dict[str, Any] | None) -> None:
+        self._stream = stream
+        self._part, self._parts = part, parts
+        count = len(stream.shards)
+        if count >= parts:
+            self._owned, self._number, self._of = stream.shards[part::parts], 0, 1
+        else:
+            shared = part % count
+            self._owned, self._number = (stream.shards[shared],), part // count
+            self._of = len(range(shared, parts, count))
+        self._open: tuple[_Start, ShardReader, Iterator[tuple[str, Place]]] | None = None
+        self._queue: deque[_Tokens] = deque()
+        self._offset = 0
+        start, skip = _Start(), 0
+        if state:
+            start, skip, self._offset = self._parse(state)
+        self._expected_tag = str(state["tag"]) if state else None
+        self._documents = self._tokenised(start, skip)
+
+    def _parse(self, state: dict[str, Any]) -> tuple[_Start, int, int]:
+        stream = self._stream
+        if state.get("identity") != stream.identity:
+            raise DataError(
+                f"{stream.name}: its shards, tokenizer or options are not those of the saved state "
+                f"({str(state.get('identity'))[:12]}..., now {stream.identity[:12]}...); put them back to go on, or begin afresh"
+            )
+        if (state["part"], state["parts"]) != (self._part, self._parts):
+            raise DataError(
+                f"{stream.name}: the saved state is of part {state['part']} of {state['parts']}, this is part {self._part} of "
+                f"{self._parts}; a stream goes on with the same data-parallel ranks x data.num_workers"
+            )
+        place = Place(state["document"], state["byte"])
+        return _Start(state["epoch"], state["shard"], place), state["given"], state["token"]
+
+    def next_sample(self) -> Sample:
+        """Tokens int64[s + 1] and where documents begin in them, int64[k], as `PackedDataset.sample` gives them.
+
+        The last token is the first of the next sample. Raises DataError for faults that retrying did not mend.
+        """
+        length = self._stream.seq_length + 1
+        tokens = np.empty(length, dtype=np.int64)
+        starts = [0]
+        filled, number, offset = 0, 0, self._offset
+        while True:
+            if number == len(self._queue):
+                self._queue.append(next(self._documents))
+            ids = self._queue[number].ids
+            if offset == 0 and filled:
+                starts.append(filled)
+            taken = ids[offset : offset + length - filled]
+            tokens[filled : filled + len(taken)] = taken
+            filled, offset = filled + len(taken), offset + len(taken)
+            if filled == length:
+                break
+            number, offset = number + 1, 0
+        for _ in range(number):
+            self._queue.popleft()
+        self._offset = offset - 1
+        return tokens, np.array(starts, dtype=np.int64)
+
+    def state(self) -> dict[str, Any]:
+        """What `open` needs to go on behind the last sample: a few hundred bytes of JSON. Empty before the first."""
+        if not self._queue:
+            return {}
+        document = self._queue[0]
+        start = document.window.start
+        return {
+            "identity": self._stream.identity,
+            "part": self._part,
+            "parts": self._parts,
+            "epoch": start.epoch,
+            "shard": start.shard,
+            "document": start.place.document,
+            "byte": start.place.byte,
+            "tag": document.window.tag,
+            "given": document.index,
+            "token": self._offset,
+        }
+
+    def close(self) -> None:
+        """Ends the connection or file that is open."""
+        self._documents = iter(())
+        self._queue.clear()
+        self._close_shard()
+
+    def _tokenised(self, start: _Start, skip: int) -> Iterator[_Tokens]:
+        """Documents from the `skip`-th of the window at `start` on, without end."""
+        tokenizer: Tokenizer = load_tokenizer(self._stream.options.tokenizer, eod_id=self._stream.eod_id)
+        eod = np.array([self._stream.eod_id], dtype=np.uint32)
+        encoder: Encoder | None = None
+        while True:
+            window = self._read_window(start)
+            if encoder is None:  # a faster library, where it gives these texts the same ids
+                encoder = choose_encoder("auto", tokenizer, window.texts[:ENCODE_DOCUMENTS], log.warning)
+            for first in range(skip, len(window.texts), ENCODE_DOCUMENTS):
+                encoded = encoder.encode(window.texts[first : first + ENCODE_DOCUMENTS])
+                for index, ids in enumerate(encoded, start=first):
+                    yield _Tokens(np.concatenate((ids, eod)), window, index)
+            start, skip = window.following, 0
+
+    def _read_window(self, start: _Start) -> _Window:
+        """The window at `start`; one that would be empty, at the end of an epoch, is that of the next epoch's begin."""
+        texts: list[str] = []
+        size, here, tag = 0, start, ""
+        while len(texts) < self._stream.options.buffer_documents and size < BUFFER_BYTES:
+            found = self._next_text(here)
+            if not tag and self._open is not None and here.shard == start.shard:
+                tag = self._checked_tag(self._open[1])
+            if found is not None:
+                text, here = found
+                texts.append(text)
+                size += len(text)
+            elif here.shard + 1 < len(self._owned):
+                here = _Start(here.epoch, here.shard + 1)
+            elif texts:
+                here = _Start(here.epoch + 1)
+                break
+            elif start == _Start(start.epoch):
+                raise DataError(
+                    f"{self._stream.name}: part {self._part} of {self._parts} has no document in {len(self._owned)} of "
+                    f"{len(self._stream.shards)} shards; use fewer ranks or loader processes, or more text"
+                )
+            else:
+                start = here = _Start(here.epoch + 1)
+                tag = ""
+        key = (self._stream.options.seed, self._stream.identity, self._part, self._parts, *vars(start).values())
+        order = keyed_permutation(len(texts), "window", *map(repr, key))
+        return _Window(start, [texts[i] for i in order], here, tag)
+
+    def _checked_tag(self, reader: ShardReader) -> str:
+        expected, self._expected_tag = self._expected_tag, None
+        if expected not in (None, "", reader.tag):
+            raise DataError(
+                f"{reader.shard.name}: it was {expected!r} (size, ETag) when the state was saved and is {reader.tag!r}: another "
+                "file lies there now; put it back to go on, or begin afresh"
+            )
+        return reader.tag
+
+    def _next_text(self, here: _Start) -> tuple[str, _Start] | None:
+        """The next document at or behind a place and the place behind it; None at the end of the shard."""
+        if self._open is None or self._open[0] != here:
+            self._close_shard()
+            reader = ShardReader(
+                self._shard(here), self._stream.fields, self._stream.options.retry, here.place, self._number, self._of
+            )
+            self._open = (here, reader, iter(reader))
+        _, reader, documents = self._open
+        found = next(documents, None)
+        if found is None:
+            return None
+        text, place = found
+        behind = _Start(here.epoch, here.shard, place)
+        self._open = (behind, reader, documents)
+        return text, behind
+
+    def _shard(self, here: _Start) -> Shard:
+        order = keyed_permutation(
+            len(self._owned), "epoch", self._stream.options.seed, self._stream.identity, self._part, here.epoch
+        )
+        return self._owned[int(order[here.shard])]
+
+    def _close_shard(self) -> None:
+        if self._open is not None:
+            self._open[2].close()  # type: ignore[attr-defined]  # a generator: its `with` closes the file
+            self._open = None

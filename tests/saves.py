@@ -1,0 +1,40 @@
+"""Checkpoints saved by one process, without a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megatronish.parallel.agreement import Agreement
+from megatronish.parallel.meeting import meet
+from megatronish.training.checkpoint import CheckpointStore
+from megatronish.training.saving import Outcome, Saver, Snapshot
+
+
+def lone_saver(
+    store: CheckpointStore, told: list[str] | None = None, background: bool = False, stop_on_error: bool = False
+) -> Saver:
+    """A saver of the only rank; what it tells goes to `told`."""
+    heard = told if told is not None else []
+    return Saver(store, Agreement(meet(0, 1, "", 0, 1.0), "test"), background, stop_on_error, heard.append)
+
+
+def save_alone(
+    store: CheckpointStore, step: int, write: Callable[[Path], None], is_best: bool = False, size: int = 0
+) -> Outcome:
+    """Save one checkpoint, in the foreground; what came of it."""
+    saver = lone_saver(store)
+    saver.save(step, lambda _: snapshot(write, size), is_best, reason="a test")
+    outcome = saver.wait()
+    assert outcome is not None
+    return outcome
+
+
+def snapshot(write: Callable[[Path], None], size: int = 0) -> Snapshot:
+    """What `write` writes, all of which is claimed as this rank's."""
+
+    def write_and_list(folder: Path) -> list[Path]:
+        write(folder)
+        return [path for path in folder.rglob("*") if path.is_file()]
+
+    return Snapshot(size, write_and_list)
