@@ -20,6 +20,7 @@ from megatronish.parallel.startup import Rank
 from megatronish.training.checkpoint import CheckpointStore
 from megatronish.training.incidents import newest_before
 from megatronish.training.resume import choose_checkpoint, shares
+from megatronish.training.verify.resume import checkpoint_digests
 from tests.distributed import run_ranks
 from tests.runs import make_dataset, small_run
 
@@ -167,6 +168,18 @@ def test_none_is_good(run_dir: Path) -> None:
     assert lines[1].startswith(f"  {folder / NEW}: state.json has 2 bytes, not ")
     assert lines[2].startswith(f"  {folder / OLD}: {folder / OLD} has no manifest.json")
     assert sorted(os.listdir(folder)) == ["latest", OLD, NEW]
+
+
+def test_a_run_goes_on_from_the_good_one(data: str, run_dir: Path) -> None:
+    """Two steps are trained again, to the contents of before."""
+    newest = run_dir / "checkpoints" / NEW
+    before = checkpoint_digests(newest)
+    assert len(before[0]) > 20
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    run_ranks(2, pretrain_rank, four_steps(data, run_dir), 2, group=False)
+    assert (newest.parent / f"damaged-{NEW}").exists()
+    assert checkpoint_digests(newest) == before
 
 
 def test_one_that_was_asked_for_by_name(run_dir: Path) -> None:
