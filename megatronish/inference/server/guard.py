@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 
 from fastapi.responses import JSONResponse
@@ -11,6 +12,10 @@ from megatronish.inference.server.metrics import Metrics
 
 LOOPBACK = {"127.0.0.1", "localhost", "[::1]"}
 OPEN = {"/", "/health"}  # no secret is there, and a page must load before it can ask for the key
+REFUSED_BYTES, REFUSED_SECONDS = (
+    1 << 26,
+    5.0,
+)  # of a refused request are read; then the connection is closed on its sender
 KNOWN = {"/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"}
 
 
@@ -44,9 +49,14 @@ class Guard:
 
         try:
             refusal, replayed = self._refusal(scope), receive
-            if refusal is None and scope["method"] == "POST":
-                body = await self._body(receive)
-                refusal = self._too_large() if body is None else None
+            if scope["method"] == "POST":
+                # A refused body is read, too: a client that writes to a closed connection may never see the answer.
+                try:
+                    async with asyncio.timeout(None if refusal is None else REFUSED_SECONDS):
+                        body = await self._body(receive)
+                except TimeoutError:
+                    body = None
+                refusal = refusal or (self._too_large() if body is None else None)
                 replayed = _replay(body or b"", receive)
             await (refusal or self._app)(scope, replayed, counting)
         finally:
@@ -54,15 +64,16 @@ class Guard:
             self._metrics.requests.labels(path, str(status)).inc()
 
     async def _body(self, receive: Receive) -> bytes | None:
-        """What is sent, or None where it is too much; all of it is small enough to hold."""
-        body = bytearray()
+        """What is sent, or None where it is too much, which is read and dropped up to a limit of its own."""
+        body, read = bytearray(), 0
         while True:
             message = await receive()
-            body += message.get("body", b"")
-            if len(body) > self._body_bytes:
-                return None
-            if not message.get("more_body", False):
-                return bytes(body)
+            part = message.get("body", b"")
+            read += len(part)
+            if read <= self._body_bytes:
+                body += part
+            if read > REFUSED_BYTES or not message.get("more_body", False):
+                return bytes(body) if read <= self._body_bytes else None
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
