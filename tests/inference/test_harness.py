@@ -35,6 +35,11 @@ needs_harness = pytest.mark.skipif(not INSTALLED, reason="lm_eval is not install
 # What lm_eval itself and the metrics that it registers import, of which the first holds the version.
 PACKAGES = [
     "lm_eval",
+    "datasets",
+    "dill",
+    "multiprocess",
+    "pandas",
+    "python-dateutil",
     "sacrebleu",
     "portalocker",
     "tabulate",
