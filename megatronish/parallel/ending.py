@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 SHUTDOWN_SECONDS = 20.0
+INTERRUPTED_SECONDS = 3.0  # the same, after Ctrl-C
 FLUSH_SECONDS = 1.0
 STOPPED = 75  # exit status of a run that the watchdog ended: EX_TEMPFAIL of sysexits.h, "try again"
 SAVED = 76  # exit status of a run that was asked to stop, by a signal or its time limit, and saved before it did

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatronish import __version__
-from megatronish.config.errors import ConfigError
+from megatronish.config.errors import ConfigError, UserError
 from megatronish.config.run import BatchPlan, RunConfig
 from megatronish.data.dataset import Dataset
 from megatronish.data.loader import MicroBatchLoader
@@ -30,7 +30,7 @@ from megatronish.model.init import init_weights
 from megatronish.model.transformer import Transformer
 from megatronish.model.weights import WEIGHTS_FILE, save_model
 from megatronish.parallel.decisions import Decisions
-from megatronish.parallel.ending import SAVED, SHUTDOWN_SECONDS, end_within
+from megatronish.parallel.ending import INTERRUPTED_SECONDS, SAVED, SHUTDOWN_SECONDS, end_within
 from megatronish.parallel.layers import TensorParallel
 from megatronish.parallel.meeting import Meeting, meet_by_environment
 from megatronish.parallel.mesh import ParallelMesh, build_mesh
@@ -100,8 +100,11 @@ def train_together(run: Prepared, rank: Rank, meeting: Meeting, stops: StopReque
         with start_watchdog(meeting, run.config) as watchdog:
             start_process_group(collective_minutes(train.hang_timeout), meeting)
             stopped_by = Trainer(run, rank, watchdog, stops, meeting).train()
-    except BaseException:
-        end_within(SHUTDOWN_SECONDS, status=1)  # peers may wait for this rank in a collective: the launcher ends them
+    except BaseException as error:
+        # Peers may wait for this rank in a collective: the launcher ends them.
+        interrupted = isinstance(error, KeyboardInterrupt)
+        status = 130 if interrupted else 2 if isinstance(error, UserError) else 1
+        end_within(INTERRUPTED_SECONDS if interrupted else SHUTDOWN_SECONDS, status)
         raise
     stop_process_group()
     return SAVED if stopped_by else 0
@@ -197,6 +200,9 @@ class Trainer:
                 self._mark("saving", self.state.step)
                 self.saver.finish()
                 return stopped_by
+        except KeyboardInterrupt:
+            self.saver.abandon(0.0)  # the second one: at once
+            raise
         except BaseException:
             self.saver.abandon()
             raise
