@@ -139,8 +139,9 @@ def plain_loop(
 
 def engine_loop(rank: int, config: RunConfig, data_size: int) -> Trace:
     """The same steps through the engine, on rank `rank` of a layout with `data_size` data-parallel ranks (the process group exists)."""
+    from megatronish.training.construction import build_model
     from megatronish.training.engine import start_engine
-    from megatronish.training.loop import build_model, to_device
+    from megatronish.training.loop import to_device
 
     ours, plan = config.megatronish, config.batch_plan(data_size)
     mesh = build_mesh(ours.parallel, "cpu")

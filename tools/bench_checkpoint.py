@@ -106,8 +106,8 @@ def trainer(preset: str, overrides: dict[str, Any], copies: Any) -> tuple[Callab
     from megatronish.config.run import BLOCK, RunConfig
     from megatronish.model.weights import WEIGHTS_FILE, save_model
     from megatronish.parallel.mesh import build_mesh
+    from megatronish.training.construction import build_model
     from megatronish.training.engine import device, start_engine
-    from megatronish.training.loop import build_model
     from megatronish.training.saving import Snapshot
 
     raw = {

@@ -75,7 +75,7 @@ class Bench:
         from megatronish.parallel.meeting import meet_by_environment
         from megatronish.parallel.mesh import build_mesh
         from megatronish.training import engine as engine_module
-        from megatronish.training.loop import build_model
+        from megatronish.training.construction import build_model
         from megatronish.training.step_agreement import StepAgreement
         from megatronish.training.stopping import StopRequests
 

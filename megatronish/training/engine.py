@@ -30,7 +30,6 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -40,9 +39,7 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.fp16 import loss_scaler
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -64,9 +61,11 @@ from megatronish.training.memory import GIB, ActivationBudget, OutOfMemory, shor
 from megatronish.training.model_parallel_unit import ModelParallelUnit
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
 from megatronish.training.pickled_state import PickledState
+from megatronish.training.pipeline_stage import Stage, first_and_last, is_tied_copy
 from megatronish.training.saving import Snapshot
 from megatronish.training.step import (
     Batch,
+    LossModule,
     StepResult,
     let_skip_steps,
     nan_unless_finite,
@@ -174,7 +173,7 @@ class Engine:
 
     def _wrap(self, model: Transformer) -> tuple[nn.Module, Any]:
         """What DeepSpeed gets: a module, and the groups of tensor parallelism."""
-        return _LossModule(model), ModelParallelUnit.of(self.mesh)
+        return LossModule(model), ModelParallelUnit.of(self.mesh)
 
     def _begin_step(self, batches: list[Batch], rate_share: float) -> torch.Tensor:
         """Set the learning rate; returns the number of tokens of the step."""
@@ -362,14 +361,14 @@ class StageEngine(Engine):
 
     def _wrap(self, model: Transformer) -> tuple[nn.Module, Any]:
         with contextlib.redirect_stdout(None):  # it prints its layers
-            return _Stage(model, self.mesh), None
+            return Stage(model, self.mesh), None
 
     def train_step(self, batches: list[Batch], rate_share: float) -> StepResult:
         """See Engine. Every stage gets the same micro batches."""
         tokens, stage = self._begin_step(batches, rate_share), self._engine.module
         # DeepSpeed averages over data-parallel ranks and over micro batches.
         stage.begin(batches, self.mesh.data.size / tokens * len(batches))
-        self._engine.train_batch(_first_and_last(batches))
+        self._engine.train_batch(first_and_last(batches))
         return self._result(self.mesh.pp.sum_(stage.loss_sum), tokens, None, {})
 
     @torch.no_grad()
@@ -381,7 +380,7 @@ class StageEngine(Engine):
             some = waiting[first : first + EVALUATED_AT_ONCE]
             stage.begin(some, torch.ones((), device=self.device))
             self._engine.eval_batch(
-                _first_and_last(some), reduce_output=None, bcast_loss=False, num_micro_batches=len(some)
+                first_and_last(some), reduce_output=None, bcast_loss=False, num_micro_batches=len(some)
             )
             total[0] += stage.loss_sum
             total[1] += sum((batch["labels"] != -100).sum() for batch in some)
@@ -394,79 +393,6 @@ class StageEngine(Engine):
 def start_engine(model: Transformer, config: RunConfig, plan: BatchPlan, mesh: ParallelMesh) -> Engine:
     """The engine of this rank; see Engine."""
     return (StageEngine if mesh.pp.size > 1 else Engine)(model, config, plan, mesh)
-
-
-def _first_and_last(batches: list[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What DeepSpeed loads on the first and on the last stage; the stage itself looks up the rest."""
-    return iter([(batch["tokens"], batch["labels"]) for batch in batches])
-
-
-class _Stage(PipelineModule):
-    """A stage of the pipeline as DeepSpeed wants it: hidden states in, hidden states or the scaled loss out."""
-
-    def __init__(self, model: Transformer, mesh: ParallelMesh) -> None:
-        self._given = (model, mesh)  # what the base's constructor asks for below
-        topology = PipeModelDataParallelTopology(mesh.pp.size, mesh.tp.size, mesh.dp.size)
-        super().__init__(layers=[None] * mesh.pp.size, topology=topology)
-
-    def _partition_layers(self, method: str = "") -> None:
-        self.parts = list(range(self.num_stages + 1))
-        self._set_bounds(self.stage_id, self.stage_id + 1)
-
-    def _build(self) -> None:
-        self.model, self.mesh = self._given
-        for p in self.parameters():
-            p.ds_pipe_replicated = False
-
-    def _index_tied_modules(self) -> dict[str, Any]:
-        """The embedding of the first stage and the head of the last, where they are one weight; gradients are summed."""
-        tied: dict[str, Any] = {}
-        if not self.model.config.tie_embeddings:
-            return tied
-        for data in range(self.mesh.dp.size):
-            for tensor in range(self.mesh.tp.size):
-                ends = [self._topo.get_rank(pipe=stage, data=data, model=tensor) for stage in (0, self.num_stages - 1)]
-                group = dist.new_group(ends)
-                if self.global_rank in ends:
-                    module: Any = self.model.head if self.model.embedding is None else self.model.embedding
-                    tied["embedding"] = {"ranks": ends, "group": group, "weight_attr": ["weight"], "module": module}
-                    module.weight.ds_pipe_replicated = self.global_rank != ends[0]  # norms count it once
-        return tied
-
-    def get_tied_weights_and_groups(self) -> list[tuple[torch.Tensor, dist.ProcessGroup]]:
-        return [(tied["module"].weight, tied["group"]) for tied in self.tied_comms.values()]
-
-    def begin(self, batches: list[Batch], scale: torch.Tensor) -> None:
-        """Get ready for these micro batches; their losses are multiplied by `scale` for the backward pass."""
-        self._waiting, self._scale = iter(batches), scale
-        self.loss_sum = torch.zeros((), device=scale.device)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The next micro batch: stages meet them in the same order."""
-        batch = next(self._waiting)
-        labels, rest = batch["labels"], {key: value for key, value in batch.items() if key != "labels"}
-        hidden = self.model.run_stage(x, **rest)
-        if self.model.head is None:
-            return hidden
-        loss = self.model.hidden_loss(hidden, labels)
-        self.loss_sum += loss.detach()
-        return loss * (self._scale + nan_unless_finite(loss))
-
-    def _file(self, folder: str) -> str:
-        return os.path.join(folder, f"stage_{self.stage_id:02d}-tensor_{self.mesh.tp.rank:02d}.pt")
-
-    def save_state_dict(self, save_dir: str, checkpoint_engine: Any, exclude_frozen_params: bool = False) -> None:
-        if self.mesh.dp.rank == 0:
-            checkpoint_engine.makedirs(save_dir, exist_ok=True)
-            checkpoint_engine.save(self.model.state_dict(), self._file(save_dir))
-
-    def load_state_dir(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
-        self.model.load_state_dict(checkpoint_engine.load(self._file(load_dir), map_location="cpu"), strict=strict)
-
-
-def is_tied_copy(parameter: torch.Tensor) -> bool:
-    """Whether another pipeline stage has the same parameter and counts it."""
-    return bool(getattr(parameter, "ds_pipe_replicated", False))
 
 
 def linear_cross_entropy(
@@ -500,18 +426,6 @@ def partitioned_construction(config: RunConfig, plan: BatchPlan) -> AbstractCont
 def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
     """Inside it ZeRO-3 parameters are whole; what the first rank writes to them becomes theirs."""
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
-
-
-class _LossModule(nn.Module):
-    """What DeepSpeed calls: a batch in, the sum of its token losses out."""
-
-    def __init__(self, model: Transformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        loss_sum, _ = self.model.loss(**batch)
-        return loss_sum
 
 
 def engine_keys(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:

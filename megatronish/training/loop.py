@@ -17,33 +17,27 @@ import torch
 import torch.distributed as dist
 
 from megatronish import __version__
-from megatronish.config.errors import ConfigError, UserError
-from megatronish.config.run import BatchPlan, RunConfig
+from megatronish.config.errors import UserError
+from megatronish.config.run import RunConfig
 from megatronish.data.dataset import Dataset
 from megatronish.data.loader import MicroBatchLoader
 from megatronish.data.sampler import MicroBatchSampler
 from megatronish.data.training_data import TrainingData
-from megatronish.interop.huggingface import HuggingFaceWeights
-from megatronish.model.accounting import flops_per_token, layer_costs
+from megatronish.model.accounting import flops_per_token
 from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
-from megatronish.model.init import init_weights
-from megatronish.model.transformer import Transformer
 from megatronish.model.weights import WEIGHTS_FILE, save_model
 from megatronish.parallel.decisions import Decisions
 from megatronish.parallel.ending import INTERRUPTED_SECONDS, SAVED, SHUTDOWN_SECONDS, end_within
-from megatronish.parallel.layers import TensorParallel
 from megatronish.parallel.meeting import Meeting, meet_by_environment
 from megatronish.parallel.mesh import ParallelMesh, build_mesh
-from megatronish.parallel.pipeline import balanced_stages
 from megatronish.parallel.startup import Rank, has_gpu
 from megatronish.parallel.watchdog import Watchdog
 from megatronish.training.announcement import announce
 from megatronish.training.black_box import BAD, SPIKE, TrainedStep
 from megatronish.training.checkpoint import ENGINE_TAG, RUN_FILE, CheckpointStore
+from megatronish.training.construction import build_model
 from megatronish.training.engine import (
     device,
-    gathered,
-    partitioned_construction,
     start_engine,
     start_process_group,
     stop_process_group,
@@ -461,35 +455,6 @@ class Trainer:
 
 def _kept(box: Path | None) -> str:
     return f" (kept in {box})" if box else ""
-
-
-def build_model(
-    config: RunConfig, plan: BatchPlan, mesh: ParallelMesh, imported: HuggingFaceWeights | None = None
-) -> Transformer:
-    """This rank's part of the run's model with its initial weights, partitioned from the start under ZeRO-3.
-
-    imported: the weights to begin with instead of random ones; a tensor is read at a time. Raises ConfigError for a
-    kernel that is asked for by name and not installed.
-    """
-    ours, zero3 = config.megatronish, config.deepspeed.zero_optimization.stage == 3
-    try:
-        with partitioned_construction(config, plan):
-            tp = TensorParallel(mesh.tp, ours.parallel.tensor_sequence)
-            costs = layer_costs(ours.model, ours.parallel.pipeline_balance)
-            stage = balanced_stages(costs, mesh.pp.size)[mesh.pp.rank]
-            seed = None if zero3 or imported else ours.train.seed
-            model = Transformer(ours.model, ours.kernels, seed=seed, tp=tp, stage=stage, sp=mesh.sp)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    if zero3 or imported:
-        draw, gather = imported.initial if imported else None, gathered if zero3 else None
-        init_weights(model, ours.model, ours.train.seed, gather=gather, draw=draw)
-    if imported:
-        imported.close()
-    model.set_activation_checkpointing(ours.train.activation_checkpointing)
-    if ours.train.compile:
-        model.compile_blocks(ours.train.compile_mode)
-    return model
 
 
 def to_device(batch: Batch, target: torch.device) -> Batch:

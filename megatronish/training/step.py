@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
+from megatronish.model.transformer import Transformer
 from megatronish.parallel.mesh import Axis
 
 Batch = dict[str, Any]  # what data/loader.py yields, on the engine's device
@@ -22,6 +24,18 @@ class StepResult:
     skipped: bool  # nothing was updated
     bad: bool  # and that because a loss or gradient was no number on some rank, not because of fp16's loss scale
     out_of_memory: bool = False  # nothing was updated because a rank had no memory for a micro batch
+
+
+class LossModule(nn.Module):
+    """What DeepSpeed calls: a batch in, the sum of its token losses out."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        loss_sum, _ = self.model.loss(**batch)
+        return loss_sum
 
 
 def own_part(batch: Batch, sp: Axis) -> Batch:

@@ -21,6 +21,7 @@ from megatronish.model.transformer import Transformer
 from megatronish.parallel.startup import Rank
 from megatronish.training.diagnosis import diagnose
 from megatronish.training.guard import BadSteps, TrainingStopped, spike_score
+from megatronish.training.step import LossModule
 from tests.distributed import run_ranks
 from tests.parallel.faulty_ranks import start_ranks
 from tests.runs import MODEL, make_dataset, small_run
@@ -175,18 +176,10 @@ def test_the_first_module_to_break_is_named() -> None:
     """inf in one weight of the second block: its matrix, and what was sound before it; the gradients are those of backward."""
     model = Transformer(ModelConfig(**MODEL), seed=1)
 
-    class Loss(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            return model.loss(**batch)[0]
-
     tokens = torch.randint(257, (2, 32), generator=torch.Generator().manual_seed(0))
     batches = [{"tokens": tokens, "labels": tokens}] * 2
-    sound = diagnose(Loss(), batches, torch.tensor(0.5), with_gradients=True)
-    (sum(Loss()(batch) for batch in batches) * 0.5).backward()
+    sound = diagnose(LossModule(model), batches, torch.tensor(0.5), with_gradients=True)
+    (sum(LossModule(model)(batch) for batch in batches) * 0.5).backward()
     assert sound.broken is None and not sound.broken_gradients
     for name, p in model.named_parameters():
         assert p.grad is not None
@@ -194,7 +187,7 @@ def test_the_first_module_to_break_is_named() -> None:
         assert sound.weights[name] == pytest.approx(p.norm().item(), rel=1e-6)
     with torch.no_grad():
         model.blocks[1].mlp.down.weight[3, 5] = float("inf")
-    found = diagnose(Loss(), batches, torch.tensor(0.5), with_gradients=True)
+    found = diagnose(LossModule(model), batches, torch.tensor(0.5), with_gradients=True)
     assert found.broken == ("blocks.1.mlp.down", 0)
     assert found.outputs["blocks.0"] == sound.outputs["blocks.0"] and "embedding.weight" in found.broken_gradients
 

@@ -24,6 +24,7 @@ from megatronish.training.memory import (
     relief,
     shortest_batch,
 )
+from megatronish.training.step import LossModule
 from tests.distributed import run_ranks
 from tests.parallel.faulty_ranks import start_ranks
 from tests.runs import MODEL, make_dataset, small_run
@@ -169,16 +170,8 @@ def test_what_a_forward_pass_keeps_is_counted() -> None:
 def test_a_rehearsal_leaves_nothing_behind() -> None:
     model = Transformer(ModelConfig(**MODEL), seed=1)
 
-    class Loss(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            return model.loss(**batch)[0]
-
     batch = longest_batch(2, 32, 257, torch.device("cpu"))
-    loss = Loss()
+    loss = LossModule(model)
     assert rehearse(loss, batch, ActivationBudget(loss, None))
     assert not rehearse(loss, batch, ActivationBudget(loss, 1000.0))
     assert all(p.grad is None for p in model.parameters())

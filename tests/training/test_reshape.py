@@ -86,8 +86,8 @@ def train_and_save(rank: int, config: RunConfig, size: int, folder: Path) -> Non
 def take_up(rank: int, config: RunConfig, size: int, source: Path, target: Path) -> dict[str, Tensor]:
     """Load what another layout saved and save it again; the whole weights that the model then has."""
     from megatronish.parallel.mesh import build_mesh
+    from megatronish.training.construction import build_model
     from megatronish.training.engine import start_engine
-    from megatronish.training.loop import build_model
 
     plan = config.batch_plan(size)
     mesh = build_mesh(config.megatronish.parallel, "cpu")

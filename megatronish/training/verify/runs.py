@@ -209,8 +209,9 @@ def layout_trace(config: RunConfig, layout: Layout, leg: Leg | None = None) -> T
     Weights are on the first rank only.
     """
     from megatronish.parallel.mesh import build_mesh
+    from megatronish.training.construction import build_model
     from megatronish.training.engine import device, start_engine
-    from megatronish.training.loop import build_model, to_device
+    from megatronish.training.loop import to_device
 
     leg = leg or Leg(0, config.megatronish.train.steps)
     plan = config.batch_plan(layout.data)
