@@ -1,8 +1,8 @@
 """Build entry point. All metadata is in pyproject.toml; this file holds what only code can say: how to build csrc/.
 
-Two operator libraries without any Python in them: `megatronish/_C.so` (schemas, CPU kernels of every instruction-set
-level) and `megatronish/_C_cuda.so`. Both use torch's stable ABI only, so one build serves torch 2.10 and later. Build
-without isolation (`pip install --no-build-isolation -e .`): an isolated build would fetch a second PyTorch. After a change
+Three libraries without any Python in them: `megatronish/_C.so` (operators: schemas, CPU kernels of every instruction-set
+level), `megatronish/_C_cuda.so` and `megatronish/_data.so` (batches from mapped tokens). The operators use torch's stable ABI
+only, so one build serves torch 2.10 and later; the last needs no torch. Build without isolation (`pip install --no-build-isolation -e .`): an isolated build would fetch a second PyTorch. After a change
 in csrc/, `python setup.py build_ext --inplace` compiles what changed.
 
 Settings (environment): CXX, the C++ compiler. MEGATRONISH_CUDA=auto|on|off: CUDA kernels when nvcc is found and torch has
@@ -11,6 +11,7 @@ CUDA (auto), in any case or else fail (on), never (off). MEGATRONISH_CUDA_ARCHS,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shlex
@@ -158,19 +159,22 @@ class BuildOperators(build_ext):
         return str(Path(*fullname.split("."))) + ".so"
 
     def run(self) -> None:
-        """Build both libraries, and say in one line what came of it (tools/install.py looks for that line)."""
+        """Build the libraries, and say in one line what came of it (tools/install.py looks for that line)."""
         self.outcomes: list[str] = []
         start = time.monotonic()
         super().run()
         print(f"megatronish: {'; '.join(self.outcomes)} ({time.monotonic() - start:.0f} s)", flush=True)
 
     def build_extension(self, ext: Extension) -> None:
-        """One of the two libraries."""
+        """One of the libraries."""
+        target = Path(self.get_ext_fullpath(ext.name))
+        if ext.name.endswith("_data"):
+            return self.build_data(target)
         cuda = ext.name.endswith("_cuda")
         name = "CUDA kernels" if cuda else "CPU kernels"
         try:
             build = self.build_cuda if cuda else self.build_cpu
-            self.outcomes.append(f"{name} for {build(Path(self.get_ext_fullpath(ext.name)))}")
+            self.outcomes.append(f"{name} for {build(target)}")
         except NotBuilt as reason:
             if cuda and os.environ.get("MEGATRONISH_CUDA") == "on":
                 raise SystemExit(f"megatronish: {name}: MEGATRONISH_CUDA=on, but {reason}") from reason
@@ -178,6 +182,13 @@ class BuildOperators(build_ext):
             print(*details, sep="\n", end="\n" if details else "", file=sys.stderr, flush=True)
             without = "" if cuda else " -- WARNING: RMSNorm, SwiGLU and RoPE run as plain torch, several times slower"
             self.outcomes.append(f"no {name}: {first}{without}")
+
+    def build_data(self, target: Path) -> None:
+        """Build `_data.so`. Without it the loader makes its batches with numpy, which hardly any training notices."""
+        with contextlib.suppress(NotBuilt):
+            source = CSRC / "data/packed_batch.cpp"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Step([*find_cxx(), *CXX_FLAGS, "-shared", str(source), "-o", str(target)], target, [source]).run()
 
     def build_cpu(self, target: Path) -> str:
         """Build `_C.so`; the levels in words."""
@@ -236,7 +247,7 @@ def extension(name: str) -> Extension:
 
 
 # Extensions and the build_ext command that compiles them.
-EXTENSIONS = [extension("megatronish._C"), extension("megatronish._C_cuda")]
+EXTENSIONS = [extension(f"megatronish.{name}") for name in ("_C", "_C_cuda", "_data")]
 COMMANDS: dict[str, type[Command]] = {"build_ext": BuildOperators}
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import psutil
 
@@ -76,6 +76,12 @@ class Speed:
     def of(cls, text_bytes: int, run: Run) -> Speed:
         """That of a process from start to end."""
         return cls(text_bytes / 1e6 / run.seconds, text_bytes / 1e6 / run.cpu_seconds, run.peak_mb)
+
+
+class Measured(Protocol):
+    """A round of a contestant; its memory is looked at every `sample_seconds`, with None not at all."""
+
+    def __call__(self, sample_seconds: float | None = None) -> Speed: ...
 
 
 class Failed(RuntimeError):
@@ -142,8 +148,11 @@ class Bench:
         python = self.peer_python if role.endswith("_megatron") else sys.executable
         return [python, str(ROOT / "tools/bench_data_rounds.py"), role, json.dumps(arguments)]
 
-    def run(self, command: Sequence[str], stdin: str = "", sample_seconds: float = SAMPLE_SECONDS) -> Run:
-        """Runs a command to its end, looking at its memory that often. Raises Failed unless it exits with 0."""
+    def run(self, command: Sequence[str], stdin: str = "", sample_seconds: float | None = None) -> Run:
+        """Runs a command to its end, looking at its memory that often (None: never, and at full speed).
+
+        Raises Failed unless it exits with 0.
+        """
         environment = self.environment | {"PYTHONPATH": str(ROOT)}
         if MEGATRON_SHIM in command:
             environment["PYTHONPATH"] = str(self.options.megatron)
@@ -155,19 +164,23 @@ class Bench:
         ):
             start = time.perf_counter()
             used = cpu_seconds_of_children()
-            peak = PeakMemory(process.pid, sample_seconds)
+            peak = None if sample_seconds is None else PeakMemory(process.pid, sample_seconds)
             assert process.stdin is not None
             process.stdin.write(stdin.encode())
             process.stdin.close()
             status = process.wait()
             seconds = time.perf_counter() - start
-            peak_mb = peak.stop()
+            peak_mb = peak.stop() if peak else 0.0
             said.seek(0)
             if status:
                 raise Failed(
                     f"{' '.join(command)[:200]}: exit status {status}\n{said.read()[-1500:].decode(errors='replace')}"
                 )
         return Run(seconds, peak_mb, cpu_seconds_of_children() - used)
+
+    def peak_mb(self, command: Sequence[str]) -> float:
+        """Peak memory of a command run to its end, in MB."""
+        return self.run(command, sample_seconds=SAMPLE_SECONDS).peak_mb
 
     def take_turns(self, calls: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
         """What each call gives, one after the other in every round."""

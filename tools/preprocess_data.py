@@ -18,8 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 from megatronish.data.backends import BACKENDS
 from megatronish.data.errors import DataError
-from megatronish.data.preprocessing.commands import COMMANDS, add_command_arguments, run_command
-from megatronish.data.preprocessing.dry_run import dry_run
 from megatronish.data.preprocessing.options import (
     DEFAULT_MAX_DOC_BYTES,
     DEFAULT_OUTPUT_PREFIX,
@@ -40,6 +38,14 @@ TOKENIZER_TYPES = {
     "GPTSentencePieceTokenizer": "sentencepiece",
     "Llama2Tokenizer": "sentencepiece",
     "ByteLevelTokenizer": "bytes",
+}
+COMMANDS = {
+    "inspect": "What data sets hold: manifest, lengths, the beginning of the first documents.",
+    "verify": "Reads data sets whole and compares them with their manifests.",
+    "merge": "Puts data sets one after another into one.",
+    "split": "Cuts a data set into several, by shares of its documents.",
+    "decode": "Prints documents as text.",
+    "train-tokenizer": "Trains a tokenizer on text.",
 }
 SIZE_SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -195,6 +201,8 @@ def prepare(argv: Sequence[str]) -> None:
         say("--partitions: the input is cut into units of its own accord; the option changes nothing")
     options = options_from(arguments)
     if arguments.dry_run:
+        from megatronish.data.preprocessing.dry_run import dry_run
+
         say("\n".join(dry_run(options, say)))
         return
     for result in preprocess(options, say):
@@ -203,6 +211,8 @@ def prepare(argv: Sequence[str]) -> None:
 
 def command(argv: Sequence[str]) -> None:
     """Runs a subcommand."""
+    from megatronish.data.preprocessing.commands import add_command_arguments, run_command
+
     parser = argparse.ArgumentParser(
         prog=f"preprocess_data.py {argv[0]}", description=COMMANDS[argv[0]], allow_abbrev=False
     )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import orjson
 
 from megatronish.data.errors import DataError
 from megatronish.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
@@ -104,7 +105,7 @@ class GigatokenEncoder(Encoder):
 
         try:
             if isinstance(reference, HuggingFaceTokenizer):
-                source = json.dumps(reference.plain_spec())
+                source = orjson.dumps(reference.plain_spec()).decode()
                 self._load: Callable[[], Any] = lambda: gigatoken.Tokenizer.from_json(source).backend
             else:
                 # Control pieces would be found in texts; without their definition they stay text.

@@ -11,12 +11,11 @@ and with `document_mask` also
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from megatronish.data.packing import FEW_DOCUMENTS, join_pieces
+from megatronish.data.packing import Windows, join_pieces
 from megatronish.data.samples import Rows
 
 IGNORED_LABEL = -100
@@ -27,19 +26,20 @@ def batch_of(rows: Rows, document_mask: bool) -> dict[str, Any]:
 
     With `document_mask` a document's first token is no label. Padding is no label either way.
     """
+    if isinstance(rows, Windows) and (made := rows.batch(document_mask)) is not None:
+        return made
     tokens = rows.tokens
     length = tokens.shape[1] - 1
     labels = tokens[:, 1:].astype(np.int64)
     batch: dict[str, Any] = {"tokens": tokens[:, :-1].astype(np.int64), "labels": labels}
     if document_mask:
-        few = len(rows.starts) <= FEW_DOCUMENTS
-        batch |= _few_documents(rows.starts, labels) if few else _many_documents(rows.starts, labels)
+        batch |= _documents(rows.starts, labels)
     if rows.known is not None:
         labels[np.arange(length) >= (rows.known - 1)[:, None]] = IGNORED_LABEL
     return batch
 
 
-def _many_documents(starts: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def _documents(starts: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Positions and bounds of documents; takes their first tokens out of the labels. starts: as in Rows."""
     count, length = labels.shape
     row, offset = np.divmod(starts, length + 1)
@@ -51,29 +51,6 @@ def _many_documents(starts: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     lengths = bounds[1:] - bounds[:-1]
     positions = positions_in_documents(lengths).reshape(count, length)
     return {"positions": positions, "cu_seqlens": bounds, "max_seqlen": int(lengths.max())}
-
-
-def _few_documents(starts: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """The same in plain Python: for a few documents faster than the fixed cost of the array operations."""
-    count, length = labels.shape
-    flat_labels = labels.reshape(-1)
-    bounds: list[int] = []
-    for start in starts.tolist():
-        row, offset = divmod(start, length + 1)
-        if offset:
-            flat_labels[start - row - 1] = IGNORED_LABEL
-        if offset < length:
-            bounds.append(start - row)
-    bounds.append(count * length)
-    lengths = [end - begin for begin, end in pairwise(bounds)]
-    longest = max(lengths)
-    counting = np.arange(longest, dtype=np.int32).data
-    positions = bytearray().join([counting[:n] for n in lengths])
-    return {
-        "positions": np.ndarray((count, length), np.int32, buffer=positions),
-        "cu_seqlens": np.array(bounds, dtype=np.int32),
-        "max_seqlen": longest,
-    }
 
 
 def positions_in_documents(lengths: np.ndarray) -> np.ndarray:

@@ -96,7 +96,7 @@ class MegatronSamples:
             raise DataError(
                 f"{self.name}: sample {int(numbers.max()):,} of {self.size:,}: in Megatron's order a run has as many samples as it asked for"
             )
-        return self._stream.windows(self._order[numbers] * self.seq_length, self.seq_length + 1)
+        return self._stream.windows((self._order[numbers] * self.seq_length).tolist(), self.seq_length + 1)
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
         """seq_length + 1 for every sample."""

@@ -9,15 +9,15 @@ nothing depends on how long the run is, how it is cut, or what came before.
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatronish.data.errors import DataError
 from megatronish.data.indexed import IndexedReader
+from megatronish.data.native import native_stream
 from megatronish.data.permutation import keyed_permutation
 from megatronish.data.samples import Rows, Sample
 
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 KEPT_EPOCHS = 2
 # Pieces of documents shorter than this on average are gathered token by token, longer ones copied one by one.
 GATHERED_TOKENS = 24
-# Up to about so many documents a read, a loop is faster than array operations over all of them.
-FEW_DOCUMENTS = 64
-# Of the documents that a window is likely to touch so many more are looked at before they are searched for.
-MORE_DOCUMENTS = 4
 
 
 class TokenStream:
@@ -45,7 +41,7 @@ class TokenStream:
         self._source_starts = source_starts
         self.stream_starts = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=self.stream_starts[1:])
-        self._density = len(lengths) / max(1, int(self.stream_starts[-1]))  # documents a token
+        self._native = native_stream(self._tokens, self.stream_starts, source_starts)
 
     @classmethod
     def of(cls, reader: IndexedReader, document_ids: np.ndarray) -> TokenStream:
@@ -53,11 +49,17 @@ class TokenStream:
         starts = reader.document_starts[document_ids]
         return cls(reader, starts, reader.document_starts[document_ids + 1] - starts)
 
-    def windows(self, begins: np.ndarray | list[int], length: int) -> Rows:
-        """The `length` tokens from each of begins int64[b], as they are stored, and where documents begin in them."""
-        if len(begins) * length * self._density < FEW_DOCUMENTS:
-            return self._few_windows(begins if isinstance(begins, list) else begins.tolist(), length)
-        begins = np.asarray(begins, dtype=np.int64)
+    def windows(self, begins: list[int], length: int) -> Windows:
+        """The `length` tokens from each of `begins`, as they are stored, and where documents begin in them."""
+        return Windows(self, begins, length)
+
+    def batch(self, begins: list[int], length: int, document_mask: bool) -> dict[str, Any] | None:
+        """`batch_of` of the windows of length + 1 tokens in one call, or None where csrc/data is not built."""
+        return None if self._native is None else self._native.batch(begins, length, document_mask)
+
+    def lay_out(self, positions: list[int], length: int) -> Rows:
+        """The windows' tokens and document starts in arrays."""
+        begins = np.array(positions, dtype=np.int64)
         first = np.searchsorted(self.stream_starts, begins, side="right") - 1
         pieces = np.searchsorted(self.stream_starts, begins + length, side="left") - first
         piece_of_row = np.cumsum(pieces) - pieces
@@ -77,28 +79,34 @@ class TokenStream:
         first, last = np.searchsorted(self.stream_starts, (begin + 1, begin + length), side="left")
         return self._source_starts[first - 1 : last]
 
-    def _few_windows(self, begins: list[int], length: int) -> Rows:
-        """The same in plain Python: for a few documents faster than the fixed cost of the array operations."""
-        starts: list[int] = []
-        pieces: list[memoryview] = []
-        view = self._tokens.data
-        expected = int(length * self._density) + MORE_DOCUMENTS
-        for row, begin in enumerate(begins):
-            end = begin + length
-            first = int(self.stream_starts.searchsorted(begin, "right")) - 1
-            here = self.stream_starts[first : first + expected].tolist()
-            if here[-1] < end:
-                here = self.stream_starts[first : self.stream_starts.searchsorted(end) + 1].tolist()
-            count = bisect_left(here, end)
-            source, end_of_piece = self._source_starts[first : first + count].tolist(), here[1:count]
-            end_of_piece.append(end)
-            source[0] += begin - here[0]
-            here[0] = begin
-            pieces += [view[s : s + e - b] for s, b, e in zip(source, here, end_of_piece, strict=False)]
-            shift = row * length - begin
-            starts += [start + shift for start in here[:count]]
-        tokens = np.ndarray((len(begins), length), self._tokens.dtype, buffer=bytearray().join(pieces))
-        return Rows(tokens, np.array(starts, dtype=np.int64))
+
+class Windows(Rows):
+    """Rows of a token stream, laid out when they are looked at: `batch_of` goes straight from the stream to its arrays."""
+
+    __slots__ = ("_laid_out", "begins", "length", "stream")
+
+    def __init__(self, stream: TokenStream, begins: list[int], length: int) -> None:
+        self.stream, self.begins, self.length, self.known = stream, begins, length, None
+        self._laid_out: Rows | None = None
+
+    def batch(self, document_mask: bool) -> dict[str, Any] | None:
+        """As TokenStream's."""
+        return self.stream.batch(self.begins, self.length - 1, document_mask)
+
+    def _rows(self) -> Rows:
+        if self._laid_out is None:
+            self._laid_out = self.stream.lay_out(self.begins, self.length)
+        return self._laid_out
+
+    @property
+    def tokens(self) -> np.ndarray:  # type: ignore[override]  # a field of Rows, made here on demand
+        """[b, length], of the data set's dtype."""
+        return self._rows().tokens
+
+    @property
+    def starts(self) -> np.ndarray:  # type: ignore[override]
+        """As in Rows."""
+        return self._rows().starts
 
 
 def documents_at(reader: IndexedReader, starts: np.ndarray) -> list[int]:
@@ -187,9 +195,9 @@ class PackedDataset:
             return Rows.of([self.sample(number) for number in numbers.tolist()])
         stream, sample_order = self._epoch(epoch)
         if len(numbers) == 1:
-            begins: np.ndarray | list[int] = [sample_order.item(first) * self.seq_length]
+            begins = [sample_order.item(first) * self.seq_length]
         else:
-            begins = sample_order[numbers - epoch * self.samples_per_epoch] * self.seq_length
+            begins = (sample_order[numbers - epoch * self.samples_per_epoch] * self.seq_length).tolist()
         return stream.windows(begins, self.seq_length + 1)
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
@@ -218,6 +226,7 @@ class DocumentTable:
         lengths = lengths if whole else lengths[document_ids]
         starts = reader.document_starts[:-1] if whole else reader.document_starts[document_ids]
         filled = lengths > 0
+        self._has_empty = keep_empty and not filled.all()
         if not (keep_empty or filled.all()):
             document_ids, lengths, starts = document_ids[filled], lengths[filled], starts[filled]
         self.reader = reader
@@ -232,9 +241,12 @@ class DocumentTable:
     def permuted(self, order: np.ndarray) -> TokenStream:
         """The documents laid end to end in this order of their places in the table."""
         with ThreadPoolExecutor(1) as other:  # random reads of memory: two threads overlap their waiting
-            starts = other.submit(self.starts.take, order)
+            begun = other.submit(self.starts.take, order)
             lengths = self.lengths.take(order)
-            return TokenStream(self.reader, starts.result(), lengths)
+            starts = begun.result()
+        if self._has_empty:  # they count in the order, and lay out nothing
+            starts, lengths = starts[lengths > 0], lengths[lengths > 0]
+        return TokenStream(self.reader, starts, lengths)
 
     def identity(self, *settings: int | str) -> str:
         """Hash of the documents' shape and numbers and of the settings."""

@@ -110,7 +110,7 @@ class ValidationLoader:
         begin = number * self.seq_length
         length = min(self.seq_length + 1, self._total - begin)
         lead = self._lead[begin : begin + 1] if begin == 0 else self._lead[:0]
-        stored = self._stream.windows(np.array([max(begin - len(self._lead), 0)]), length - len(lead))
+        stored = self._stream.windows([max(begin - len(self._lead), 0)], length - len(lead))
         tokens, starts = stored.sample(0)
         if len(lead):
             starts = np.concatenate(([0], starts[1:] + 1))  # the leading token counts to the first document

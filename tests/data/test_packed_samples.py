@@ -1,14 +1,14 @@
 """Packing and sampling: every sample once an epoch, whatever the ranks, batches, stops or length of the run."""
 
 import pickle
-from unittest.mock import patch
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatronish.data import batches, packing
+from megatronish.data import native
 from megatronish.data.batches import batch_of, positions_in_documents
 from megatronish.data.builder import IndexedWriter
 from megatronish.data.errors import DataError
@@ -106,17 +106,14 @@ def test_permutation_is_uniform():
 @settings(max_examples=150, deadline=None)
 @given(lengths=st.lists(st.integers(1, 9) | st.integers(40, 60), min_size=1, max_size=30), data=st.data())
 def test_windows_read_what_concatenation_gives(tmp_path_factory, lengths, data):
-    """All ways of reading (a loop for a few documents; else copied pieces, or a gather of short ones) against plain
-    concatenation."""
-    few = data.draw(st.sampled_from([0, packing.FEW_DOCUMENTS]))
+    """Copied pieces, or a gather of short ones, against plain concatenation."""
     reader = make(tmp_path_factory.mktemp("stream"), lengths)
     order = np.array(data.draw(st.permutations(range(len(lengths)))))
     whole = np.concatenate([reader.document(int(d)) for d in order])
     starts = set(np.cumsum([0] + [lengths[d] for d in order])[:-1].tolist())
     length = data.draw(st.integers(1, len(whole)))
     begins = data.draw(st.lists(st.integers(0, len(whole) - length), min_size=1, max_size=4))
-    with patch.object(packing, "FEW_DOCUMENTS", few):
-        rows = TokenStream.of(reader, order).windows(np.array(begins), length)
+    rows = TokenStream.of(reader, order).windows(begins, length)
     assert rows.tokens.dtype == reader.dtype and rows.known is None
     for row, begin in enumerate(begins):
         tokens, marks = rows.sample(row)
@@ -124,27 +121,74 @@ def test_windows_read_what_concatenation_gives(tmp_path_factory, lengths, data):
         assert marks.tolist() == sorted({0} | {s - begin for s in starts if begin < s < begin + length})
 
 
+needs_library = pytest.mark.skipif(native.PACKED_BATCH is None, reason="csrc/data is not built")
+
+
+def assert_same_batch(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert np.array_equal(value, other[key]), key
+        assert getattr(value, "dtype", int) == getattr(other[key], "dtype", int), key
+        assert getattr(value, "shape", ()) == getattr(other[key], "shape", ()), key
+
+
+@needs_library
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9) | st.integers(40, 60), min_size=1, max_size=30),
+    dtype=st.sampled_from(["u1", "i1", "<i2", "<i4", "<i8", "<u2"]),
+    mask=st.booleans(),
+    data=st.data(),
+)
+def test_the_library_makes_the_batches_that_numpy_makes(lengths, dtype, mask, data):
+    order = np.array(data.draw(st.permutations(range(len(lengths)))))
+    total = sum(lengths)
+    stored = np.random.default_rng(total).integers(0, 120, size=total).astype(dtype)
+    starts = np.cumsum([0, *lengths])[:-1].astype(np.int64)
+    reader = SimpleNamespace(tokens_view=stored)
+    stream = TokenStream(reader, starts[order], np.array(lengths, dtype=np.int64)[order])  # type: ignore[arg-type]
+    length = data.draw(st.integers(1, max(1, total - 1)))
+    begins = data.draw(st.lists(st.integers(0, max(0, total - length - 1)), min_size=1, max_size=4))
+    windows = stream.windows(begins, length + 1)
+    if begins[0] + length + 1 > total:
+        with pytest.raises(IndexError, match="not all within the stream"):
+            batch_of(windows, mask)
+        return
+    assert_same_batch(batch_of(windows, mask), batch_of(Rows(windows.tokens, windows.starts), mask))
+
+
+@needs_library
 def test_a_window_with_many_more_documents_than_the_average(tmp_path):
-    """The loop looks ahead by the average number of documents and has to go on where they are short."""
-    reader = make(tmp_path, [4000, *[1] * 40, 4000])
-    rows = TokenStream.of(reader, np.arange(42)).windows([3990, 0], 50)
-    assert rows.sample(0)[1].tolist() == [0, *range(10, 50)]
-    assert rows.sample(1)[1].tolist() == [0]
-    assert rows.tokens[0].tolist() == reader.tokens_view[3990:4040].tolist()
+    """Room is made for twice the average number of documents, and made again where they are more."""
+    reader = make(tmp_path, [40_000, *[1] * 400, 40_000])
+    stream = TokenStream.of(reader, np.arange(402))
+    windows = stream.windows([39_990, 0], 301)
+    batch = batch_of(windows, True)
+    assert batch["cu_seqlens"].tolist() == [0, *range(10, 301), 600]
+    assert batch["max_seqlen"] == 300
+    assert_same_batch(batch, batch_of(Rows(windows.tokens, windows.starts), True))
 
 
-@given(data=st.data(), count=st.integers(1, 3), length=st.integers(1, 12))
-def test_few_and_many_documents_are_marked_alike(data, count, length):
-    inner = data.draw(st.sets(st.integers(0, count * (length + 1) - 1)))
-    starts = np.array(sorted(inner | {row * (length + 1) for row in range(count)}), dtype=np.int64)
-    rows = Rows(np.arange(count * (length + 1), dtype=np.uint16).reshape(count, -1), starts)
-    found = []
-    for few in (0, len(starts)):
-        with patch.object(batches, "FEW_DOCUMENTS", few):
-            found.append(batches.batch_of(rows, True))
-    for key, value in found[0].items():
-        other = found[1][key]
-        assert np.array_equal(value, other) and getattr(value, "dtype", int) == getattr(other, "dtype", int), key
+@needs_library
+@pytest.mark.parametrize("begins", [[-1], [0, 91], [2**62]])
+def test_a_window_outside_the_stream_is_refused(tmp_path, begins):
+    stream = TokenStream.of(make(tmp_path, [100]), np.arange(1))
+    for mask in (False, True):
+        with pytest.raises(IndexError, match="windows of 10 tokens"):
+            batch_of(stream.windows(begins, 10), mask)
+        assert batch_of(stream.windows([90], 10), mask)["tokens"].shape == (1, 9)
+
+
+def test_without_the_library_the_batches_are_the_same(tmp_path, monkeypatch):
+    def batches() -> list[dict]:
+        dataset = PackedDataset(reader, np.arange(reader.num_documents), seq_length=16, seed=3)
+        return [batch_of(dataset.rows(np.arange(4) + 4 * i), True) for i in range(5)]
+
+    reader = make(tmp_path, [7, 30, 2, 90, 5, 61])
+    usual = batches()
+    monkeypatch.setattr(native, "PACKED_BATCH", None)
+    for one, other in zip(usual, batches(), strict=True):
+        assert_same_batch(one, other)
 
 
 @pytest.mark.parametrize("mean", [5, GATHERED_TOKENS, 200])

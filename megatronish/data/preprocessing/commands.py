@@ -19,14 +19,6 @@ from megatronish.data.preprocessing.surgery import merge, split
 from megatronish.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_unigram
 
 Say = Callable[[str], None]
-COMMANDS = {
-    "inspect": "What data sets hold: manifest, lengths, the beginning of the first documents.",
-    "verify": "Reads data sets whole and compares them with their manifests.",
-    "merge": "Puts data sets one after another into one.",
-    "split": "Cuts a data set into several, by shares of its documents.",
-    "decode": "Prints documents as text.",
-    "train-tokenizer": "Trains a tokenizer on text.",
-}
 READ_BYTES = 1 << 24
 TOKENS_AT_A_TIME = 1 << 24
 

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
-
-import orjson
+from collections.abc import Callable, Iterator, Sequence
 
 from megatronish.data.errors import DataError
-from megatronish.data.preprocessing.inputs import Row, Source
+from megatronish.data.preprocessing.inputs import Row, Source, mapping_of
 from megatronish.data.streams.remote import Retry
 from megatronish.data.streams.shards import Fields, ShardReader
-from megatronish.data.streams.sources import HUB, Location, resolve
+from megatronish.data.streams.sources import Location, resolve
 
-SCHEMES = (HUB, "http://", "https://")
 DEFAULT_KEYS = ("text",)
-
-
-def is_remote(spec: str) -> bool:
-    """Whether an input is no path on this machine."""
-    return spec.startswith(SCHEMES)
 
 
 def remote_source(
@@ -48,14 +39,3 @@ def _rows(location: Location, fields: Fields, joined: bool, retry: Retry) -> Ite
             record = mapping_of(row) if joined else {}
             whole = joined and all(isinstance(record.get(key), str) for key in fields.keys)
             yield {"text": "\n\n".join(filter(None, (record[key] for key in fields.keys)))} if whole else row
-
-
-def mapping_of(row: Row) -> Mapping[str, Any]:
-    """The values of a row, none of a faulty one."""
-    if not isinstance(row, bytes):
-        return row
-    try:
-        record = orjson.loads(row)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}

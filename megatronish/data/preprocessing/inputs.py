@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import orjson
+
 from megatronish.data.errors import DataError
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -20,6 +22,9 @@ UNREADABLE_SUFFIXES = (".bz2", ".xz", ".zip", ".tar", ".tgz", ".bin", ".idx", ".
 READ_BYTES = 1 << 20
 # Frames written with `zstd --long=31` need this much.
 ZSTD_WINDOW_BYTES = 1 << 31
+
+# Inputs that are no paths on this machine.
+SCHEMES = ("hf://", "http://", "https://")
 
 Row = Mapping[str, Any] | bytes  # values by name, or a line of JSON that nobody has read yet
 Rows = Callable[[], Iterator[Row]]
@@ -55,6 +60,11 @@ class Source:
         if self.format == "text":
             return self.name if number < 0 else f"{self.name}, byte {number}"
         return f"{self.name}, {'line' if self.format == 'jsonl' else 'row'} {number}"
+
+
+def is_remote(spec: str) -> bool:
+    """Whether an input is no path on this machine."""
+    return spec.startswith(SCHEMES)
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
@@ -173,3 +183,14 @@ class _ZstdStream(io.RawIOBase):
             self._pending = self._frame.unused_data
             self._frame = None
         return True
+
+
+def mapping_of(row: Row) -> Mapping[str, Any]:
+    """The values of a row, none of a faulty one."""
+    if not isinstance(row, bytes):
+        return row
+    try:
+        record = orjson.loads(row)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -23,8 +23,7 @@ from megatronish.data.manifest import Manifest, manifest_path, read_manifest
 from megatronish.data.preprocessing.corpus import default_corpus, default_corpus_description
 from megatronish.data.preprocessing.documents import SKIP_HINT, DocumentReader
 from megatronish.data.preprocessing.encoding import Job, Tally, UnitResult, read_piece
-from megatronish.data.preprocessing.hub import is_remote, mapping_of, remote_source
-from megatronish.data.preprocessing.inputs import Source, check_keys, file_source, find_inputs
+from megatronish.data.preprocessing.inputs import Source, check_keys, file_source, find_inputs, is_remote, mapping_of
 from megatronish.data.preprocessing.journal import Staging, read_plan
 from megatronish.data.preprocessing.options import (
     DEFAULT_OUTPUT_PREFIX,
@@ -117,6 +116,8 @@ def find_sources(options: PreprocessOptions, say: Callable[[str], None]) -> list
     sources: list[Source] = []
     for elsewhere, patterns in itertools.groupby(options.inputs, is_remote):
         if elsewhere:
+            from megatronish.data.preprocessing.hub import remote_source  # and with it what speaks HTTP
+
             sources += [remote_source(spec, options.json_keys, say) for spec in patterns]
         else:
             sources += map(file_source, find_inputs(list(patterns)))
