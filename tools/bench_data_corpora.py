@@ -16,12 +16,14 @@ from megatronish.data.builder import IndexedWriter
 from megatronish.data.indexed import HEADER, MAGIC, VERSION, bin_path
 
 EOD = 31_999
+EOD_TOKEN = "<|endoftext|>"
 
 
 def documents(size: int) -> Iterator[str]:
     """About `size` bytes of text as documents of some 4 kB: sources and docs of this Python and of its packages.
 
-    They are cut between paragraphs. Where there is too little text it starts over.
+    They are cut between paragraphs. Where there is too little text it starts over. Documents that spell the end-of-document
+    token are left out: Megatron's tools make the token of it, ours text.
     """
     folders = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")]
     produced = 0
@@ -36,6 +38,8 @@ def documents(size: int) -> Iterator[str]:
                 except (UnicodeDecodeError, OSError):
                     continue
                 for document in paragraphs(text, 4000):
+                    if EOD_TOKEN in document:
+                        continue
                     yield document
                     produced += len(document.encode("utf-8"))
                     if produced >= size:
@@ -87,10 +91,10 @@ def train_tokenizer(texts: Iterator[str], folder: Path) -> None:
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=EOD, initial_alphabet=alphabet, show_progress=False))
-    raw.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
+    raw.add_special_tokens([AddedToken(EOD_TOKEN, special=True, normalized=False)])
     folder.mkdir()
     raw.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOD_TOKEN}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 

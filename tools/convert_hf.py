@@ -80,8 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from megatronish.interop.huggingface import export_model, import_model
-    from megatronish.model.checkpoints import find_checkpoint
-    from megatronish.model.weights import CONFIG_FILE
+    from megatronish.interop.source import model_folder, told_to_the_user
 
     dtypes = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     source, dtype = arguments.source, dtypes[arguments.dtype]
@@ -91,25 +90,19 @@ def run(arguments: argparse.Namespace) -> None:
         bar.total = total
         bar.update(done)
 
-    try:
-        with bar:
-            if arguments.command == "import":
-                result = import_model(source, arguments.target, dtype=dtype, progress=progress)
-            else:
-                if not (source / CONFIG_FILE).is_file():
-                    source = find_checkpoint(source, arguments.which)
-                result = export_model(
-                    source,
-                    arguments.target,
-                    model_type=arguments.architecture,
-                    dtype=dtype,
-                    max_shard_bytes=arguments.max_shard_size,
-                    progress=progress,
-                )
-    except UserError:
-        raise
-    except ValueError as error:  # what model/weights.py says of files that do not fit
-        raise UserError(str(error)) from error
+    with told_to_the_user(), bar:
+        if arguments.command == "import":
+            result = import_model(source, arguments.target, dtype=dtype, progress=progress)
+        else:
+            source = model_folder(source, arguments.which)
+            result = export_model(
+                source,
+                arguments.target,
+                model_type=arguments.architecture,
+                dtype=dtype,
+                max_shard_bytes=arguments.max_shard_size,
+                progress=progress,
+            )
     tokenizer = result.tokenizer
     print(
         f"{source} -> {result.folder}: {result.model_type}, {result.parameters:,} parameters in "

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
-from megatronish.config.errors import UserError, explained
+from megatronish.config.errors import explained
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,18 +36,11 @@ def main() -> int:
     arguments = build_parser().parse_args()
     with explained():
         from megatronish.interop.gguf import export_gguf
-        from megatronish.model.checkpoints import find_checkpoint
-        from megatronish.model.weights import CONFIG_FILE
+        from megatronish.interop.source import model_folder, told_to_the_user
 
-        source = arguments.source
-        if not (source / CONFIG_FILE).is_file():
-            source = find_checkpoint(source, arguments.which)
-        try:
+        source = model_folder(arguments.source, arguments.which)
+        with told_to_the_user():
             result = export_gguf(source, arguments.target, arguments.dtype)
-        except UserError:
-            raise
-        except ValueError as error:  # what model/weights.py says of files that do not fit
-            raise UserError(str(error)) from error
         print(f"{source} -> {result.path}: {result.architecture}, {result.size / 1e6:.1f} MB")
         if not result.tokenizer:
             print("no tokenizer was there: the file takes and gives ids")

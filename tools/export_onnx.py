@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
-from megatronish.config.errors import UserError, explained
+from megatronish.config.errors import explained
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,20 +32,12 @@ def main() -> int:
         import torch
 
         from megatronish.interop.onnx import export_onnx
-        from megatronish.model.checkpoints import find_checkpoint
-        from megatronish.model.weights import CONFIG_FILE
+        from megatronish.interop.source import model_folder, told_to_the_user
 
-        source = arguments.source
-        if not (source / CONFIG_FILE).is_file():
-            source = find_checkpoint(source, arguments.which)
-        try:
-            result = export_onnx(
-                source, arguments.target, {"fp32": torch.float32, "fp16": torch.float16}[arguments.dtype]
-            )
-        except UserError:
-            raise
-        except ValueError as error:  # what model/weights.py says of files that do not fit
-            raise UserError(str(error)) from error
+        source = model_folder(arguments.source, arguments.which)
+        dtype = {"fp32": torch.float32, "fp16": torch.float16}[arguments.dtype]
+        with told_to_the_user():
+            result = export_onnx(source, arguments.target, dtype)
         print(f"{source} -> {result.folder}: {result.size / 1e6:.1f} MB")
         if result.model_type is None:
             print("no config.json: no Hugging Face architecture expresses this model; the graph needs none")

@@ -2,8 +2,8 @@
 
 Under the launcher and with as many ranks as recorded it (torchrun, mpirun, srun, or plain python for one). It starts from the
 checkpoint in the box, trains the steps between, then runs the step, prints for each module the norm of its output and for each
-weight those of weight and gradient, names the first module to put out inf or NaN, and says whether loss and norms have the
-recorded bits. The run's data must still be where they were; nothing is written.
+weight those of weight and gradient, names the first module to put out inf or NaN, and says whether micro batches, loss and
+norms have the recorded bits: status 0 if they do, 1 if not. The run's data must still be where they were; nothing is written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> int:
         found = replay(arguments.box, rank)
     report = describe(found, rank.rank)
     sys.stdout.write(report)
-    return 0
+    return 0 if found.as_recorded else 1
 
 
 def describe(found: Replayed, rank: int) -> str:

@@ -35,6 +35,11 @@ class Replayed:
     same_norms: bool
     diagnosis: Diagnosis
 
+    @property
+    def as_recorded(self) -> bool:
+        """Whether everything that was recorded came out with the same bits."""
+        return self.same_batches and self.same_loss and self.same_norms
+
 
 def replay(box: Path, rank: Rank) -> Replayed:
     """Run the step of the box again; every rank of the layout that recorded it calls it. Nothing is written into the run.

@@ -122,6 +122,8 @@ def replay_rank(rank: int, box: Path) -> dict[str, Any]:
     found = replay(box, Rank(rank, 2, rank, 2, "test"))
     same = (found.same_batches, found.same_loss, found.same_norms)
     report = describe(found, rank)
+    assert found.as_recorded == all(same)
+    assert not dataclasses.replace(found, same_loss=False).as_recorded
     return {"same": same, "broken": found.diagnosis.broken, "report": report, "before": found.steps_before}
 
 
