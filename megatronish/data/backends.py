@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import mmap
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -120,6 +122,8 @@ class GigatokenEncoder(Encoder):
             raise DataError(str(error).splitlines()[0][:200]) from None
         self._seen: set[str] = set()
         self._differing: set[str] = set()
+        # One byte a character, shared by the processes forked from here on: what one has compared the others need not.
+        self._agreed = mmap.mmap(-1, sys.maxunicode + 1)
         self._encoded_bytes = 0
         self._memory_limit: int | None = None
 
@@ -148,14 +152,15 @@ class GigatokenEncoder(Encoder):
         Many at once, as most calls would else be for a single character; one by one where those differ.
         """
         self._seen |= characters
-        order = sorted(characters)
+        order = sorted(character for character in characters if not self._agreed[ord(character)])
         for begin in range(0, len(order), PROBED_AT_ONCE):
             group = order[begin : begin + PROBED_AT_ONCE]
-            if not self._same("".join(map(_probe_of, group))):
-                alone = group if len(group) > 1 else []
-                self._differing |= {character for character in alone if not self._same(_probe_of(character))} or set(
-                    group
-                )
+            if self._same("".join(map(_probe_of, group))):
+                for character in group:
+                    self._agreed[ord(character)] = 1
+                continue
+            alone = group if len(group) > 1 else []
+            self._differing |= {character for character in alone if not self._same(_probe_of(character))} or set(group)
 
     def _same(self, text: str) -> bool:
         return np.array_equal(self._raw.encode(text), self.reference.encode(text))

@@ -4,7 +4,10 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -38,18 +41,35 @@ def _nvcc(*arguments: str) -> str:
     return result.stdout + result.stderr
 
 
+@cache
+def _compiled(source: Path) -> tuple[dict[str, str], str]:
+    """What ptxas says of a source for each architecture that this nvcc knows, and its PTX; as many at a time as cores."""
+    known = [arch for arch in ARCHITECTURES if f"compute_{arch}" in _nvcc("--list-gpu-arch").split()]
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        ptx = Path(folder, "out.ptx")
+        making = pool.submit(_nvcc, "-arch=compute_90", "-ptx", str(source), "-o", str(ptx))
+        reports = pool.map(
+            lambda arch: _nvcc(
+                "-Xptxas", "-v", f"-arch=sm_{arch}", "-cubin", str(source), "-o", str(Path(folder, f"{arch}.cubin"))
+            ),
+            known,
+        )
+        found = dict(zip(known, reports, strict=True))
+        making.result()
+        return found, ptx.read_text()
+
+
 def test_there_is_one_file_an_operator() -> None:
     assert [path.stem for path in SOURCES] == ["cross_entropy", "qk_norm_rope", "rms_norm", "rope", "swiglu"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_registers_and_spills(source: Path, architecture: str, tmp_path: Path) -> None:
-    if f"compute_{architecture}" not in _nvcc("--list-gpu-arch").split():
+def test_registers_and_spills(source: Path, architecture: str) -> None:
+    reports, _ = _compiled(source)
+    if architecture not in reports:
         pytest.skip(f"this nvcc does not know sm_{architecture}")
-    report = _nvcc(
-        "-Xptxas", "-v", f"-arch=sm_{architecture}", "-cubin", str(source), "-o", str(tmp_path / "out.cubin")
-    )
+    report = reports[architecture]
     kernels = re.findall(
         r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers",
@@ -67,11 +87,10 @@ def test_registers_and_spills(source: Path, architecture: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_packed_kernels_move_128_bits(source: Path, tmp_path: Path) -> None:
-    ptx = tmp_path / "out.ptx"
-    _nvcc("-arch=compute_90", "-ptx", str(source), "-o", str(ptx))
-    assert "local_depot" not in ptx.read_text()  # nothing lives in local memory
-    bodies = re.findall(r"\.entry (\S+)\((.*?)\n}\n", ptx.read_text(), re.DOTALL)
+def test_packed_kernels_move_128_bits(source: Path) -> None:
+    _, ptx = _compiled(source)
+    assert "local_depot" not in ptx  # nothing lives in local memory
+    bodies = re.findall(r"\.entry (\S+)\((.*?)\n}\n", ptx, re.DOTALL)
     packed = 0
     for name, body in bodies:
         if "_plain" in name or "sum_partitions" in name or re.search(r"Li1E((Lb[01]E)?[jl]E|Li32ELb[01]EE)", name):

@@ -199,7 +199,7 @@ class _ShardWriter:
         self._bin, self._len = (_HashedFile(path) for path in paths)
         self._shard = Shard()
         self._dtype = np.dtype(job.dtype)
-        self._ending = None if job.eod_id is None else np.array([job.eod_id], dtype=np.int64)
+        self._eod_id = job.eod_id
         self.long_documents = 0
         # Which stretches of the input are compared is a matter of where the unit lies, not of who does it.
         first = unit * job.shard_size
@@ -241,15 +241,22 @@ class _ShardWriter:
         if int(lengths.max()) >= MAX_SEQUENCE_TOKENS:
             raise AssertionError("a record is at most 2^28 bytes, so fewer tokens")
         full = lengths > 0
-        ids = np.concatenate(arrays)
+        if self._eod_id is None:
+            ids = np.concatenate(arrays)
+        else:
+            ending = np.array([self._eod_id], dtype=arrays[0].dtype)
+            ended = [
+                part for array, keep in zip(arrays, full.tolist(), strict=True) if keep for part in (array, ending)
+            ]
+            ids = np.concatenate(ended or arrays)
+            lengths[full] += 1
         reference = self._encoder.reference
         assert not ids.size or int(ids.max()) < reference.vocab_size, "an id outside the vocabulary"
         if reference.unknown_id is not None:
             self._shard.unknown += int(np.count_nonzero(ids == reference.unknown_id))
+            if reference.unknown_id == self._eod_id:
+                self._shard.unknown -= int(full.sum())
         tokens = ids.astype(self._dtype)
-        if self._ending is not None:
-            tokens = np.insert(tokens, np.cumsum(lengths)[full], self._ending.astype(self._dtype))
-            lengths[full] += 1
         empty = len(lengths) - int(full.sum())
         if not self._job.keep_empty:
             lengths = lengths[full]

@@ -6,6 +6,7 @@ the parent is killed, the workers see it within a batch and go too.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -111,6 +112,7 @@ class _Pool:
         ours, theirs = context.Pipe()
         sys.stdout.flush()
         sys.stderr.flush()
+        gc.freeze()  # a collection in a worker would else write to, and so copy, every page of objects that it shares
         process = context.Process(target=_serve, args=(self._job, theirs, ours, os.getpid()), daemon=True)
         process.start()
         theirs.close()

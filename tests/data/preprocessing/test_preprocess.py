@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import multiprocessing
 import random
 
 import numpy as np
@@ -223,6 +224,42 @@ def test_character_that_gigatoken_gets_wrong_is_encoded_by_tokenizers(bpe_file):
     text = "".join(map(chr, range(0xE0, 0x160)))
     assert encoder.encode([text])[0].tolist() == tokenizer.encode(text).tolist()
     assert encoder._differing == {"ß", "é"}
+
+
+def test_what_one_worker_has_compared_the_others_need_not(bpe_file):
+    pytest.importorskip("gigatoken")
+    encoder = GigatokenEncoder(load_tokenizer(bpe_file))
+    encoder._raw = _Wrong(encoder._raw, "ß")
+    worker = multiprocessing.get_context("fork").Process(target=encoder.encode, args=(["naïve", "Straße"],))
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0 and encoder._raw.asked == 0
+    encoder.encode(["naïve"])
+    assert encoder._raw.asked == 1, "the text, but no comparison of its letter"
+    encoder.encode(["Straße"])
+    assert encoder._differing == {"ß"}, "what differs each finds for itself"
+
+
+@pytest.mark.parametrize("append_eod", [False, True])
+def test_unknown_tokens_are_counted_without_the_ends_of_documents(tmp_path, append_eod):
+    """A vocabulary whose unknown token also ends documents: only those that text became are lost text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    raw = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.save(str(tmp_path / "tokenizer.json"))
+    texts = ["a b a", "", "a c c b", "c"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = PreprocessOptions(
+        inputs=(str(tmp_path / "in.jsonl"),),
+        output_prefix=str(tmp_path / "out"),
+        tokenizer_model=str(tmp_path / "tokenizer.json"),
+        append_eod=append_eod,
+        eod_token="<unk>",
+    )
+    (result,) = preprocess(options, lambda line: None)
+    assert result.manifest.counts["unknown_tokens"] == 3
+    assert result.manifest.counts["tokens"] == (11 if append_eod else 8)
 
 
 def test_gigatoken_starts_afresh_when_it_has_grown(bpe_file, monkeypatch):
