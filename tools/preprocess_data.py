@@ -9,12 +9,15 @@ inspect, verify, merge, split, decode or train-tokenizer does that instead; `pre
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
+if __name__ == "__main__":
+    gc.disable()  # start-up makes many objects and no garbage; looking for some took a fifth of it (pool.py enables it)
 
 from megatronish.data.backends import BACKENDS
 from megatronish.data.errors import DataError

@@ -17,8 +17,8 @@ DEFAULT_VOCAB_SIZE = 4096
 DEFAULT_MAX_DOC_BYTES = 1 << 20
 LONG_DOCUMENTS = ("split", "skip")
 TOKEN_DTYPES = ("auto", "uint8", "uint16", "int32", "int64")
-# Shards: some hundreds of them, so that the workers end together, each big enough not to be felt.
-SHARDS_AIMED_AT = 256
+# Shards: a hundred and more of them, so that the workers end together, each big enough not to be felt.
+SHARDS_AIMED_AT = 128
 SHARD_BYTES = (1 << 20, 1 << 26)
 
 

@@ -47,15 +47,18 @@ def results(
     An error of making the units is raised after the results of the units before it; one of a worker (DataError, OSError)
     in place of its unit's result.
     """
+    gc.enable()  # tools/preprocess_data.py starts without it
     if workers == 1 or "fork" not in multiprocessing.get_all_start_methods():
         for unit in units:
             yield unit, encode_unit(job, unit, lambda tally, index=unit.index: tell(index, tally))  # type: ignore[misc]
         return
+    gc.freeze()  # a collection in a worker would else write to, and so copy, every page of objects that it shares
     pool = _Pool(job, workers, tell)
     try:
         yield from pool.run(units)
     finally:
         pool.close()
+        gc.unfreeze()
 
 
 class _Pool:
@@ -112,7 +115,6 @@ class _Pool:
         ours, theirs = context.Pipe()
         sys.stdout.flush()
         sys.stderr.flush()
-        gc.freeze()  # a collection in a worker would else write to, and so copy, every page of objects that it shares
         process = context.Process(target=_serve, args=(self._job, theirs, ours, os.getpid()), daemon=True)
         process.start()
         theirs.close()
