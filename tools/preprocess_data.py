@@ -214,6 +214,7 @@ def prepare(argv: Sequence[str]) -> None:
 
 def command(argv: Sequence[str]) -> None:
     """Runs a subcommand."""
+    gc.enable()
     from megatronish.data.preprocessing.commands import add_command_arguments, run_command
 
     parser = argparse.ArgumentParser(

@@ -6,14 +6,21 @@ from them: a file that names anything else, such as a function to call, is refus
 
 from __future__ import annotations
 
+import copyreg
 import pickle
 from collections.abc import Callable, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatronish.config.errors import ConfigError
+
+
+def _by_value(member: Enum) -> tuple[type[Enum], tuple[Any]]:
+    """How to make a member again: its class called with its value."""
+    return type(member), (member.value,)
 
 
 class PickledState:
@@ -27,6 +34,11 @@ class PickledState:
 
     def __init__(self, classes: Sequence[Callable[..., Any]]) -> None:
         self._classes: list[Any] = list(classes)
+        for each in self._classes:
+            if isinstance(each, type) and issubclass(
+                each, Enum
+            ):  # by themselves those of Python 3.11.0 to 3.11.3 ask for `getattr`
+                copyreg.pickle(each, _by_value)
         self.written: list[Path] = []
         self.error: OSError | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,25 @@ from tests.distributed import run_ranks
 from tests.runs import make_dataset, small_run
 
 MUON = {"optimizer": {"type": "Muon", "params": {"lr": 0.02, "adam_lr": 3e-3}}, "gradient_clipping": 0.0}
+
+
+class Stage(Enum):
+    """Pickles as enums of Python 3.11.0 to 3.11.3 do: by the call of `getattr`."""
+
+    ONE = 1
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return getattr, (type(self), self.name)
+
+
+def test_enums_are_read_again_whatever_python_wrote_them(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    torch.save({"stage": Stage.ONE}, path)
+    state = PickledState([Stage])
+    with pytest.raises(ConfigError, match="getattr"):
+        state.load(str(path))
+    state.save({"stage": Stage.ONE}, str(path))
+    assert state.error is None and state.load(str(path)) == {"stage": Stage.ONE}
 
 
 class Malicious:
