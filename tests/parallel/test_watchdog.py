@@ -117,7 +117,8 @@ def test_a_rank_that_is_stopped(start: Callable[..., FaultyRanks], victim: int, 
     begin = time.monotonic()
     statuses = ranks.wait()
     assert time.monotonic() - begin > TIMEOUT / 2, "not before the timeout"
-    assert statuses.pop(victim) == -signal.SIGKILL
+    # It runs again to write its stacks. Python's writing of those of running threads may, rarely, crash before the kill comes.
+    assert statuses.pop(victim) in (-signal.SIGKILL, -signal.SIGSEGV)
     assert set(statuses.values()) == {STOPPED}, [ranks.said(rank) for rank in ranks.pids]
     (message,) = errors(ranks) or [str([ranks.said(rank) for rank in ranks.pids])]
     assert message.startswith(f"error: rank {victim} (") and "has sent no heartbeat for 4 s" in message
