@@ -1,9 +1,10 @@
 """Build entry point. All metadata is in pyproject.toml; this file holds what only code can say: how to build csrc/.
 
 Three libraries without any Python in them: `megatronish/_C.so` (operators: schemas, CPU kernels of every instruction-set
-level), `megatronish/_C_cuda.so` and `megatronish/_data.so` (batches from mapped tokens). The operators use torch's stable ABI
-only, so one build serves torch 2.10 and later; the last needs no torch. Build without isolation (`pip install --no-build-isolation -e .`): an isolated build would fetch a second PyTorch. After a change
-in csrc/, `python setup.py build_ext --inplace` compiles what changed.
+level), `megatronish/_C_cuda.so` and `megatronish/_data.so` (batches from mapped tokens). The operators use torch's stable
+ABI only, so one build serves torch 2.10 and later; the last needs no torch. Build without isolation
+(`pip install --no-build-isolation -e .`): an isolated build would fetch a second PyTorch. After a change in csrc/,
+`python setup.py build_ext --inplace` compiles what changed.
 
 Settings (environment): CXX, the C++ compiler. MEGATRONISH_CUDA=auto|on|off: CUDA kernels when nvcc is found and torch has
 CUDA (auto), in any case or else fail (on), never (off). MEGATRONISH_CUDA_ARCHS, such as "80;90". CUDA_HOME, CUDA_PATH.

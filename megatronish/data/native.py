@@ -6,6 +6,7 @@ Where the library is not built, or the tokens are not integers of MMIDIDX, batch
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ class _Stream(ctypes.Structure):
     ]
 
 
-def _load() -> Any:
-    """The library's function, or None."""
+@cache
+def packed_batch() -> Any:
+    """The library's function, loaded when first asked for; None where it is not built."""
     try:
         function = ctypes.CDLL(str(LIBRARY)).megatronish_packed_batch
     except (OSError, AttributeError):
@@ -42,13 +44,11 @@ def _load() -> Any:
     return function
 
 
-PACKED_BATCH = _load()
-
-
 class NativeStream:
     """A token stream (packing.TokenStream) as the library sees it. Arrays: contiguous int64, and the mapped tokens."""
 
     def __init__(self, tokens: np.ndarray, stream_starts: np.ndarray, source_starts: np.ndarray) -> None:
+        self._fill = packed_batch()
         self._kept = (tokens, stream_starts, source_starts)
         addresses = (array.ctypes.data for array in self._kept)
         self._stream = _Stream(*addresses, len(source_starts), dtype_code(tokens.dtype))
@@ -67,14 +67,14 @@ class NativeStream:
         wanted = [self._address, places, count, length, tokens, tokens + 8 * size]
         batch: dict[str, Any] = {"tokens": both[0], "labels": both[1]}
         if not document_mask:
-            if PACKED_BATCH(*wanted, None, None, 0) < 0:
+            if self._fill(*wanted, None, None, 0) < 0:
                 raise self._outside(begins, length)
             return batch
         room = int(size * self._density) + MORE_BOUNDS
         while True:
             flat = np.empty(size + room + 1, np.int32)
             positions = _address(flat)
-            bounds = PACKED_BATCH(*wanted, positions, positions + 4 * size, room)
+            bounds = self._fill(*wanted, positions, positions + 4 * size, room)
             if bounds < 0:
                 raise self._outside(begins, length)
             if bounds <= room:
@@ -96,6 +96,6 @@ def _address(array: np.ndarray) -> int:
 
 def native_stream(tokens: np.ndarray, stream_starts: np.ndarray, source_starts: np.ndarray) -> NativeStream | None:
     """The stream for the library, or None where it cannot read it."""
-    if PACKED_BATCH is None or len(tokens) == 0 or dtype_code(tokens.dtype) not in INTEGER_CODES:
+    if packed_batch() is None or len(tokens) == 0 or dtype_code(tokens.dtype) not in INTEGER_CODES:
         return None
     return NativeStream(tokens, stream_starts, source_starts)

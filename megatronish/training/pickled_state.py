@@ -34,10 +34,9 @@ class PickledState:
 
     def __init__(self, classes: Sequence[Callable[..., Any]]) -> None:
         self._classes: list[Any] = list(classes)
+        # By themselves enums of Python 3.11.0 to 3.11.3 are pickled as a call of `getattr`, which is refused at reading.
         for each in self._classes:
-            if isinstance(each, type) and issubclass(
-                each, Enum
-            ):  # by themselves those of Python 3.11.0 to 3.11.3 ask for `getattr`
+            if isinstance(each, type) and issubclass(each, Enum):
                 copyreg.pickle(each, _by_value)
         self.written: list[Path] = []
         self.error: OSError | None = None

@@ -121,7 +121,7 @@ def test_windows_read_what_concatenation_gives(tmp_path_factory, lengths, data):
         assert marks.tolist() == sorted({0} | {s - begin for s in starts if begin < s < begin + length})
 
 
-needs_library = pytest.mark.skipif(native.PACKED_BATCH is None, reason="csrc/data is not built")
+needs_library = pytest.mark.skipif(native.packed_batch() is None, reason="csrc/data is not built")
 
 
 def assert_same_batch(one: dict, other: dict) -> None:
@@ -186,7 +186,7 @@ def test_without_the_library_the_batches_are_the_same(tmp_path, monkeypatch):
 
     reader = make(tmp_path, [7, 30, 2, 90, 5, 61])
     usual = batches()
-    monkeypatch.setattr(native, "PACKED_BATCH", None)
+    monkeypatch.setattr(native, "packed_batch", lambda: None)
     for one, other in zip(usual, batches(), strict=True):
         assert_same_batch(one, other)
 

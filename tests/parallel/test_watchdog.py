@@ -117,15 +117,15 @@ def test_a_rank_that_is_stopped(start: Callable[..., FaultyRanks], victim: int, 
     begin = time.monotonic()
     statuses = ranks.wait()
     assert time.monotonic() - begin > TIMEOUT / 2, "not before the timeout"
-    # It runs again to write its stacks. Python's writing of those of running threads may, rarely, crash before the kill comes.
-    assert statuses.pop(victim) in (-signal.SIGKILL, -signal.SIGSEGV)
+    stacks = (tmp_path / "stacks" / f"rank-{victim:05d}.txt").read_text()
+    assert statuses.pop(victim) == -signal.SIGKILL, stacks  # of a crash they hold its own report
     assert set(statuses.values()) == {STOPPED}, [ranks.said(rank) for rank in ranks.pids]
     (message,) = errors(ranks) or [str([ranks.said(rank) for rank in ranks.pids])]
     assert message.startswith(f"error: rank {victim} (") and "has sent no heartbeat for 4 s" in message
     speaker = ranks.said(1 if victim == 0 else 0)
     assert "in all_reduce, parallel/test_watchdog.py:" in speaker, "where the others wait"
     assert "Likely cause: the process is stopped (SIGSTOP" in speaker
-    assert "in steps" in (tmp_path / "stacks" / f"rank-{victim:05d}.txt").read_text()
+    assert "in steps" in stacks
 
 
 def test_a_rank_that_does_not_come_to_a_collective(start: Callable[..., FaultyRanks], tmp_path: Path) -> None:
