@@ -57,7 +57,9 @@ def _fork(
         os.environ.update(
             RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
-        faulthandler.dump_traceback_later(TIMEOUT_SECONDS - 10, file=(folder / f"{rank}.stacks").open("w"))
+        stacks = (folder / f"{rank}.stacks").open("w")
+        faulthandler.enable(stacks)
+        faulthandler.dump_traceback_later(TIMEOUT_SECONDS - 10, file=stacks)
         import torch
 
         from megatronish.training.engine import start_process_group, stop_process_group
@@ -105,7 +107,11 @@ def _wait(children: dict[int, int], folder: Path) -> None:
             if status:
                 rank = children[pid]
                 error = folder / f"{rank}.error"
-                raise AssertionError(f"rank {rank} failed:\n{error.read_text() if error.exists() else status}")
+                if not error.exists():
+                    error = folder / f"{rank}.stacks"
+                raise AssertionError(
+                    f"rank {rank} ended with {os.waitstatus_to_exitcode(status)}:\n{error.read_text()}"
+                )
         if time.monotonic() > deadline:
             ranks = sorted(children[pid] for pid in running)
             stacks = "\n".join(f"rank {rank}:\n{(folder / f'{rank}.stacks').read_text()}" for rank in ranks)

@@ -34,11 +34,15 @@ from megatronish.parallel.meeting import Meeting, Place
 from megatronish.parallel.standing import COLLECTIVES, Sampler, Standing
 
 STACKS = "stacks"
+# Has a rank write its stacks whatever it does: from inside the signal, where a frame that is being made crashes it (CPython's
+# issue 116008). So only where it is killed anyway and SIGUSR2, which its watching thread answers, gave nothing.
+LAST_RESORT = signal.SIGVTALRM
 PATIENT_PHASES = {"starting": 10.0, "saving": 10.0}
 LOOK_SECONDS = 0.25
 BEAT_SECONDS = 1.0
 BEAT_SECONDS_A_RANK = 0.02  # rank 0 reads a heartbeat in 50 microseconds: 0.25% of its time, however many ranks
 WELCOME_SECONDS = 2.0  # for all ranks to call rank 0: they do at once after they have met
+LAST_WORDS_SECONDS = 0.5  # for a rank that is to be killed to write its stacks
 GRACE_SECONDS = 2.0  # for a rank's error to turn out to be every rank's, or the consequence of a death
 LONGEST_ERROR = 20_000  # letters of a traceback that are told
 SLOW_SECONDS = 60.0  # over which ranks are compared
@@ -65,13 +69,22 @@ class Watchdog:
         self._own_status: int | None = None
         self._speaking = threading.RLock()  # one of the two threads says why; `_end` keeps it
         self._closing = threading.Event()
-        self._stacks_path = folder / STACKS / f"rank-{meeting.rank:05d}.txt"
-        self._stacks_path.parent.mkdir(parents=True, exist_ok=True)
+        self._folder = folder / STACKS
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._stacks_path = self._stacks_of(meeting.rank)
         self._stacks = self._stacks_path.open("w", encoding="utf-8")
         print(meeting.places[meeting.rank], file=self._stacks, flush=True)
         self._links = Links(meeting)
         faulthandler.enable(self._stacks)
-        faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)
+        faulthandler.register(LAST_RESORT, self._stacks, all_threads=True)
+        # Signals by number, as they come: the watching thread reads them whatever the main thread waits in.
+        self._signals, self._signals_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._before = (
+            signal.set_wakeup_fd(self._signals_in, warn_on_full_buffer=False),
+            signal.getsignal(signal.SIGUSR2),
+        )
+        signal.signal(signal.SIGUSR2, lambda number, frame: None)
+        signal.siginterrupt(signal.SIGUSR2, False)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -98,12 +111,17 @@ class Watchdog:
         """Take leave of the other ranks: from now on this one may end."""
         self._closing.set()
         self._thread.join()
-        faulthandler.unregister(signal.SIGUSR2)
+        wakeup, handler = self._before
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGUSR2, handler)
+        os.close(self._signals)
+        os.close(self._signals_in)
+        faulthandler.unregister(LAST_RESORT)
         faulthandler.enable()
         self._stacks.close()
         self._stacks_path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            self._stacks_path.parent.rmdir()
+            self._folder.rmdir()
 
     def fail(self, error: BaseException) -> None:
         """Tell the others that this rank cannot go on.
@@ -152,6 +170,8 @@ class Watchdog:
             while (rest := looked + LOOK_SECONDS - time.monotonic()) > 0 and not self._closing.is_set():
                 for rank, message in self._links.receive(rest):
                     self._hear(rank, message)
+            if self._asked_for_stacks():
+                faulthandler.dump_traceback(self._stacks, all_threads=True)
             now = time.monotonic()
             elapsed = min(now - looked, 2 * LOOK_SECONDS)  # a longer gap means that this process was stopped
             looked, ran = now, ran + elapsed
@@ -165,6 +185,12 @@ class Watchdog:
                 self._links.send_all({"beat": astuple(standing)})
                 self._judge(ran - beaten)
                 beaten = ran
+
+    def _asked_for_stacks(self) -> bool:
+        """Whether SIGUSR2 has come since the last call."""
+        with contextlib.suppress(BlockingIOError):
+            return signal.SIGUSR2 in os.read(self._signals, 1 << 16)
+        return False
 
     def _hear(self, rank: int, message: Message) -> None:
         if rank not in self._silence:
@@ -251,13 +277,11 @@ class Watchdog:
     def _end(self, status: int, text: str, quiet: Iterable[Place] = ()) -> NoReturn:
         """End this rank, and from rank 0 all of them, after saying why; ranks in `quiet` cannot hear it and are killed."""
         self._speaking.acquire()
-        kill = [[place.processes, place.pid] for place in quiet]
+        kill = [[place.processes, place.pid, place.rank] for place in quiet]
         if text:
             _write(f"error: {text}")
         if text and status == STOPPED:
-            _write(
-                f"Stacks of the ranks: {self._stacks_path.parent}. The same command goes on from the last checkpoint."
-            )
+            _write(f"Stacks of the ranks: {self._folder}. The same command goes on from the last checkpoint.")
         if self._meeting.rank == 0:
             self._links.send_all({"stop": status, "kill": kill})
             self._links.flush(1.0)
@@ -268,14 +292,20 @@ class Watchdog:
     def _kill(self, identities: Iterable[list]) -> None:
         """Have ranks of this machine that do not answer write their stacks, then kill them."""
         mine = self._meeting.places[self._meeting.rank].processes
-        local = [pid for processes, pid in identities if processes == mine]
-        for signals in ((signal.SIGUSR2, signal.SIGCONT), (signal.SIGKILL,)):
-            for pid in local:
-                for number in signals:
-                    with contextlib.suppress(ProcessLookupError, PermissionError):
-                        os.kill(pid, number)
-            if local and signal.SIGKILL not in signals:
-                time.sleep(0.5)
+        local = {pid: rank for processes, pid, rank in identities if processes == mine and pid != os.getpid()}
+        if not local:
+            return
+        written = {pid: _size(self._stacks_of(rank)) for pid, rank in local.items()}
+        _send(local, signal.SIGUSR2, signal.SIGCONT)
+        time.sleep(LAST_WORDS_SECONDS)
+        mute = [pid for pid, rank in local.items() if _size(self._stacks_of(rank)) == written[pid]]
+        if mute:
+            _send(mute, LAST_RESORT)
+            time.sleep(LAST_WORDS_SECONDS)
+        _send(local, signal.SIGKILL)
+
+    def _stacks_of(self, rank: int) -> Path:
+        return self._folder / f"rank-{rank:05d}.txt"
 
 
 def communication_failed(error: BaseException) -> bool:
@@ -289,6 +319,20 @@ def communication_failed(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     inside = bool(frames) and any(part in frames[-1].filename for part in COLLECTIVES)
     return inside or "gloo" in str(error) or "NCCL" in str(error)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _send(pids: Iterable[int], *numbers: signal.Signals) -> None:
+    for pid in pids:
+        for number in numbers:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
 
 
 def _write(text: str) -> None:

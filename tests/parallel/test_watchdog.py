@@ -5,6 +5,7 @@ Real processes, killed and stopped. Upper bounds on time are those of the harnes
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -110,7 +111,10 @@ def test_a_rank_that_is_killed(start: Callable[..., FaultyRanks], victim: int) -
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_stopped(start: Callable[..., FaultyRanks], victim: int, tmp_path: Path) -> None:
-    """SIGSTOP: the others end after the timeout, kill it, and its stack is on the disk all the same."""
+    """SIGSTOP: the others end after the timeout, wake it, kill it, and its stack is on the disk all the same.
+
+    Rank 1 may hear rank 0 when it wakes, and end by itself.
+    """
     ranks = start()
     ranks.wait_until_said(victim, "at work")
     os.kill(ranks.pids[victim], signal.SIGSTOP)
@@ -118,7 +122,7 @@ def test_a_rank_that_is_stopped(start: Callable[..., FaultyRanks], victim: int, 
     statuses = ranks.wait()
     assert time.monotonic() - begin > TIMEOUT / 2, "not before the timeout"
     stacks = (tmp_path / "stacks" / f"rank-{victim:05d}.txt").read_text()
-    assert statuses.pop(victim) == -signal.SIGKILL, stacks  # of a crash they hold its own report
+    assert statuses.pop(victim) in (-signal.SIGKILL, STOPPED if victim else None), stacks
     assert set(statuses.values()) == {STOPPED}, [ranks.said(rank) for rank in ranks.pids]
     (message,) = errors(ranks) or [str([ranks.said(rank) for rank in ranks.pids])]
     assert message.startswith(f"error: rank {victim} (") and "has sent no heartbeat for 4 s" in message
@@ -126,6 +130,42 @@ def test_a_rank_that_is_stopped(start: Callable[..., FaultyRanks], victim: int, 
     assert "in all_reduce, parallel/test_watchdog.py:" in speaker, "where the others wait"
     assert "Likely cause: the process is stopped (SIGSTOP" in speaker
     assert "in steps" in stacks
+
+
+def test_a_rank_that_holds_the_interpreter(start: Callable[..., FaultyRanks], tmp_path: Path) -> None:
+    """No thread of it runs any Python: its stack is written from inside a signal before it is killed."""
+
+    def hold(rank: int, step: int) -> None:
+        if rank == 1 and step == 5:
+            ctypes.PyDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
+
+    ranks = start(hold)
+    assert ranks.wait() == {0: STOPPED, 1: -signal.SIGKILL, 2: STOPPED}, [ranks.said(rank) for rank in ranks.pids]
+    assert "in hold" in (tmp_path / "stacks" / "rank-00001.txt").read_text()
+
+
+def test_asking_for_stacks_disturbs_nothing(start: Callable[..., FaultyRanks], tmp_path: Path) -> None:
+    """A thousand times, whatever line the rank is at."""
+    done = tmp_path / "asked"
+
+    def until_asked(rank: int, step: int) -> bool:
+        gone_on = torch.tensor(float(rank == 0 and done.exists()))
+        dist.all_reduce(gone_on)
+        return bool(gone_on)
+
+    ranks = start(until_asked)
+    ranks.wait_until_said(1, "at work")
+    stacks = tmp_path / "stacks" / "rank-00001.txt"
+    for _ in range(1000):
+        os.kill(ranks.pids[1], signal.SIGUSR2)
+        time.sleep(0.001)
+    begin = time.monotonic()
+    while "in until_asked" not in (said := stacks.read_text()) and time.monotonic() < begin + 30:
+        os.kill(ranks.pids[1], signal.SIGUSR2)
+        time.sleep(0.1)
+    assert "in steps" in said and "in _watch" in said
+    done.touch()
+    assert ranks.wait() == {0: 0, 1: 0, 2: 0}, [ranks.said(rank) for rank in ranks.pids]
 
 
 def test_a_rank_that_does_not_come_to_a_collective(start: Callable[..., FaultyRanks], tmp_path: Path) -> None:
