@@ -1,4 +1,5 @@
 // x w^T for few rows of x: every weight is read once, at the rate of memory, and used for all rows while it is in a register.
+// Of many rows, 128 at a time: slower than a library's product, but no row depends on the others.
 // Dense weights in 16 or 32 bits, int8 with a scale a row, and int4 with a scale and a low end a group.
 #include "vec.h"
 
@@ -7,6 +8,8 @@
 namespace megatronish {
 namespace MEGATRONISH_LEVEL {
 namespace {
+
+constexpr int64_t kRowsAtOnce = 128;  // of x: they stay in the second-level cache while the weights pass
 
 // What a row of T is multiplied in: fp32 vectors, or pairs of bf16 by the dot-product instruction where there is one.
 template <class T>
@@ -41,6 +44,34 @@ inline void put(const LinearRows& a, int64_t row, int64_t n, float value) {
   narrow(value, static_cast<T*>(a.y) + row * a.n + n);
 }
 
+#if defined(__AVX512BF16__)
+// put of 4 rows by 4 outputs: 16 sums at once, each in the order of _mm512_reduce_add_ps (halves, quarters, pairs, the two), so
+// that a row has the same bits in a tile of any size.
+inline void put_all(const LinearRows& a, int64_t row, int64_t n, const __m512 (&acc)[4][4]) {
+  const auto halves = [](__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xEE));
+  };
+  __m512 rows[4];  // lane j of 128 bits: what is left of the sum of output j
+  for (int i = 0; i < 4; ++i) {
+    const __m512 low = halves(acc[i][0], acc[i][1]), high = halves(acc[i][2], acc[i][3]);
+    rows[i] = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD));
+  }
+  const auto pairs = [](__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xEE));
+  };
+  const __m512 low = pairs(rows[0], rows[1]), high = pairs(rows[2], rows[3]);
+  __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x88), _mm512_shuffle_ps(low, high, 0xDD));  // [output][row]
+  sums = _mm512_permutexvar_ps(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), sums);
+  if (a.bias != nullptr) {
+    const __m128i bias = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)(static_cast<const BFloat16*>(a.bias) + n)));
+    sums = _mm512_add_ps(sums, _mm512_broadcast_f32x4(_mm_castsi128_ps(_mm_slli_epi32(bias, 16))));
+  }
+  alignas(32) uint64_t narrow[4];  // four outputs of a row each
+  _mm256_store_si256((__m256i*)narrow, narrow_bf16_exactly(sums));
+  for (int i = 0; i < 4; ++i) memcpy(static_cast<BFloat16*>(a.y) + (row + i) * a.n + n, narrow + i, 8);
+}
+#endif
+
 // Asks for what the next N rows of w hold at this column: the hardware fetches ahead within a page only, of fewer rows.
 template <int N, class W>
 inline void fetch_next(const W* const* w, int64_t at, int64_t row) {
@@ -71,6 +102,9 @@ inline void dense_tile(const LinearRows& a, int64_t m, int64_t n) {
     body();
   }
   if (k < a.k) body(a.k - k);
+#if defined(__AVX512BF16__)
+  if constexpr (__is_same(T, BFloat16) && M == 4 && N == 4) return put_all(a, m, n, acc);
+#endif
   for (int i = 0; i < M; ++i)
     for (int j = 0; j < N; ++j) put<T>(a, m + i, n + j, D::total(acc[i][j]));
 }
@@ -189,20 +223,22 @@ inline void tile(const LinearRows& a, int64_t m, int64_t n) {
   if constexpr (format == WeightFormat::int4) int4_tile<T, M, N>(a, m, n);
 }
 
-// All rows of x by outputs n to n + N: the rows of w stay in the first cache while blocks of x pass.
+// Rows m to end of x by outputs n to n + N: the rows of w stay in the first cache while blocks of x pass.
 template <WeightFormat format, class T, int N>
-inline void all_rows(const LinearRows& a, int64_t n) {
-  int64_t m = 0;
-  for (; m + 4 <= a.m; m += 4) tile<format, T, 4, N>(a, m, n);
-  if (m + 2 <= a.m) tile<format, T, 2, N>(a, m, n), m += 2;
-  if (m < a.m) tile<format, T, 1, N>(a, m, n);
+inline void rows(const LinearRows& a, int64_t m, int64_t end, int64_t n) {
+  for (; m + 4 <= end; m += 4) tile<format, T, 4, N>(a, m, n);
+  if (m + 2 <= end) tile<format, T, 2, N>(a, m, n), m += 2;
+  if (m < end) tile<format, T, 1, N>(a, m, n);
 }
 
 template <WeightFormat format, class T>
 void outputs(const LinearRows& a, int64_t begin, int64_t end) {
-  int64_t n = begin;
-  for (; n + 4 <= end; n += 4) all_rows<format, T, 4>(a, n);
-  for (; n < end; ++n) all_rows<format, T, 1>(a, n);
+  for (int64_t m = 0; m < a.m; m += kRowsAtOnce) {
+    const int64_t last = m + kRowsAtOnce < a.m ? m + kRowsAtOnce : a.m;
+    int64_t n = begin;
+    for (; n + 4 <= end; n += 4) rows<format, T, 4>(a, m, last, n);
+    for (; n < end; ++n) rows<format, T, 1>(a, m, last, n);
+  }
 }
 
 }  // namespace

@@ -61,15 +61,19 @@ inline __m512 widen(__m256i bf16) {
                                         1, 0, 0, 0);
   return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, from, _mm512_castsi256_si512(bf16)));
 }
-inline __m256i narrow_bf16(__m512 x) {
-#if defined(__AVX512BF16__)
-  return (__m256i)_mm512_cvtneps_pbh(x);
-#else
+// As `narrow` of a single one does, subnormal numbers included, which the instruction makes zero.
+inline __m256i narrow_bf16_exactly(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i even = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(even, nan, _mm512_set1_epi32(0x7FC0)));
+}
+inline __m256i narrow_bf16(__m512 x) {
+#if defined(__AVX512BF16__)
+  return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+  return narrow_bf16_exactly(x);
 #endif
 }
 inline __m256i narrow_f16(__m512 x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

@@ -7,7 +7,7 @@ A step reads a piece of a prompt or several short prompts, then one new token (o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,9 +18,12 @@ from megatronish.config.errors import UserError
 from megatronish.inference.compiled import CompiledStep
 from megatronish.inference.lookup import PromptLookup
 from megatronish.inference.sampling import Sampling, choose
+from megatronish.model.accounting import CACHE_CHUNK
 from megatronish.model.kv_cache import KVCache
 from megatronish.model.transformer import Transformer
 from megatronish.ops.linear import FEW_ROWS
+
+FILLED = 16  # short prompts are read together with zeros behind them, up to a multiple of so many tokens
 
 FinishReason = Literal["end of document", "max new tokens", "context full", "stop string", "cancelled"]
 
@@ -181,17 +184,10 @@ class Batch:
         while self.waiting and self._free:
             self._admit(self.waiting.popleft())
         ready = [each for each in self.running if each.unread == 1]
-        room = self._cache.chunk
         last: list[tuple[Generation, Tensor]] = []
-        for each in [each for each in self.running if each.unread > 1]:
-            # A piece is never cut by what was read before it: its numbers do not depend on its neighbours.
-            piece = min(each.unread, self._cache.chunk)
-            if piece > room:
-                break
-            hidden = self._read_piece(each)
-            if each.unread == 0:
-                last.append((each, hidden))
-            room -= piece
+        for group in self._groups():
+            hidden = self._read_pieces(group)
+            last += [(each, row) for each, row in zip(group, hidden, strict=True) if each.unread == 0]
         self._begin(last)
         self._decode(ready)
 
@@ -217,15 +213,37 @@ class Batch:
         count = next((i for i in range(limit) if held[i] != ids[i]), limit)
         return count if self._cache.can_rewind(len(held) - count) else 0
 
-    def _read_piece(self, generation: Generation) -> Tensor:
-        """Read the next piece of a prompt; what the head would read of its last token, [hidden]."""
-        assert generation.slot is not None, "running generations have a slot"
-        piece = generation.ids[generation.read :][: self._cache.chunk]
-        tokens = torch.tensor([piece], device=self.device)
-        hidden = self.model.last_hidden(tokens, self._cache.select([generation.slot]))
-        self._held[generation.slot] += piece
-        generation.read += len(piece)
-        return hidden[0]
+    def _groups(self) -> Iterable[list[Generation]]:
+        """Whose prompts this step reads a piece of, those together that one forward pass reads.
+
+        A piece is never cut by what was read before it, and read with others only where every row is computed by itself:
+        its numbers do not depend on its neighbours.
+        """
+        groups: dict[int, list[Generation]] = {}
+        room = CACHE_CHUNK
+        for each in self.running:
+            if each.unread == 1:
+                continue
+            piece = min(each.unread, self._cache.chunk)
+            if piece > room:
+                break
+            room -= piece
+            together = id(each) if piece > FEW_ROWS else -(-piece // FILLED)
+            groups.setdefault(together, []).append(each)
+        return groups.values()
+
+    def _read_pieces(self, group: list[Generation]) -> Tensor:
+        """Read the next pieces of prompts, shorter ones filled up; what the head would read of the last token of each,
+        [b, hidden]."""
+        pieces = [each.ids[each.read :][: self._cache.chunk] for each in group]
+        width = max(map(len, pieces))
+        tokens = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces], device=self.device)
+        slots = [each.slot for each in group if each.slot is not None]
+        hidden = self.model.last_hidden(tokens, self._cache.select(slots), [len(piece) for piece in pieces])
+        for slot, each, piece in zip(slots, group, pieces, strict=True):
+            self._held[slot] += piece
+            each.read += len(piece)
+        return hidden
 
     def _begin(self, last: list[tuple[Generation, Tensor]]) -> None:
         """Draw the first new token of each whose prompt is read, from what the head would read: the head is the largest

@@ -75,7 +75,7 @@ class CompiledStep:
                 torch._dynamo.mark_dynamic(tensor, 0)
         held: Any = _Static(cache.keys, cache.values, rows, positions)
         logits: Tensor = self._graph(tokens, AttentionInputs(cos, sin, positions, cache=held))
-        cache.advance(1)
+        cache.advance()
         return logits
 
     def _step(self, tokens: Tensor, inputs: AttentionInputs) -> Tensor:

@@ -51,6 +51,7 @@ class KVCache:
         self._rows_tensor = torch.tensor(self.rows, dtype=torch.int32, device=self._device)
         self._positions = torch.zeros(batch_size, 0, dtype=torch.int32)
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+        self._parts: list[KVCache] = []  # the rows one by one, in a forward pass of unequal rows
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +74,7 @@ class KVCache:
         selected.__dict__.update(self.__dict__)
         selected.rows = [self.rows[row] for row in rows]
         selected._rows_tensor = torch.tensor(selected.rows, dtype=torch.int32, device=self._device)
-        selected._masks = {}
+        selected._masks, selected._parts = {}, []
         return selected
 
     def reset(self) -> None:
@@ -97,19 +98,26 @@ class KVCache:
         """Whether so many last tokens of a row can be forgotten without reading earlier ones again."""
         return not self.slides or tokens <= self.chunk
 
-    def begin(self, tokens: Tensor) -> Tensor:
+    def begin(self, tokens: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Prepare for a forward pass of `tokens` [b, s]: their positions, int32 [b, s] on the cache's device.
 
-        Raises ValueError unless they fit behind what is held.
+        counts: how many tokens of each row are real, if not all; the others are not kept, and attention computes every row
+        as it does one alone, so that a row's numbers do not depend on the others. Raises ValueError unless they fit behind
+        what is held.
         """
         batch, new = tokens.shape
         if batch != len(self.rows):
             raise ValueError(f"the cache was made for a batch of {len(self.rows)}, got tokens of {batch} rows")
-        if self.length + new > self.max_length:
+        self._parts = []
+        if counts is not None:
+            self._parts = [self.select([row]) for row in range(batch)]
+            for row, (part, count) in enumerate(zip(self._parts, counts, strict=True)):
+                part.begin(tokens[row : row + 1, :count])
+        elif self.length + new > self.max_length:
             raise ValueError(
                 f"{new} tokens do not fit behind the {self.length} in a cache of {self.max_length}: make the cache longer"
             )
-        if self.slides and new > self.chunk:
+        elif self.slides and new > self.chunk:
             raise ValueError(
                 f"{new} tokens at once do not fit a sliding window's cache: give at most {self.chunk}, its chunk"
             )
@@ -118,16 +126,23 @@ class KVCache:
         self._masks = {}
         return self._positions
 
-    def advance(self, new: int) -> None:
-        """`new` tokens of every selected row are written."""
-        for row in self.rows:
-            self.lengths[row] += new
+    def advance(self) -> None:
+        """What the forward pass read is written."""
+        for part in self._parts or [self]:
+            for row in part.rows:
+                self.lengths[row] += part._positions.shape[1]
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, backend: AttentionBackend
     ) -> Tensor:
         """Write k, v [b, new, kv_heads, head_dim] of one layer, then attention of q [b, new, heads, head_dim] over the
         keys that each query can reach; returns [b, new, heads, head_dim]."""
+        if self._parts:
+            out = torch.zeros_like(q)
+            for row, part in enumerate(self._parts):
+                mine = slice(row, row + 1), slice(part._positions.shape[1])
+                out[mine] = part.attend(layer, q[mine], k[mine], v[mine], window, backend)
+            return out
         keys, values = self.keys[layer], self.values[layer]
         new = q.shape[1]
         if backend != "reference" and fused_takes(q, keys):

@@ -6,7 +6,7 @@ Shapes: b batch, s sequence, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -144,9 +144,11 @@ class Transformer(nn.Module):
         hidden = self._hidden(tokens, positions, cu_seqlens, max_seqlen, cache)
         return self.head(hidden if last is None else hidden[:, -last:])
 
-    def last_hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """What the head reads of the last token of each row, [b, hidden]: tokens [b, s] behind those in `cache`."""
-        return self._hidden(tokens, None, None, None, cache)[:, -1]
+    def last_hidden(self, tokens: Tensor, cache: KVCache, counts: Sequence[int]) -> Tensor:
+        """What the head reads of the last token of each row, [b, hidden]: tokens [b, s] behind those in `cache`, of which
+        the first counts[row] are real."""
+        hidden = self._hidden(tokens, None, None, None, cache, counts if len(counts) > 1 else None)
+        return hidden[torch.arange(len(counts)), torch.tensor(counts) - 1]
 
     def _hidden(
         self,
@@ -155,8 +157,9 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
         cache: KVCache | None,
+        counts: Sequence[int] | None = None,
     ) -> Tensor:
-        """What the head reads: [b, s, hidden]."""
+        """What the head reads: [b, s, hidden]. counts: as in KVCache.begin."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be [batch, sequence], got shape {tuple(tokens.shape)}")
         if cu_seqlens is not None:
@@ -166,11 +169,11 @@ class Transformer(nn.Module):
                 raise ValueError(
                     "documents cannot be packed behind a key/value cache: leave out cu_seqlens or the cache"
                 )
-            behind = cache.begin(tokens)
+            behind = cache.begin(tokens, counts)
             positions = behind if positions is None else positions
         hidden = self.run_stage(None, tokens, positions, cu_seqlens, max_seqlen, cache)
         if cache is not None:
-            cache.advance(tokens.shape[1])
+            cache.advance()
         return hidden
 
     def embed(self, tokens: Tensor) -> Tensor:

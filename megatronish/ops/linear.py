@@ -14,8 +14,8 @@ from megatronish.ops.extension import EXTENSION
 
 # Fewer rows are no product of matrices worth the choice.
 MIN_ROWS = 64
-# Up to so many rows (decoding, short prompts) the kernel of csrc/cpu/linear_rows.cpp reads the weights once, at the rate of
-# memory; above, torch's products are faster in bf16 (in fp32 it stays level up to 512).
+# Up to so many rows a sequence (decoding, short prompts) the kernel of csrc/cpu/linear_rows.cpp reads the weights once, at the
+# rate of memory; for longer ones torch's products are faster in bf16 (in fp32 it stays level up to 512).
 FEW_ROWS = 64
 _FEW_ROWS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,15 +25,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     torch takes MKL for fp32 products on CPUs and oneDNN for bf16 ones. On the AMD CPUs measured, oneDNN is 1.1 to 1.7 times
     as fast in fp32, forward and for the gradient of x (docs/benchmarks.md); the gradient of the weight is level. What is
-    compiled keeps torch's: inductor takes this operator with constant weights only. Without gradients up to FEW_ROWS rows go
-    through our kernel, in which no row's result depends on the others.
+    compiled keeps torch's: inductor takes this operator with constant weights only. Without gradients sequences of up to
+    FEW_ROWS rows go through our kernel, however many they are: in it no row's result depends on the others.
     """
-    if (
-        not torch.is_grad_enabled()
-        and few_rows(x, weight.shape[1])
-        and x.dtype == weight.dtype
-        and weight.is_contiguous()
-    ):
+    if not torch.is_grad_enabled() and few_rows(x) and x.dtype == weight.dtype and weight.is_contiguous():
         return rows_product(torch.ops.megatronish.linear_rows, x, weight, bias=bias)
     if not torch.compiler.is_compiling() and _onednn_pays(x, weight):
         result: Tensor = _OneDNNLinear.apply(x, weight, bias)
@@ -41,11 +36,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def few_rows(x: Tensor, width: int) -> bool:
-    """Whether x [..., width] is for the kernels of csrc/cpu/linear_rows.cpp."""
+def few_rows(x: Tensor) -> bool:
+    """Whether x [..., rows of a sequence, in] is for the kernels of csrc/cpu/linear_rows.cpp."""
     return (
         x.device.type == "cpu"
-        and x.numel() <= FEW_ROWS * width
+        and (x.ndim == 1 or x.shape[-2] <= FEW_ROWS)
         and x.dtype in _FEW_ROWS_DTYPES
         and not torch.is_grad_enabled()
         and EXTENSION.cpu

@@ -69,6 +69,31 @@ def test_a_batch_has_the_very_numbers_of_its_rows():
 
 
 @pytest.mark.skipif(not EXTENSION.cpu, reason=EXTENSION.cpu_problem)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_short_prompts_are_read_together_and_have_their_very_numbers(dtype):
+    """Of unequal lengths, in slots that are not neighbours, longer ones (read by themselves) and kept prefixes between."""
+    model = Transformer(ModelConfig(**{**SHAPE, "seq_length": 1024, "num_attention_heads": 4}), seed=3).eval().to(dtype)
+    lengths = [17, 64, 30, 20, 5, 16, 2, 40, 64, 65, 33, 28, 100, 32]
+    prompts = [[(7 * number + place * place) % 61 for place in range(length)] for number, length in enumerate(lengths)]
+    batch, passes, read = Batch(model, 14, keep_prefixes=True), [], model.last_hidden
+    held = [batch.add(Request(ids[:10], 100, GREEDY)) for ids in prompts[:5]]
+    batch.step()
+    batch.finish(held[1], "cancelled")
+    batch.finish(held[3], "cancelled")  # slots 1 and 3 are free, and hold what other prompts begin with
+    model.last_hidden = lambda tokens, *rest: passes.append(tuple(tokens.shape)) or read(tokens, *rest)
+    together = [batch.add(Request(ids, 6, Sampling(1.3), draw(i), logprobs=0)) for i, ids in enumerate(prompts)]
+    texts = [list(each) for each in together]
+    model.last_hidden = read
+    assert max(count for count, _ in passes) >= 3 and len(passes) < len(prompts)
+    for i, (generation, ids) in enumerate(zip(together, prompts)):
+        if i in (1, 3):
+            continue  # read in two pieces, whose numbers differ in rounding from those of one
+        single = Batch(model, 1).add(Request(ids, 6, Sampling(1.3), draw(i), logprobs=0))
+        assert texts[i] == list(single)
+        assert [score.logprob for score in generation.scores] == [score.logprob for score in single.scores]
+
+
+@pytest.mark.skipif(not EXTENSION.cpu, reason=EXTENSION.cpu_problem)
 def test_forty_rows_are_still_by_themselves():
     """As many as a server writes side by side; their first tokens come from one product with the head."""
     model = build("full", torch.bfloat16)
@@ -78,7 +103,7 @@ def test_forty_rows_are_still_by_themselves():
     model.head.forward = lambda hidden: (hidden.ndim == 2 and rows.append(len(hidden))) or forward(hidden)
     together = [batch.add(Request(ids, 8, Sampling(1.3), draw(i), logprobs=0)) for i, ids in enumerate(prompts)]
     texts = [list(each) for each in together]
-    assert sum(rows) == 40 and len(rows) < 10  # 64 tokens of prompts a step, for that is the context
+    assert rows == [40]  # their prompts are read in one step
     for i, (generation, ids) in enumerate(zip(together, prompts)):
         single = Batch(model, 1).add(Request(ids, 8, Sampling(1.3), draw(i), logprobs=0))
         assert texts[i] == list(single)

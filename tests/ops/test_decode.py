@@ -39,6 +39,19 @@ def test_linear_rows(level: str, dtype: torch.dtype, m: int, k: int, n: int, bia
         assert torch.equal(torch.ops.megatronish.linear_rows(x[row : row + 1], w, b)[0], y[row]), "rows do not mix"
 
 
+def test_rows_do_not_mix_at_the_ends_of_bf16(level: str) -> None:
+    """Results too small for a normal number, infinite, or none at all have the same bits in a tile of four rows and alone."""
+    x, w = _draw(8, 64, dtype=torch.bfloat16), _draw(12, 64, seed=1, dtype=torch.bfloat16)
+    bias = torch.zeros(12, dtype=torch.bfloat16)
+    x[0], x[0, 0], w[:4, 0], bias[:4] = 0.0, 2.0**-60, 1.5 * 2.0**-66, -1.25 * 2.0**-126
+    x[1, 3], x[2, 5] = torch.inf, torch.nan
+    y = torch.ops.megatronish.linear_rows(x, w, bias)
+    assert (y[0, :4] == 2.0**-128).all() and y[1].isinf().any() and y[2].isnan().all()
+    for row in range(8):
+        alone = torch.ops.megatronish.linear_rows(x[row : row + 1], w, bias)[0]
+        assert torch.equal(alone.view(torch.int16), y[row].view(torch.int16))
+
+
 def test_linear_takes_the_kernel_only_where_it_may() -> None:
     w = _draw(40, 32, dtype=torch.bfloat16)
     x = _draw(2, 8, 32, seed=1, dtype=torch.bfloat16)
