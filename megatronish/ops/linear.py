@@ -39,13 +39,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def few_rows(x: Tensor) -> bool:
     """Whether x [..., rows of a sequence, in] is for the kernels of csrc/cpu/linear_rows.cpp."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_exporting()  # a graph for other programs keeps torch's operators, and no length of ours
+        and x.device.type == "cpu"
         and (x.ndim == 1 or x.shape[-2] <= FEW_ROWS)
         and x.dtype in _FEW_ROWS_DTYPES
         and not torch.is_grad_enabled()
         and EXTENSION.cpu
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_exporting()  # a graph for other programs keeps torch's operators
     )
 
 
