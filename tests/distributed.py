@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import io
 import os
 import pickle
@@ -53,6 +54,7 @@ def _fork(
     if pid:
         return pid
     status = 1
+    gc.freeze()  # what earlier tests left is not this process's to destroy: its threads were not forked
     try:
         os.environ.update(
             RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -74,6 +75,7 @@ def start_ranks(
         if pid:
             pids[rank] = pid
             continue
+        gc.freeze()  # as in tests/distributed.py
         os.environ.update(
             RANK=str(rank),
             WORLD_SIZE=str(world_size),
