@@ -216,8 +216,8 @@ class Batch:
     def _groups(self) -> Iterable[list[Generation]]:
         """Whose prompts this step reads a piece of, those together that one forward pass reads.
 
-        A piece is never cut by what was read before it, and read with others only where every row is computed by itself:
-        its numbers do not depend on its neighbours.
+        A piece is never cut by what was read before it, and pieces are read together only as far as the CPU's kernels compute
+        every row by itself (ops/linear.py): its numbers do not depend on its neighbours there.
         """
         groups: dict[int, list[Generation]] = {}
         room = CACHE_CHUNK
