@@ -66,9 +66,9 @@ inline void put_all(const LinearRows& a, int64_t row, int64_t n, const __m512 (&
     const __m128i bias = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)(static_cast<const BFloat16*>(a.bias) + n)));
     sums = _mm512_add_ps(sums, _mm512_broadcast_f32x4(_mm_castsi128_ps(_mm_slli_epi32(bias, 16))));
   }
-  alignas(32) uint64_t narrow[4];  // four outputs of a row each
-  _mm256_store_si256((__m256i*)narrow, narrow_bf16_exactly(sums));
-  for (int i = 0; i < 4; ++i) memcpy(static_cast<BFloat16*>(a.y) + (row + i) * a.n + n, narrow + i, 8);
+  alignas(32) BFloat16 y[4][4];
+  _mm256_store_si256((__m256i*)y, narrow_bf16_exactly(sums));
+  for (int i = 0; i < 4; ++i) memcpy(static_cast<BFloat16*>(a.y) + (row + i) * a.n + n, y[i], sizeof(y[i]));
 }
 #endif
 

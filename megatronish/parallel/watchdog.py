@@ -42,7 +42,8 @@ LOOK_SECONDS = 0.25
 BEAT_SECONDS = 1.0
 BEAT_SECONDS_A_RANK = 0.02  # rank 0 reads a heartbeat in 50 microseconds: 0.25% of its time, however many ranks
 WELCOME_SECONDS = 2.0  # for all ranks to call rank 0: they do at once after they have met
-LAST_WORDS_SECONDS = 0.5  # for a rank that is to be killed to write its stacks
+ANSWER_SECONDS = 3.0  # for a rank that is to be killed to begin writing its stacks; one at work does in LOOK_SECONDS
+WRITING_SECONDS = 0.5  # to end doing so
 GRACE_SECONDS = 2.0  # for a rank's error to turn out to be every rank's, or the consequence of a death
 LONGEST_ERROR = 20_000  # letters of a traceback that are told
 SLOW_SECONDS = 60.0  # over which ranks are compared
@@ -295,13 +296,17 @@ class Watchdog:
         local = {pid: rank for processes, pid, rank in identities if processes == mine and pid != os.getpid()}
         if not local:
             return
-        written = {pid: _size(self._stacks_of(rank)) for pid, rank in local.items()}
+        before = {pid: _size(self._stacks_of(rank)) for pid, rank in local.items()}
+
+        def mute() -> list[int]:
+            return [pid for pid, rank in local.items() if _size(self._stacks_of(rank)) == before[pid]]
+
         _send(local, signal.SIGUSR2, signal.SIGCONT)
-        time.sleep(LAST_WORDS_SECONDS)
-        mute = [pid for pid, rank in local.items() if _size(self._stacks_of(rank)) == written[pid]]
-        if mute:
-            _send(mute, LAST_RESORT)
-            time.sleep(LAST_WORDS_SECONDS)
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while mute() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        _send(mute(), LAST_RESORT)
+        time.sleep(WRITING_SECONDS)
         _send(local, signal.SIGKILL)
 
     def _stacks_of(self, rank: int) -> Path:
