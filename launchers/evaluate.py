@@ -9,9 +9,9 @@ import argparse
 import signal
 import sys
 
-from megatronish.config.errors import explained
+from megatronish.errors import explained
 from megatronish.inference.arguments import add_quantize, model_parser, open_model
-from megatronish.parallel.startup import settle_process
+from megatronish.launch.process import settle_process
 
 
 def build_parser() -> argparse.ArgumentParser:

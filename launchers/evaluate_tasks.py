@@ -12,8 +12,8 @@ import signal
 import sys
 from pathlib import Path
 
-from megatronish.config.errors import UserError, explained
-from megatronish.parallel.startup import settle_process
+from megatronish.errors import UserError, explained
+from megatronish.launch.process import settle_process
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from megatronish.config.errors import UserError, explained
+from megatronish.errors import UserError, explained
 from megatronish.inference.arguments import (
     add_compile,
     add_quantize,
@@ -20,7 +20,7 @@ from megatronish.inference.arguments import (
     open_model,
     sampling_of,
 )
-from megatronish.parallel.startup import settle_process
+from megatronish.launch.process import settle_process
 
 if TYPE_CHECKING:  # torch: only after the process is settled
     from megatronish.inference.load import Loaded

@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 
 from megatronish.config.cli import parse
-from megatronish.config.errors import explained
-from megatronish.parallel.ending import run_program
-from megatronish.parallel.startup import settle_process
+from megatronish.errors import explained
+from megatronish.launch.exit import run_program
+from megatronish.launch.process import settle_process
 
 
 def main() -> int:

@@ -13,9 +13,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatronish.config.errors import UserError, explained
+from megatronish.errors import UserError, explained
 from megatronish.inference.arguments import add_compile, add_quantize, model_parser, open_model
-from megatronish.parallel.startup import settle_process
+from megatronish.launch.process import settle_process
 
 KEY_VARIABLE = "MEGATRONISH_API_KEY"
 

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatronish.config.errors import explained
+from megatronish.errors import explained
 from megatronish.training.supervision import Supervisor, run_folder
 
 

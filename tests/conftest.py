@@ -15,7 +15,7 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_exte
 import pytest
 from hypothesis import settings
 
-from megatronish.parallel.startup import has_gpu, tune_allocator
+from megatronish.launch.process import has_gpu, tune_allocator
 
 if not has_gpu():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

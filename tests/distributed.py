@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatronish.parallel.startup import free_port
+from megatronish.launch.process import free_port
 
 TIMEOUT_SECONDS = 240.0
 

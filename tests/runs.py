@@ -12,14 +12,14 @@ from torch import Tensor
 
 from megatronish.config.base import merge
 from megatronish.config.run import RunConfig
-from megatronish.data.dataset import open_dataset
 from megatronish.data.loader import MicroBatchLoader
-from megatronish.data.packing import PackedDataset
-from megatronish.data.preprocessing.preprocess import PreprocessOptions, preprocess
-from megatronish.data.sampler import MicroBatchSampler
-from megatronish.data.splits import split_documents
+from megatronish.data.samples.dataset import open_dataset
+from megatronish.data.samples.packing import PackedDataset
+from megatronish.data.samples.sampler import MicroBatchSampler
+from megatronish.data.samples.splits import split_documents
 from megatronish.model.transformer import Transformer
 from megatronish.parallel.mesh import build_mesh
+from megatronish.preprocessing.preprocess import PreprocessOptions, preprocess
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
 from megatronish.training.schedules import rate_share
 
@@ -139,9 +139,9 @@ def plain_loop(
 
 def engine_loop(rank: int, config: RunConfig, data_size: int) -> Trace:
     """The same steps through the engine, on rank `rank` of a layout with `data_size` data-parallel ranks (the process group exists)."""
-    from megatronish.training.construction import build_model
     from megatronish.training.engine import start_engine
     from megatronish.training.loop import to_device
+    from megatronish.training.setup.construction import build_model
 
     ours, plan = config.megatronish, config.batch_plan(data_size)
     mesh = build_mesh(ours.parallel, "cpu")

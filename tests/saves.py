@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatronish.parallel.decisions import Decisions
-from megatronish.parallel.meeting import meet
-from megatronish.training.checkpoint import CheckpointStore
-from megatronish.training.saving import Outcome, Saver, Snapshot
+from megatronish.checkpoint.saver import Outcome, Saver, Snapshot
+from megatronish.checkpoint.store import CheckpointStore
+from megatronish.launch.consensus import Decisions
+from megatronish.launch.rendezvous import meet
 
 
 def lone_saver(

@@ -173,7 +173,9 @@ def test_what_changes_the_environment_makes_it_stale(installed_copy: Path, insta
 
 
 def test_make_clean_keeps_data_and_runs(installed_copy: Path) -> None:
-    kept = [installed_copy / name for name in ("data/corpus.bin", "runs/demo/loss.png", "megatronish/data/blend.py")]
+    kept = [
+        installed_copy / name for name in ("data/corpus.bin", "runs/demo/loss.png", "megatronish/data/samples/blend.py")
+    ]
     removed = [installed_copy / name for name in ("build/x.o", "megatronish/__pycache__/x.pyc", ".mypy_cache/x")]
     for path in kept + removed:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
-from megatronish.config.errors import explained
+from megatronish.errors import explained
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     arguments = build_parser().parse_args()
     with explained():
-        from megatronish.training.curves import draw_curves
+        from megatronish.training.monitoring.curves import draw_curves
 
         print(f"wrote {draw_curves(arguments.run_dir, arguments.output)}")
     return 0

@@ -17,9 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
-from megatronish.config.errors import ConfigError, explained
-from megatronish.model.checkpoints import CHECKPOINTS, STATE_FILE
-from megatronish.model.manifest import (
+from megatronish.checkpoint.manifest import (
     MANIFEST_FILE,
     DamagedError,
     content_faults,
@@ -27,6 +25,8 @@ from megatronish.model.manifest import (
     read_manifest,
     seal,
 )
+from megatronish.checkpoint.paths import CHECKPOINTS, STATE_FILE
+from megatronish.errors import ConfigError, explained
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
-from megatronish.config.errors import explained
+from megatronish.errors import explained
 
 
 def build_parser() -> argparse.ArgumentParser:

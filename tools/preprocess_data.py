@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 if __name__ == "__main__":
     gc.disable()  # start-up makes many objects and no garbage; looking for some took a fifth of it (pool.py enables it)
 
-from megatronish.data.backends import BACKENDS
-from megatronish.data.errors import DataError
-from megatronish.data.preprocessing.options import (
+from megatronish.data.readers.records import ON_ERROR
+from megatronish.data.tokenizers.backends import BACKENDS
+from megatronish.errors import DataError
+from megatronish.preprocessing.options import (
     DEFAULT_MAX_DOC_BYTES,
     DEFAULT_OUTPUT_PREFIX,
     DEFAULT_VOCAB_SIZE,
@@ -29,9 +30,8 @@ from megatronish.data.preprocessing.options import (
     TOKEN_DTYPES,
     PreprocessOptions,
 )
-from megatronish.data.preprocessing.pool import WorkerDied
-from megatronish.data.preprocessing.preprocess import preprocess, summary
-from megatronish.data.preprocessing.records import ON_ERROR
+from megatronish.preprocessing.pool import WorkerDied
+from megatronish.preprocessing.preprocess import preprocess, summary
 
 # Megatron's names for the tokenizers that --tokenizer-model can hold, and the kind that each must turn out to be.
 TOKENIZER_TYPES = {
@@ -204,7 +204,7 @@ def prepare(argv: Sequence[str]) -> None:
         say("--partitions: the input is cut into units of its own accord; the option changes nothing")
     options = options_from(arguments)
     if arguments.dry_run:
-        from megatronish.data.preprocessing.dry_run import dry_run
+        from megatronish.preprocessing.dry_run import dry_run
 
         say("\n".join(dry_run(options, say)))
         return
@@ -215,7 +215,7 @@ def prepare(argv: Sequence[str]) -> None:
 def command(argv: Sequence[str]) -> None:
     """Runs a subcommand."""
     gc.enable()
-    from megatronish.data.preprocessing.commands import add_command_arguments, run_command
+    from megatronish.preprocessing.commands import add_command_arguments, run_command
 
     parser = argparse.ArgumentParser(
         prog=f"preprocess_data.py {argv[0]}", description=COMMANDS[argv[0]], allow_abbrev=False

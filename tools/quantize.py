@@ -10,9 +10,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from megatronish.config.errors import UserError, explained
+from megatronish.errors import UserError, explained
 from megatronish.inference.arguments import model_parser, open_model
-from megatronish.parallel.startup import settle_process
+from megatronish.launch.process import settle_process
 
 
 def main() -> int:
@@ -32,9 +32,9 @@ def main() -> int:
         if arguments.output is not None and arguments.output.exists() and any(arguments.output.iterdir()):
             raise UserError(f"--output {arguments.output}: is not empty; name a new folder")
         settle_process()
+        from megatronish.checkpoint.manifest import MANIFEST_FILE, seal
         from megatronish.inference.held_out import evaluate_model
         from megatronish.inference.quantize import quantize_model, save_quantized, stored_bytes
-        from megatronish.model.manifest import MANIFEST_FILE, seal
 
         loaded = open_model(arguments)
         before, size = evaluate_model(loaded, arguments.data, None, arguments.max_tokens), stored_bytes(loaded.model)

@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatronish.config.errors import explained
-from megatronish.parallel.ending import run_program
-from megatronish.parallel.startup import settle_process
+from megatronish.errors import explained
+from megatronish.launch.exit import run_program
+from megatronish.launch.process import settle_process
 
 if TYPE_CHECKING:
-    from megatronish.training.replay import Replayed
+    from megatronish.verify.replay import Replayed
 
 
 def main() -> int:
@@ -29,7 +29,7 @@ def main() -> int:
     with explained():
         rank = settle_process()
     with explained(rank.is_first, rank.name):
-        from megatronish.training.replay import replay  # torch: only after the process is settled
+        from megatronish.verify.replay import replay  # torch: only after the process is settled
 
         found = replay(arguments.box, rank)
     report = describe(found, rank.rank)

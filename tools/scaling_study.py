@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
-from megatronish.config.errors import ConfigError, did_you_mean, explained
+from megatronish.errors import ConfigError, did_you_mean, explained
 from megatronish.planning.hardware import HARDWARE
 from megatronish.planning.layout import Layout
-from megatronish.planning.report import Study, best_table, published_table, studies, traffic_table
+from megatronish.planning.scaling_report import Study, best_table, published_table, studies, traffic_table
 
 TABLES = ("published", "best", "traffic")
 

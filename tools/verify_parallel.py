@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
 from megatronish.config.cli import parse_options
-from megatronish.config.errors import ConfigError, explained
-from megatronish.parallel.startup import settle_process
+from megatronish.errors import ConfigError, explained
+from megatronish.launch.process import settle_process
 
 if TYPE_CHECKING:
-    from megatronish.training.verify.layouts import Layout
+    from megatronish.verify.layouts import Layout
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def chosen(names: str | None, default: Sequence[str], arguments: argparse.Namespace) -> list[Layout]:
     """The named layouts, or those of `default` that the other arguments allow. Raises ConfigError."""
-    from megatronish.training.verify.layouts import parse_layout
+    from megatronish.verify.layouts import parse_layout
 
     if names is None:
         stages = {0, 1, 2, 3} if arguments.dtype == "fp32" else {1, 2, 3}  # bf16 with ZeRO-0 is refused
@@ -68,8 +68,8 @@ def main() -> int:
     arguments, rest = build_parser().parse_known_args()
     with explained():
         settle_process()
-        from megatronish.training.verify.layouts import DEFAULT_LAYOUTS, DEFAULT_MOVES
-        from megatronish.training.verify.report import HEADER, Verification
+        from megatronish.verify.layout_report import HEADER, Verification
+        from megatronish.verify.layouts import DEFAULT_LAYOUTS, DEFAULT_MOVES
 
         file, overrides = parse_options(rest, "verify_parallel.py")
         if file:

@@ -23,8 +23,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
 from megatronish.config.cli import parse_options
-from megatronish.config.errors import ConfigError, explained
-from megatronish.parallel.startup import settle_process
+from megatronish.errors import ConfigError, explained
+from megatronish.launch.process import settle_process
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,7 +50,7 @@ def main() -> int:
         settle_process()
         from megatronish.config.base import merge
         from megatronish.config.deepspeed_json import load_json
-        from megatronish.training.verify.resume import ResumeProof, fresh_folder, plain_run
+        from megatronish.verify.resume import ResumeProof, fresh_folder, plain_run
 
         file, overrides = parse_options(rest, "verify_resume.py")
         if min(arguments.ranks, arguments.kills, arguments.save_interval) < 1:

@@ -1,5 +1,5 @@
 // Windows of a token stream, straight from the mapped file into the arrays of a batch: one pass where numpy needs ten calls
-// (megatronish/data/batches.py says the same in numpy). Called by megatronish/data/native.py; neither torch nor Python in it.
+// (megatronish/data/samples/batches.py says the same in numpy). Called by megatronish/data/samples/native.py; neither torch nor Python in it.
 #include <algorithm>
 #include <cstdint>
 

@@ -7,7 +7,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from megatronish.config.errors import ConfigError, did_you_mean
+from megatronish.errors import ConfigError, did_you_mean
 
 
 class Frozen(BaseModel):

@@ -14,8 +14,8 @@ from pydantic_core import PydanticUndefined
 
 from megatronish.config.base import merge, nested_model
 from megatronish.config.deepspeed_json import DeepSpeedConfig
-from megatronish.config.errors import ConfigError, did_you_mean
 from megatronish.config.run import BLOCK, MegatronishConfig, RunConfig
+from megatronish.errors import ConfigError, did_you_mean
 
 LAUNCHER_FLAGS = {
     "--local_rank",

@@ -9,7 +9,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from megatronish.config.base import Frozen, explain
-from megatronish.config.errors import ConfigError
+from megatronish.errors import ConfigError
 
 
 class Corpus(Frozen):

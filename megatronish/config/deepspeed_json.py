@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from megatronish.config.base import Frozen
-from megatronish.config.errors import ConfigError
+from megatronish.errors import ConfigError
 
 OURS = {  # DeepSpeed keys whose job another place of the run description has
     "scheduler": 'the schedule lives in "megatronish": {"schedule": {"type": "cosine", ...}}',

@@ -17,8 +17,8 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from megatronish.config.base import explain
-from megatronish.config.errors import ConfigError
 from megatronish.config.model import ModelConfig
+from megatronish.errors import ConfigError
 
 CONFIG_JSON = "config.json"
 # Well-known architectures that ModelConfig cannot say, and why.

@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from megatronish.config.base import Frozen
-from megatronish.config.errors import ConfigError
 from megatronish.config.model import ModelConfig
+from megatronish.errors import ConfigError
 
 
 class ParallelConfig(Frozen):

@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import Any
 
 from megatronish.config.base import merge
-from megatronish.config.errors import ConfigError, did_you_mean
 from megatronish.config.huggingface import TRAINING_ONLY, from_huggingface, read_config
 from megatronish.config.model import ModelConfig
+from megatronish.errors import ConfigError, did_you_mean
 
 _LLAMA_STYLE: dict[str, Any] = {
     "norm": "rmsnorm",

@@ -12,11 +12,11 @@ from pydantic import Field, ValidationError
 from megatronish.config.base import Frozen, explain, merge
 from megatronish.config.data import DataConfig
 from megatronish.config.deepspeed_json import DeepSpeedConfig, load_json
-from megatronish.config.errors import ConfigError
 from megatronish.config.model import KernelConfig, ModelConfig
 from megatronish.config.parallel import ParallelConfig
 from megatronish.config.presets import resolve_model
 from megatronish.config.training import LogConfig, ScheduleConfig, TrainConfig
+from megatronish.errors import ConfigError
 
 BLOCK = "megatronish"
 

@@ -13,11 +13,11 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
-from megatronish.data.batches import batch_of
-from megatronish.data.blend import Blend
-from megatronish.data.errors import DataError
-from megatronish.data.sampler import MicroBatchSampler
-from megatronish.data.samples import SampleSource, StreamReader, StreamSource
+from megatronish.data.samples.batches import batch_of
+from megatronish.data.samples.blend import Blend
+from megatronish.data.samples.sample import SampleSource, StreamReader, StreamSource
+from megatronish.data.samples.sampler import MicroBatchSampler
+from megatronish.errors import DataError
 
 Batch = dict[str, Any]
 # Key of a batch under which a loader process sends home where its streams stand.

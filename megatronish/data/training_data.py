@@ -12,26 +12,26 @@ from typing import Literal
 import numpy as np
 
 from megatronish.config.data import DataConfig
-from megatronish.data.blend import Blend, apportion
-from megatronish.data.bucketing import Bucketed, DocumentSamples
-from megatronish.data.dataset import (
+from megatronish.data.indexed.manifest import TokenizerRecord
+from megatronish.data.loader import Batch
+from megatronish.data.readers.sources import is_stream
+from megatronish.data.samples.blend import Blend, apportion
+from megatronish.data.samples.bucketing import Bucketed, DocumentSamples
+from megatronish.data.samples.dataset import (
     Dataset,
     check_dataset_fits,
     check_tokenizer_fits,
     combined_fingerprint,
     open_dataset,
 )
-from megatronish.data.errors import DataError
-from megatronish.data.loader import Batch
-from megatronish.data.manifest import TokenizerRecord
-from megatronish.data.megatron_order import DEFAULT_SPLIT, MegatronBlend, MegatronSamples, wanted_samples
-from megatronish.data.packing import PackedDataset
-from megatronish.data.samples import SampleSource
-from megatronish.data.splits import Split, split_documents, split_in_order
-from megatronish.data.streams.sources import is_stream
+from megatronish.data.samples.megatron_order import DEFAULT_SPLIT, MegatronBlend, MegatronSamples, wanted_samples
+from megatronish.data.samples.packing import PackedDataset
+from megatronish.data.samples.sample import SampleSource
+from megatronish.data.samples.splits import Split, split_documents, split_in_order
+from megatronish.data.samples.validation import ValidationLoader
 from megatronish.data.streams.streaming import DocumentStream, StreamOptions, open_stream
-from megatronish.data.tokenizer import load_tokenizer
-from megatronish.data.validation import ValidationLoader
+from megatronish.data.tokenizers.tokenizer import load_tokenizer
+from megatronish.errors import DataError
 
 
 @dataclass(frozen=True)

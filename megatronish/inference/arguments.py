@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from megatronish.config.errors import UserError
+from megatronish.errors import UserError
 
 if TYPE_CHECKING:
     from megatronish.inference.load import Loaded

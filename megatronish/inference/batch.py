@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatronish.config.errors import UserError
+from megatronish.errors import UserError
 from megatronish.inference.compiled import CompiledStep
 from megatronish.inference.lookup import PromptLookup
 from megatronish.inference.sampling import Sampling, choose

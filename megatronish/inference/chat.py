@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatronish.config.errors import UserError
+from megatronish.errors import UserError
 from megatronish.inference.batch import Batch, Request
 from megatronish.inference.chat_format import ChatFormat, Message
 from megatronish.inference.generate import TextGeneration

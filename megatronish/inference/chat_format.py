@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from megatronish.config.errors import UserError
-from megatronish.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from megatronish.data.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
+from megatronish.errors import UserError
 from megatronish.inference.prompt import Prompt
 
 TEMPLATE_FILE, SETTINGS_FILE = "chat_template.jinja", "tokenizer_config.json"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.config.errors import UserError
+from megatronish.errors import UserError
 from megatronish.model.attention import AttentionInputs
 from megatronish.model.kv_cache import KVCache
 from megatronish.model.transformer import Transformer

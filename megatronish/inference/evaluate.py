@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatronish.config.errors import UserError
-from megatronish.data.indexed import IndexedReader
+from megatronish.data.indexed.format import IndexedReader
+from megatronish.errors import UserError
 from megatronish.model.transformer import IGNORED_LABEL, Transformer
 from megatronish.ops.cross_entropy import cross_entropy
 

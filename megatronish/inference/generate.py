@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from megatronish.data.tokenizer import Tokenizer
+from megatronish.data.tokenizers.tokenizer import Tokenizer
 from megatronish.inference.batch import Batch, Generation, Request
 from megatronish.inference.prompt import Prompt
 from megatronish.inference.sampling import Sampling

@@ -13,8 +13,8 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megatronish.config.errors import UserError
-from megatronish.data.tokenizer import Tokenizer
+from megatronish.data.tokenizers.tokenizer import Tokenizer
+from megatronish.errors import UserError
 from megatronish.inference.evaluate import LOGITS_CPU, LOGITS_CUDA
 from megatronish.inference.generate import generate
 from megatronish.inference.sampling import Sampling

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatronish.checkpoint.paths import EVALUATION_FILE, RUN_FILE
 from megatronish.config.data import DataConfig
-from megatronish.config.errors import UserError
 from megatronish.config.run import RunConfig
-from megatronish.data.dataset import Dataset, check_dataset_fits, combined_fingerprint, open_dataset
-from megatronish.data.streams.sources import is_stream
+from megatronish.data.readers.sources import is_stream
+from megatronish.data.samples.dataset import Dataset, check_dataset_fits, combined_fingerprint, open_dataset
 from megatronish.data.training_data import split_of
+from megatronish.errors import UserError
 from megatronish.inference.evaluate import ProgressLine, gzip_size, held_out_streams, score_streams, xz_size
 from megatronish.inference.load import CheckpointInfo, Loaded, load_for_inference
-from megatronish.model.checkpoints import EVALUATION_FILE, RUN_FILE
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatronish.config.errors import UserError
-from megatronish.data.tokenizer import Tokenizer, load_tokenizer
-from megatronish.inference.quantize import QUANTIZATION_FILE, load_quantized
-from megatronish.model.checkpoints import (
+from megatronish.checkpoint.manifest import check_before_reading
+from megatronish.checkpoint.paths import (
     BEST,
     RUN_FILE,
     STATE_FILE,
@@ -20,9 +18,11 @@ from megatronish.model.checkpoints import (
     find_checkpoint,
     run_folder,
 )
-from megatronish.model.manifest import check_before_reading
+from megatronish.checkpoint.weights import WEIGHTS_FILE, load_model
+from megatronish.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megatronish.errors import UserError
+from megatronish.inference.quantize import QUANTIZATION_FILE, load_quantized
 from megatronish.model.transformer import Transformer
-from megatronish.model.weights import WEIGHTS_FILE, load_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

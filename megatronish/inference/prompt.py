@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatronish.config.errors import UserError
-from megatronish.data.tokenizer import Tokenizer
+from megatronish.data.tokenizers.tokenizer import Tokenizer
+from megatronish.errors import UserError
 
 
 @dataclass(frozen=True)

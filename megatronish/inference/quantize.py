@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megatronish.config.errors import UserError
-from megatronish.config.files import sync, write_whole
-from megatronish.model.manifest import check_before_reading
+from megatronish.checkpoint.manifest import check_before_reading
+from megatronish.checkpoint.weights import CONFIG_FILE, WEIGHTS_FILE, load_config
+from megatronish.errors import UserError
+from megatronish.files import sync, write_whole
 from megatronish.model.transformer import Transformer
-from megatronish.model.weights import CONFIG_FILE, WEIGHTS_FILE, load_config
 from megatronish.ops.linear import few_rows, rows_product
 
 Format = Literal["int8", "int4"]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatronish.config.errors import UserError
+from megatronish.errors import UserError
 
 # Below this the best token has all the probability unless logits tie within 1e-4; smaller values underflow in fp32.
 LOWEST_TEMPERATURE = 1e-6

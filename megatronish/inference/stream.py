@@ -5,8 +5,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
 
-from megatronish.config.errors import UserError
-from megatronish.data.tokenizer import Tokenizer
+from megatronish.data.tokenizers.tokenizer import Tokenizer
+from megatronish.errors import UserError
 from megatronish.inference.prompt import Prompt
 
 _INCOMPLETE = "\ufffd"

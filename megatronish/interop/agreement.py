@@ -9,11 +9,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatronish.config.errors import UserError
-from megatronish.data.tokenizer import load_tokenizer
+from megatronish.checkpoint.paths import TOKENIZER_RECORD_FILE
+from megatronish.checkpoint.weights import load_model
+from megatronish.data.tokenizers.tokenizer import load_tokenizer
+from megatronish.errors import UserError
 from megatronish.interop.tokenizer_files import TOKENIZER_FILES
-from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
-from megatronish.model.weights import load_model
 
 PROBE_TOKENS = 128
 PROBE_TEXTS = (

@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatronish.config.errors import UserError
-from megatronish.config.files import sync
+from megatronish.checkpoint.weights import open_model
 from megatronish.config.huggingface import FAMILIES, obstacles
 from megatronish.config.model import ModelConfig
+from megatronish.errors import UserError
+from megatronish.files import sync
 from megatronish.interop.gguf_tokenizer import add_tokenizer
 from megatronish.interop.huggingface import parameter_shapes
 from megatronish.interop.shards import ShardedFolder, check_space
 from megatronish.interop.weight_names import Layout
 from megatronish.model.rotary import rotary_frequencies
-from megatronish.model.weights import open_model
 
 Form = Literal["fp32", "fp16", "bf16", "q8_0"]
 # model_type of Hugging Face -> architecture of llama.cpp, in the order in which one that fits is looked for.

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from megatronish.config.errors import UserError
-from megatronish.data.tokenizer import BPE_PATTERN, HuggingFaceTokenizer
+from megatronish.data.tokenizers.tokenizer import BPE_PATTERN, HuggingFaceTokenizer
+from megatronish.errors import UserError
 from megatronish.interop.tokenizer_files import ORIGIN_FILE, chat_template, recorded_tokenizer
 
 # The pattern that a tokenizer.json splits text by -> llama.cpp's name for it.

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.config.errors import UserError
-from megatronish.config.files import sync, sync_tree, write_whole
+from megatronish.checkpoint.weights import CONFIG_FILE, WEIGHTS_FILE, open_model, weights_header
 from megatronish.config.huggingface import (
     CONFIG_JSON,
     FAMILIES,
@@ -25,6 +24,8 @@ from megatronish.config.huggingface import (
     to_huggingface,
 )
 from megatronish.config.model import ModelConfig
+from megatronish.errors import UserError
+from megatronish.files import sync, sync_tree, write_whole
 from megatronish.interop.shards import Entry, ShardedFolder, TensorFileWriter, check_space, write_shards
 from megatronish.interop.tokenizer_files import (
     ORIGIN_FILE,
@@ -36,7 +37,6 @@ from megatronish.interop.tokenizer_files import (
 )
 from megatronish.interop.weight_names import Layout
 from megatronish.model.transformer import Transformer
-from megatronish.model.weights import CONFIG_FILE, WEIGHTS_FILE, open_model, weights_header
 
 _TIED = "head.weight"
 # Buffers that older releases of transformers saved with the weights; they follow from config.json.

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatronish.config.errors import UserError
+from megatronish.checkpoint.weights import load_model
 from megatronish.config.huggingface import CONFIG_JSON, to_huggingface
 from megatronish.config.model import KernelConfig, ModelConfig
+from megatronish.errors import UserError
 from megatronish.interop.huggingface import new_folder
 from megatronish.interop.tokenizer_files import find_origin, special_ids, write_tokenizer
 from megatronish.model.attention import AttentionInputs
 from megatronish.model.transformer import Transformer
-from megatronish.model.weights import load_model
 from megatronish.ops.attention import attention
 from megatronish.ops.dispatch import AttentionBackend
 

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatronish.config.errors import UserError
-from megatronish.config.files import sync, write_whole
+from megatronish.errors import UserError
+from megatronish.files import sync, write_whole
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatronish.config.errors import UserError
-from megatronish.model.checkpoints import find_checkpoint
-from megatronish.model.weights import CONFIG_FILE
+from megatronish.checkpoint.paths import find_checkpoint
+from megatronish.checkpoint.weights import CONFIG_FILE
+from megatronish.errors import UserError
 
 
 def model_folder(path: Path, which: str) -> Path:
@@ -21,7 +21,7 @@ def model_folder(path: Path, which: str) -> Path:
 
 @contextmanager
 def told_to_the_user() -> Iterator[None]:
-    """What model/weights.py says of files that do not fit (ValueError) ends a tool as a mistake of its user's."""
+    """What checkpoint/weights.py says of files that do not fit (ValueError) ends a tool as a mistake of its user's."""
     try:
         yield
     except UserError:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatronish.config.errors import UserError
+from megatronish.checkpoint.paths import RUN_FILE, TOKENIZER_RECORD_FILE
 from megatronish.config.huggingface import CONFIG_JSON
-from megatronish.data.tokenizer import (
+from megatronish.data.tokenizers.tokenizer import (
     EOD_TOKEN,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -19,7 +19,7 @@ from megatronish.data.tokenizer import (
     byte_alphabet,
     load_tokenizer,
 )
-from megatronish.model.checkpoints import RUN_FILE, TOKENIZER_RECORD_FILE
+from megatronish.errors import UserError
 
 ORIGIN_FILE = "huggingface_config.json"  # config.json of the model that an imported one was
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")

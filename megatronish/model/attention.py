@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from megatronish.config.model import ModelConfig
 from megatronish.model.kv_cache import KVCache
-from megatronish.model.layout import build_qkv, build_row, local_heads
 from megatronish.model.norm import RMSNorm, build_norm
+from megatronish.model.sharded_layers import build_qkv, build_row, local_heads
 from megatronish.ops.attention import attention
 from megatronish.ops.dispatch import Backends
 from megatronish.ops.qk_norm_rope import qk_norm_rope
 from megatronish.ops.rope import rope, rope_qkv_
 from megatronish.parallel.layers import TensorParallel
 from megatronish.parallel.mesh import Axis
-from megatronish.parallel.random import own_random_numbers
+from megatronish.parallel.rng import own_random_numbers
 from megatronish.parallel.sequence import heads_to_ranks, sequence_to_ranks
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatronish.config.model import ModelConfig
-from megatronish.model.layout import build_column, build_row
+from megatronish.model.sharded_layers import build_column, build_row
 from megatronish.ops.dispatch import OpsBackend
 from megatronish.ops.swiglu import geglu, swiglu
 from megatronish.parallel.layers import TensorParallel

@@ -19,9 +19,9 @@ from megatronish.model.attention import AttentionInputs
 from megatronish.model.block import Block, build_block, check_recompute
 from megatronish.model.init import init_weights
 from megatronish.model.kv_cache import KVCache
-from megatronish.model.layout import SINGLE, DividedEmbedding, DividedHead, LinearCrossEntropy, local_heads
 from megatronish.model.norm import build_norm
 from megatronish.model.rotary import RotaryTables
+from megatronish.model.sharded_layers import SINGLE, DividedEmbedding, DividedHead, LinearCrossEntropy, local_heads
 from megatronish.ops.attention import makes_no_mask, needs_mask
 from megatronish.ops.attention_mask import attention_mask
 from megatronish.ops.cross_entropy import cross_entropy, resolve_cross_entropy

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatronish.config.errors import ConfigError
 from megatronish.config.model import ModelConfig
 from megatronish.config.parallel import ParallelConfig
 from megatronish.config.run import RunConfig
+from megatronish.errors import ConfigError
 
 AxisName = Literal["tp", "sp", "dp", "data", "pp"]
 Recompute = Literal["none", "selective", "full"]

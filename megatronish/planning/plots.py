@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatronish.planning.hardware import Hardware
 from megatronish.planning.published import published_runs
-from megatronish.planning.report import Study, best_candidate, shares
+from megatronish.planning.scaling_report import Study, best_candidate, shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

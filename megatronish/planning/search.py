@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatronish.config.errors import ConfigError
 from megatronish.config.model import ModelConfig
+from megatronish.errors import ConfigError
 from megatronish.planning.hardware import Hardware
 from megatronish.planning.layout import Layout
-from megatronish.planning.memory import USABLE_SHARE, rank_memory
+from megatronish.planning.memory_model import USABLE_SHARE, rank_memory
 from megatronish.planning.parameters import StageLayers, stage_layers
 from megatronish.planning.stack import MEGATRONISH, Stack
 from megatronish.planning.throughput import Estimate, estimate

@@ -10,7 +10,7 @@ from megatronish.planning.communication import Traffic, collective_seconds, step
 from megatronish.planning.compute import StageTime, stage_time
 from megatronish.planning.hardware import Hardware
 from megatronish.planning.layout import Layout
-from megatronish.planning.memory import GRADIENT_BYTES, RankMemory, rank_memory
+from megatronish.planning.memory_model import GRADIENT_BYTES, RankMemory, rank_memory
 from megatronish.planning.parameters import StageLayers, rank_parameters, stage_layers
 from megatronish.planning.stack import MEGATRONISH, Stack
 

@@ -7,7 +7,7 @@ What it settles, so that the rest of the code need not know (each met on deepspe
 - low-precision ZeRO-0 takes an optimizer step with zero gradients to allocate its moments, which decays the weights and
   counts as step 1 of AdamW's bias correction (losses 1% off): rates are 0 during set-up and the moments dropped after;
 - the shared-memory op of CPU ranks leaves 69 MB a rank in /dev/shm: plain gloo is used;
-- offloaded AdamW is torch's fused one: as fast as DeepSpeed's CPU Adam (tools/bench_cpu_adam.py), nothing to compile, and
+- offloaded AdamW is torch's fused one: as fast as DeepSpeed's CPU Adam (tools/bench/cpu_adam.py), nothing to compile, and
   it resumes bit for bit;
 - Muon's Newton-Schulz under torch.compile is slow on CPUs: it runs eagerly there;
 - DeepSpeed learns of tensor-parallel groups from an object of getters (`mpu`), and counts a parameter that is not marked as
@@ -45,24 +45,24 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import nn
 
-from megatronish.config.errors import UserError
+from megatronish.checkpoint.deepspeed_files import PickledState
+from megatronish.checkpoint.optimizer_shards import SavedFragments
+from megatronish.checkpoint.saver import Snapshot
+from megatronish.checkpoint.staging import HostCopies
+from megatronish.checkpoint.zero_state import HeldState, can_move
 from megatronish.config.run import BLOCK, BatchPlan, RunConfig
-from megatronish.model.layout import VocabularyPart
+from megatronish.errors import UserError
+from megatronish.launch.exit import SHUTDOWN_SECONDS, end_within
+from megatronish.launch.rendezvous import Meeting, meet_by_environment
+from megatronish.model.sharded_layers import VocabularyPart
 from megatronish.model.transformer import IGNORED_LABEL, Transformer
-from megatronish.parallel.ending import SHUTDOWN_SECONDS, end_within
+from megatronish.parallel.full_tensors import collect_whole, parts_of
 from megatronish.parallel.layers import is_copy
-from megatronish.parallel.meeting import Meeting, meet_by_environment
 from megatronish.parallel.mesh import ParallelMesh
-from megatronish.parallel.whole import collect_whole, parts_of
-from megatronish.training.fragments import SavedFragments
-from megatronish.training.held_state import HeldState, can_move
-from megatronish.training.host_copies import HostCopies
 from megatronish.training.memory import GIB, ActivationBudget, OutOfMemory, shortest_batch
 from megatronish.training.model_parallel_unit import ModelParallelUnit
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
-from megatronish.training.pickled_state import PickledState
 from megatronish.training.pipeline_stage import Stage, first_and_last, is_tied_copy
-from megatronish.training.saving import Snapshot
 from megatronish.training.step import (
     Batch,
     LossModule,

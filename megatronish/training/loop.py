@@ -17,34 +17,32 @@ import torch
 import torch.distributed as dist
 
 from megatronish import __version__
-from megatronish.config.errors import UserError
+from megatronish.checkpoint.paths import TOKENIZER_RECORD_FILE
+from megatronish.checkpoint.run_lock import hold_run_dir
+from megatronish.checkpoint.saver import Saver, Snapshot
+from megatronish.checkpoint.staging import HostCopies
+from megatronish.checkpoint.store import ENGINE_TAG, RUN_FILE, CheckpointStore
+from megatronish.checkpoint.train_state import LAYOUT, TrainState, load_streams, save_streams
+from megatronish.checkpoint.weights import WEIGHTS_FILE, save_model
 from megatronish.config.run import RunConfig
-from megatronish.data.dataset import Dataset
 from megatronish.data.loader import MicroBatchLoader
-from megatronish.data.sampler import MicroBatchSampler
+from megatronish.data.samples.dataset import Dataset
+from megatronish.data.samples.sampler import MicroBatchSampler
 from megatronish.data.training_data import TrainingData
+from megatronish.errors import UserError
+from megatronish.launch.consensus import Decisions
+from megatronish.launch.exit import INTERRUPTED_SECONDS, SAVED, SHUTDOWN_SECONDS, end_within
+from megatronish.launch.process import Rank, has_gpu
+from megatronish.launch.rendezvous import Meeting, meet_by_environment
+from megatronish.launch.watchdog import Watchdog
 from megatronish.model.accounting import flops_per_token
-from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
-from megatronish.model.weights import WEIGHTS_FILE, save_model
-from megatronish.parallel.decisions import Decisions
-from megatronish.parallel.ending import INTERRUPTED_SECONDS, SAVED, SHUTDOWN_SECONDS, end_within
-from megatronish.parallel.meeting import Meeting, meet_by_environment
 from megatronish.parallel.mesh import ParallelMesh, build_mesh
-from megatronish.parallel.startup import Rank, has_gpu
-from megatronish.parallel.watchdog import Watchdog
-from megatronish.training.announcement import announce
-from megatronish.training.black_box import BAD, SPIKE, TrainedStep
-from megatronish.training.checkpoint import ENGINE_TAG, RUN_FILE, CheckpointStore
-from megatronish.training.construction import build_model
 from megatronish.training.engine import (
     device,
     start_engine,
     start_process_group,
     stop_process_group,
 )
-from megatronish.training.guard import BadSteps, spike_score
-from megatronish.training.host_copies import HostCopies
-from megatronish.training.incidents import Incidents
 from megatronish.training.memory import (
     GIB,
     ActivationBudget,
@@ -54,14 +52,16 @@ from megatronish.training.memory import (
     relief,
     told,
 )
-from megatronish.training.monitor import Monitor
-from megatronish.training.peak import find_peak
-from megatronish.training.preparation import Prepared, prepare
-from megatronish.training.resume import settle_resume
-from megatronish.training.run_lock import hold_run_dir
-from megatronish.training.saving import Saver, Snapshot
+from megatronish.training.monitoring.black_box import BAD, SPIKE, TrainedStep
+from megatronish.training.monitoring.incidents import Incidents
+from megatronish.training.monitoring.metrics import Monitor
+from megatronish.training.monitoring.mfu import find_peak
+from megatronish.training.monitoring.spikes import BadSteps, spike_score
 from megatronish.training.schedules import rate_share
-from megatronish.training.state import LAYOUT, TrainState, load_streams, save_streams
+from megatronish.training.setup.announcement import announce
+from megatronish.training.setup.construction import build_model
+from megatronish.training.setup.preparation import Prepared, prepare
+from megatronish.training.setup.resume_point import settle_resume
 from megatronish.training.step import Batch, StepResult
 from megatronish.training.step_agreement import StepAgreement, StepRecord
 from megatronish.training.stopping import StopRequests, seconds_left

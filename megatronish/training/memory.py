@@ -9,9 +9,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from megatronish.config.errors import UserError
 from megatronish.config.model import ModelConfig
 from megatronish.config.run import BatchPlan
+from megatronish.errors import UserError
 
 GIB = 1 << 30
 MODES = (

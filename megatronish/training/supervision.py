@@ -21,9 +21,9 @@ from types import FrameType
 
 import psutil
 
-from megatronish.config.errors import ConfigError
-from megatronish.model.checkpoints import CHECKPOINTS, LATEST
-from megatronish.parallel.ending import SAVED, STATUS_FILE
+from megatronish.checkpoint.paths import CHECKPOINTS, LATEST
+from megatronish.errors import ConfigError
+from megatronish.launch.exit import SAVED, STATUS_FILE
 
 CTRL_C = 130
 FINAL = {

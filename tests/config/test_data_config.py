@@ -8,8 +8,8 @@ import pytest
 
 from megatronish.config.cli import help_text, parse
 from megatronish.config.data import Corpus
-from megatronish.config.errors import ConfigError
 from megatronish.config.schema import run_schema
+from megatronish.errors import ConfigError
 from tests.config.json_schema import violations
 from tests.config.raw import SMALLEST, changed, read
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatronish.config.cli import parse
-from megatronish.config.errors import ConfigError
 from megatronish.config.run import BLOCK, RunConfig
+from megatronish.errors import ConfigError
 from tests.config.raw import SMALLEST
 
 CONFIG = {

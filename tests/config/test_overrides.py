@@ -10,8 +10,8 @@ import pytest
 
 from megatronish.config.cli import fields, help_text, known_names, parse, type_name
 from megatronish.config.deepspeed_json import DeepSpeedConfig
-from megatronish.config.errors import ConfigError
 from megatronish.config.run import MegatronishConfig, RunConfig
+from megatronish.errors import ConfigError
 from tests.config.raw import SMALLEST
 
 

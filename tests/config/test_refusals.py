@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from megatronish.config import errors
+from megatronish import errors
 from megatronish.config.deepspeed_json import OURS, load_json
-from megatronish.config.errors import ConfigError, did_you_mean, explained
 from megatronish.config.run import BatchPlan, RunConfig
+from megatronish.errors import ConfigError, did_you_mean, explained
 from tests.config.raw import ABSENT, SMALLEST, changed, read
 
 

@@ -9,16 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatronish.data.batches import batch_of
-from megatronish.data.builder import IndexedWriter
-from megatronish.data.errors import DataError
-from megatronish.data.indexed import IndexedReader
+from megatronish.data.indexed.builder import IndexedWriter
+from megatronish.data.indexed.format import IndexedReader
 from megatronish.data.loader import MicroBatchLoader, to_tensors
-from megatronish.data.packing import PackedDataset
-from megatronish.data.sampler import MicroBatchSampler
-from megatronish.data.samples import Rows
-from megatronish.data.tokenizer import ByteTokenizer
-from megatronish.data.validation import ValidationLoader
+from megatronish.data.samples.batches import batch_of
+from megatronish.data.samples.packing import PackedDataset
+from megatronish.data.samples.sample import Rows
+from megatronish.data.samples.sampler import MicroBatchSampler
+from megatronish.data.samples.validation import ValidationLoader
+from megatronish.data.tokenizers.tokenizer import ByteTokenizer
+from megatronish.errors import DataError
 
 EOD = 99_999
 

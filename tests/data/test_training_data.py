@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from megatronish.config.data import DataConfig
-from megatronish.data.blend import Blend
-from megatronish.data.bucketing import Bucketed
-from megatronish.data.builder import IndexedWriter
-from megatronish.data.errors import DataError
-from megatronish.data.manifest import manifest_path
-from megatronish.data.packing import PackedDataset
-from megatronish.data.splits import split_documents
+from megatronish.data.indexed.builder import IndexedWriter
+from megatronish.data.indexed.manifest import manifest_path
+from megatronish.data.samples.blend import Blend
+from megatronish.data.samples.bucketing import Bucketed
+from megatronish.data.samples.packing import PackedDataset
+from megatronish.data.samples.splits import split_documents
 from megatronish.data.training_data import TrainingData, open_training_data
+from megatronish.errors import DataError
 from tests.runs import make_dataset
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatronish.checkpoint.paths import RUN_FILE
+from megatronish.checkpoint.store import CheckpointStore
+from megatronish.checkpoint.train_state import TrainState
+from megatronish.checkpoint.weights import save_model
 from megatronish.config.run import RunConfig
-from megatronish.data.dataset import Dataset, open_dataset
-from megatronish.model.checkpoints import RUN_FILE
+from megatronish.data.samples.dataset import Dataset, open_dataset
 from megatronish.model.transformer import Transformer
-from megatronish.model.weights import save_model
-from megatronish.training.checkpoint import CheckpointStore
 from megatronish.training.loop import copy_tokenizer
-from megatronish.training.state import TrainState
 from tests.runs import make_dataset, small_run
 from tests.saves import save_alone
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatronish.config.errors import UserError
 from megatronish.config.model import ModelConfig
-from megatronish.data.tokenizer import ByteTokenizer
+from megatronish.data.tokenizers.tokenizer import ByteTokenizer
+from megatronish.errors import UserError
 from megatronish.inference.batch import Batch, Request
 from megatronish.inference.generate import TextGeneration, generate
 from megatronish.inference.lookup import PromptLookup

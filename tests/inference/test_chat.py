@@ -8,8 +8,8 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from megatronish.config.errors import UserError
-from megatronish.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, train_bpe
+from megatronish.data.tokenizers.tokenizer import ByteTokenizer, HuggingFaceTokenizer, train_bpe
+from megatronish.errors import UserError
 from megatronish.inference import chat as chat_module
 from megatronish.inference.chat import Chat, command
 from megatronish.inference.chat_format import ChatFormat

@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
-from megatronish.data.tokenizer import ByteTokenizer
+from megatronish.checkpoint.paths import TOKENIZER_RECORD_FILE
+from megatronish.checkpoint.weights import save_model
+from megatronish.data.tokenizers.tokenizer import ByteTokenizer
 from megatronish.inference.load import Loaded, load_for_inference
-from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
 from megatronish.model.transformer import Transformer
-from megatronish.model.weights import save_model
 from tests.inference.browser import Browser
 from tests.inference.conftest import Run
 from tests.inference.test_server import serving, until

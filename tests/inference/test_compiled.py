@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatronish.config.errors import UserError
 from megatronish.config.model import ModelConfig
+from megatronish.errors import UserError
 from megatronish.inference import compiled
 from megatronish.inference.batch import Batch, Request
 from megatronish.inference.sampling import Sampling

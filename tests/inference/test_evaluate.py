@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatronish.config.errors import UserError
-from megatronish.data.splits import split_documents
+from megatronish.checkpoint.manifest import seal
+from megatronish.data.samples.splits import split_documents
+from megatronish.errors import UserError
 from megatronish.inference.evaluate import (
     ProgressLine,
     batched_by_length,
@@ -27,7 +28,6 @@ from megatronish.inference.evaluate import (
     xz_size,
 )
 from megatronish.inference.held_out import Evaluation, evaluate_run
-from megatronish.model.manifest import seal
 from tests.inference.conftest import save_checkpoint
 from tests.runs import WORDS, make_dataset
 

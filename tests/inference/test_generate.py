@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from megatronish.config.errors import UserError
 from megatronish.config.model import ModelConfig
-from megatronish.data.tokenizer import ByteTokenizer, train_bpe
+from megatronish.data.tokenizers.tokenizer import ByteTokenizer, train_bpe
+from megatronish.errors import UserError
 from megatronish.inference import batch
 from megatronish.inference.generate import generate
 from megatronish.inference.prompt import Prompt, encode_prompt

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from launchers import evaluate_tasks
-from megatronish.config.errors import UserError
-from megatronish.data.tokenizer import ByteTokenizer
+from megatronish.data.tokenizers.tokenizer import ByteTokenizer
+from megatronish.errors import UserError
 from megatronish.model.transformer import Transformer
 from tests.environments import make_environment
 from tests.inference.conftest import Run

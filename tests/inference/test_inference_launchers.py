@@ -13,13 +13,13 @@ import torch
 
 from launchers import evaluate as evaluate_launcher
 from launchers import generate as generate_launcher
-from megatronish.config.errors import UserError
-from megatronish.data.tokenizer import ByteTokenizer
+from megatronish.checkpoint.weights import load_model
+from megatronish.data.tokenizers.tokenizer import ByteTokenizer
+from megatronish.errors import UserError
 from megatronish.inference import chat
 from megatronish.inference.generate import generate
 from megatronish.inference.load import load_for_inference
 from megatronish.inference.sampling import Sampling
-from megatronish.model.weights import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatronish.config.errors import UserError
 from megatronish.config.model import ModelConfig
+from megatronish.errors import UserError
 from megatronish.inference.generate import generate
 from megatronish.inference.load import load_for_inference
 from megatronish.inference.quantize import (

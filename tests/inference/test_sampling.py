@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from megatronish.config.errors import UserError
+from megatronish.errors import UserError
 from megatronish.inference.sampling import FIRST_SORTED, GREEDY, Sampling, choose, filtered_logits, penalized
 
 

@@ -15,8 +15,8 @@ import torch
 import uvicorn
 
 from launchers import serve as serve_launcher
-from megatronish.config.errors import UserError
-from megatronish.data.tokenizer import ByteTokenizer
+from megatronish.data.tokenizers.tokenizer import ByteTokenizer
+from megatronish.errors import UserError
 from megatronish.inference.generate import generate
 from megatronish.inference.load import load_for_inference
 from megatronish.inference.sampling import Sampling

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatronish.data.tokenizer import ByteTokenizer, load_tokenizer
+from megatronish.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
 from megatronish.inference.prompt import Prompt
 from megatronish.inference.stream import TextStream, text_pieces
 

@@ -17,16 +17,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from megatronish.config.errors import UserError
+from megatronish.checkpoint.paths import TOKENIZER_RECORD_FILE
+from megatronish.checkpoint.weights import save_model
 from megatronish.config.huggingface import to_huggingface
 from megatronish.config.model import ModelConfig
-from megatronish.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, train_bpe
+from megatronish.data.tokenizers.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, train_bpe
+from megatronish.errors import UserError
 from megatronish.interop.agreement import PROBE_TEXTS
 from megatronish.interop.gguf import export_gguf
 from megatronish.interop.tokenizer_files import ORIGIN_FILE
-from megatronish.model.checkpoints import TOKENIZER_RECORD_FILE
 from megatronish.model.transformer import Transformer
-from megatronish.model.weights import save_model
 from tools import export_gguf as tool
 
 gguf = pytest.importorskip("gguf")

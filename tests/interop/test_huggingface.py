@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatronish.config.errors import UserError
+from megatronish.checkpoint.weights import WEIGHTS_FILE, load_model, save_model
 from megatronish.config.model import ModelConfig
+from megatronish.errors import UserError
 from megatronish.interop.huggingface import HuggingFaceWeights, export_model, import_model
 from megatronish.interop.shards import INDEX, SINGLE, Entry, ShardedFolder, TensorFileWriter
 from megatronish.model.transformer import Transformer
-from megatronish.model.weights import WEIGHTS_FILE, load_model, save_model
 from tests.hf_models import MODELS, VOCAB, build
 
 TOLERANCE = 1e-5  # of the largest logit, in fp32: as in tests/model/test_against_transformers.py

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from megatronish.config.data import DataConfig
-from megatronish.data.builder import IndexedWriter
-from megatronish.data.indexed import IndexedReader
-from megatronish.data.megatron_order import MegatronBlend, greedy_blend, normalized
-from megatronish.data.preprocessing.surgery import merge
+from megatronish.data.indexed.builder import IndexedWriter
+from megatronish.data.indexed.format import IndexedReader
+from megatronish.data.samples.megatron_order import MegatronBlend, greedy_blend, normalized
 from megatronish.data.training_data import open_training_data
+from megatronish.preprocessing.surgery import merge
 from tests.environments import make_environment
 from tests.runs import make_dataset
 

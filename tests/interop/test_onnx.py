@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatronish.config.errors import UserError
+from megatronish.checkpoint.weights import save_model
 from megatronish.config.model import ModelConfig
+from megatronish.errors import UserError
 from megatronish.interop import onnx as ours_onnx
 from megatronish.model.transformer import Transformer
-from megatronish.model.weights import save_model
 from tools import export_onnx as tool
 
 pytest.importorskip("onnxscript")

@@ -13,9 +13,11 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from megatronish.config.errors import UserError
+from megatronish.checkpoint.paths import RUN_FILE, TOKENIZER_RECORD_FILE
+from megatronish.checkpoint.weights import save_model
 from megatronish.config.model import ModelConfig
-from megatronish.data.tokenizer import EOD_TOKEN, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from megatronish.data.tokenizers.tokenizer import EOD_TOKEN, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from megatronish.errors import UserError
 from megatronish.inference.generate import generate
 from megatronish.inference.load import load_for_inference
 from megatronish.inference.prompt import encode_prompt
@@ -23,9 +25,7 @@ from megatronish.inference.sampling import GREEDY
 from megatronish.interop.agreement import PROBE_TEXTS, compare
 from megatronish.interop.huggingface import export_model, import_model
 from megatronish.interop.tokenizer_files import ORIGIN_FILE, fingerprints
-from megatronish.model.checkpoints import RUN_FILE, TOKENIZER_RECORD_FILE
 from megatronish.model.transformer import Transformer
-from megatronish.model.weights import save_model
 from tests.hf_models import build
 
 SAMPLE = ["def main():\n    return 2026 + 1\n", "The quick brown fox. naïve café, 中文字符 \U0001f600\n\n\ta  b"] * 20

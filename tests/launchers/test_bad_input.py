@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from launchers import pretrain
-from megatronish.config import errors
-from megatronish.model.manifest import seal
-from megatronish.model.weights import CONFIG_FILE
-from megatronish.training.state import TrainState
+from megatronish import errors
+from megatronish.checkpoint.manifest import seal
+from megatronish.checkpoint.train_state import TrainState
+from megatronish.checkpoint.weights import CONFIG_FILE
 from tests.config.raw import read
 from tests.launchers.run_file import run_file
 from tests.runs import MODEL, make_dataset
@@ -113,7 +113,7 @@ def test_resume_from_nowhere(refused: Launch, tmp_path: Path) -> None:
 def saved_run(folder: Path, data: str, model: dict[str, Any] | None = None, **state: Any) -> Path:
     """A run's folder with one checkpoint, as far as it is read before the ranks meet."""
     from megatronish.config.model import ModelConfig
-    from megatronish.data.dataset import open_dataset
+    from megatronish.data.samples.dataset import open_dataset
     from megatronish.training.loop import copy_tokenizer
 
     checkpoint = folder / "run" / "checkpoints" / "step-00000002"

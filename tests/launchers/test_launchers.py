@@ -17,7 +17,7 @@ import pytest
 
 from launchers import pretrain
 from megatronish.config.run import RunConfig
-from megatronish.parallel.startup import free_port
+from megatronish.launch.process import free_port
 from tests.launchers.run_file import run_file
 from tests.runs import make_dataset
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatronish.parallel.startup import free_port
+from megatronish.launch.process import free_port
 from tests.launchers.run_file import run_file
 from tests.runs import make_dataset
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from megatronish.config.errors import ConfigError
+from megatronish.errors import ConfigError
 from megatronish.training.supervision import Supervisor, run_folder
-from tests.parallel.faulty_ranks import LIMIT_SECONDS
+from tests.launch.faulty_ranks import LIMIT_SECONDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,7 +86,7 @@ def test_what_the_first_rank_says_wins_over_its_launcher(tmp_path: Path) -> None
 
 
 def test_the_status_file_is_written_by_rank_0(tmp_path: Path) -> None:
-    code = "from megatronish.parallel.ending import run_program; run_program(lambda: 7)"
+    code = "from megatronish.launch.exit import run_program; run_program(lambda: 7)"
     for rank in "01":
         env = {**os.environ, "MEGATRONISH_STATUS_FILE": str(tmp_path / rank), "RANK": rank}
         assert subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT).returncode == 7

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from megatronish.checkpoint.weights import load_model
 from megatronish.config.run import RunConfig
-from megatronish.data.dataset import open_dataset
-from megatronish.data.splits import split_documents
-from megatronish.data.validation import ValidationLoader
+from megatronish.data.samples.dataset import open_dataset
+from megatronish.data.samples.splits import split_documents
+from megatronish.data.samples.validation import ValidationLoader
 from megatronish.model.transformer import Transformer
-from megatronish.model.weights import load_model
 from tests.distributed import run_ranks
 from tests.runs import Trace, engine_loop, make_dataset, plain_loop, small_run
 from tests.training.test_resume import pretrain_rank, read_losses

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatronish.config.errors import ConfigError
 from megatronish.config.parallel import ParallelConfig
+from megatronish.errors import ConfigError
 from megatronish.ops.cross_entropy import token_losses
 from megatronish.parallel.layers import (
     ColumnParallelLinear,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatronish.config.model import KernelConfig, ModelConfig
 from megatronish.config.parallel import ParallelConfig
-from megatronish.model.layout import full_shapes
+from megatronish.model.sharded_layers import full_shapes
 from megatronish.model.transformer import Transformer
 from megatronish.parallel.layers import TensorParallel, shard_of
 from megatronish.parallel.mesh import build_mesh
@@ -150,7 +150,7 @@ def test_dropout_agrees_where_it_must(sequence: bool) -> None:
 
 def attention_masks(rank: int) -> Tensor:
     """Which keys the heads of a rank keep under attention dropout: the heads' inputs are alike, so masks show."""
-    from megatronish.parallel.random import own_random_numbers
+    from megatronish.parallel.rng import own_random_numbers
 
     torch.manual_seed(4)
     with own_random_numbers(rank, torch.device("cpu")):

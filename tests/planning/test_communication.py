@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatronish.config.errors import ConfigError
 from megatronish.config.model import ModelConfig
 from megatronish.config.presets import resolve_model
+from megatronish.errors import ConfigError
 from megatronish.planning.communication import Kind, collective_seconds, sent_bytes, step_traffic
 from megatronish.planning.hardware import A100, H100
 from megatronish.planning.layout import AxisName, Group, Layout

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatronish.config.errors import ConfigError
 from megatronish.config.presets import resolve_model
+from megatronish.errors import ConfigError
 from megatronish.model.accounting import flops_per_token
 from megatronish.planning.communication import collective_seconds
 from megatronish.planning.compute import stage_time
 from megatronish.planning.hardware import H100
 from megatronish.planning.layout import Layout
-from megatronish.planning.memory import USABLE_SHARE
+from megatronish.planning.memory_model import USABLE_SHARE
 from megatronish.planning.parameters import StageLayers, whole_model
 from megatronish.planning.published import llama3
 from megatronish.planning.search import best_layouts

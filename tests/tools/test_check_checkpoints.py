@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatronish.training.checkpoint import CheckpointStore
+from megatronish.checkpoint.store import CheckpointStore
 from tests.saves import save_alone
 from tools import check_checkpoints
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatronish.data.builder import IndexedWriter
-from megatronish.data.dataset import open_dataset
-from megatronish.data.indexed import IndexedReader
-from megatronish.data.tokenizer import byte_alphabet, load_tokenizer, train_bpe
+from megatronish.data.indexed.builder import IndexedWriter
+from megatronish.data.indexed.format import IndexedReader
+from megatronish.data.samples.dataset import open_dataset
+from megatronish.data.tokenizers.tokenizer import byte_alphabet, load_tokenizer, train_bpe
 from tests.data.streams.shard_server import shard_server
 from tests.data.streams.text_shards import hub_answers
 

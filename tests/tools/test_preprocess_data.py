@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatronish.data.dataset import open_dataset
-from megatronish.data.tokenizer import train_bpe
+from megatronish.data.samples.dataset import open_dataset
+from megatronish.data.tokenizers.tokenizer import train_bpe
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 TEXTS = [f"Document number {i}: {'word ' * (i % 7)}straße {i * i}\n" for i in range(300)]
@@ -249,7 +249,7 @@ def test_bare_command_prepares_the_default_corpus_once(tmp_path):
         )
     program = (
         "import sys, sysconfig; from pathlib import Path; sys.argv = ['preprocess_data.py', *sys.argv[3:]];"
-        "import runpy; import megatronish.data.preprocessing.corpus as corpus;"
+        "import runpy; import megatronish.preprocessing.corpus as corpus;"
         f"corpus.default_corpus_folders = lambda: (Path({str(library)!r}), Path({str(tmp_path / 'none')!r}));"
         f"runpy.run_path({str(TOOL)!r}, run_name='__main__')"
     )

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatronish.data.dataset import open_dataset
-from megatronish.data.tokenizer import train_bpe
+from megatronish.data.samples.dataset import open_dataset
+from megatronish.data.tokenizers.tokenizer import train_bpe
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 GOOD = [f"good {i}" for i in range(40)]

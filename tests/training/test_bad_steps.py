@@ -62,8 +62,8 @@ def break_gradient(model: Any, value: float) -> Callable[[], None]:
 def steps_of_engine(rank: int, config: RunConfig, data_size: int, fault: str | None) -> dict[str, Any]:
     """Steps with a fault on the last rank at BAD_STEP, or without that step; what they left, and what they said."""
     from megatronish.parallel.mesh import build_mesh
-    from megatronish.training.construction import build_model
     from megatronish.training.engine import start_engine
+    from megatronish.training.setup.construction import build_model
 
     plan, ours = config.batch_plan(data_size), config.megatronish
     mesh = build_mesh(ours.parallel, "cpu")
@@ -128,8 +128,8 @@ def steps_in_fp16(rank: int, config: RunConfig) -> list[tuple[bool, bool, float]
     from deepspeed.accelerator import get_accelerator
 
     from megatronish.parallel.mesh import build_mesh
-    from megatronish.training.construction import build_model
     from megatronish.training.engine import start_engine
+    from megatronish.training.setup.construction import build_model
 
     get_accelerator().is_fp16_supported = lambda: True  # denied on CPUs, which are slow at it; of a forked rank
     plan = config.batch_plan(RANKS)

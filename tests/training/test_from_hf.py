@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from megatronish.config.errors import UserError
+from megatronish.checkpoint.paths import find_checkpoint
+from megatronish.checkpoint.weights import load_model
 from megatronish.config.run import RunConfig
-from megatronish.data.tokenizer import train_bpe
+from megatronish.data.tokenizers.tokenizer import train_bpe
+from megatronish.errors import UserError
 from megatronish.interop.huggingface import export_model
-from megatronish.model.checkpoints import find_checkpoint
-from megatronish.model.weights import load_model
-from megatronish.parallel.startup import Rank
-from megatronish.training.preparation import prepare
+from megatronish.launch.process import Rank
+from megatronish.training.setup.preparation import prepare
 from tests.distributed import run_ranks
 from tests.runs import make_dataset, rank_loader, small_run
 

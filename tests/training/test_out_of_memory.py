@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from megatronish.config.model import ModelConfig
 from megatronish.config.run import BatchPlan, RunConfig
+from megatronish.launch.process import Rank
 from megatronish.model.transformer import Transformer
-from megatronish.parallel.startup import Rank
 from megatronish.training.memory import (
     GIB,
     ActivationBudget,
@@ -26,7 +26,7 @@ from megatronish.training.memory import (
 )
 from megatronish.training.step import LossModule
 from tests.distributed import run_ranks
-from tests.parallel.faulty_ranks import start_ranks
+from tests.launch.faulty_ranks import start_ranks
 from tests.runs import MODEL, make_dataset, small_run
 from tests.training.test_resume import LAYOUTS, pretrain_rank, read_losses
 
@@ -54,7 +54,7 @@ def run_config(data: str, folder: Path, layout: str, micro: int, train: dict[str
 
 def pretrain_short_of_memory(rank: int, config: RunConfig, step: int) -> int:
     """Train; rank 1 has no memory for the second micro batch of the step after `step` steps, the first time."""
-    from megatronish.config.errors import explained
+    from megatronish.errors import explained
     from megatronish.training.engine import Engine
     from megatronish.training.loop import pretrain
 

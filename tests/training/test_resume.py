@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megatronish.config.run import RunConfig
-from megatronish.parallel.startup import Rank
+from megatronish.launch.process import Rank
 from tests.distributed import run_ranks
 from tests.runs import make_dataset, small_run
 

@@ -14,11 +14,11 @@ import pytest
 from safetensors.torch import load_file
 
 from megatronish.config.run import RunConfig
-from megatronish.parallel.ending import SAVED
-from megatronish.parallel.startup import Rank
+from megatronish.launch.exit import SAVED
+from megatronish.launch.process import Rank
 from megatronish.training.stopping import OUT_OF_TIME, StopRequests, seconds_left
 from tests.distributed import run_ranks
-from tests.parallel.faulty_ranks import start_ranks
+from tests.launch.faulty_ranks import start_ranks
 from tests.runs import make_dataset, small_run
 
 pytestmark = pytest.mark.distributed
@@ -45,7 +45,7 @@ def send(number: signal.Signals) -> Any:
 
 def pretrain_rank(rank: int, world: int, config: RunConfig, asked: int, number: signal.Signals, times: int = 1) -> int:
     """Train; rank `asked` is sent the signal in step 3, `times` times."""
-    from megatronish.config.errors import explained
+    from megatronish.errors import explained
     from megatronish.training.loop import pretrain
 
     if rank == asked:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from megatronish.config.errors import UserError
+from megatronish.checkpoint.train_state import load_streams, save_streams
 from megatronish.config.run import RunConfig
 from megatronish.data.training_data import open_training_data
-from megatronish.parallel.startup import Rank
-from megatronish.training.state import load_streams, save_streams
+from megatronish.errors import UserError
+from megatronish.launch.process import Rank
 from tests.data.streams.text_shards import make_texts, write_shard
 from tests.distributed import run_ranks
 from tests.runs import make_dataset, small_run

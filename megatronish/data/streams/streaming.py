@@ -26,16 +26,16 @@ from typing import Any
 
 import numpy as np
 
-from megatronish.data.backends import Encoder, choose_encoder
-from megatronish.data.dataset import tokenizer_file_at
-from megatronish.data.errors import DataError
-from megatronish.data.manifest import TokenizerRecord
-from megatronish.data.permutation import keyed_permutation
-from megatronish.data.samples import Sample
-from megatronish.data.streams.remote import Retry
-from megatronish.data.streams.shards import Fields, Place, Shard, ShardReader
-from megatronish.data.streams.sources import Location, resolve
-from megatronish.data.tokenizer import Tokenizer, load_tokenizer
+from megatronish.data.indexed.manifest import TokenizerRecord
+from megatronish.data.readers.remote import Retry
+from megatronish.data.readers.shards import Fields, Place, Shard, ShardReader
+from megatronish.data.readers.sources import Location, resolve
+from megatronish.data.samples.dataset import tokenizer_file_at
+from megatronish.data.samples.permutation import keyed_permutation
+from megatronish.data.samples.sample import Sample
+from megatronish.data.tokenizers.backends import Encoder, choose_encoder
+from megatronish.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megatronish.errors import DataError
 
 BUFFER_BYTES = 64_000_000
 ENCODE_DOCUMENTS = 32  # enough to amortise a call, few enough to keep a seek short

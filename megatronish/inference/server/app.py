@@ -18,12 +18,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from megatronish.config.errors import UserError
+from megatronish.errors import UserError
 from megatronish.inference.batch import Request as Wish
 from megatronish.inference.chat_format import Message
 from megatronish.inference.prompt import Prompt, encode_prompt
 from megatronish.inference.sampling import Sampling
-from megatronish.inference.server.guard import Guard, error_body
+from megatronish.inference.server.admission import Guard, error_body
 from megatronish.inference.server.protocol import ChatRequest, Common, CompletionRequest
 from megatronish.inference.server.replies import ChatReply, CompletionReply, Reply
 from megatronish.inference.server.scheduler import Busy, Event, Job, Scheduler

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatronish.data.tokenizer import Tokenizer
+from megatronish.data.tokenizers.tokenizer import Tokenizer
 from megatronish.inference.batch import FinishReason, TokenScore
 from megatronish.inference.prompt import Prompt
 from megatronish.inference.server.scheduler import Event

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
-from megatronish.config.errors import UserError
+from megatronish.errors import UserError
 from megatronish.inference.batch import Batch, FinishReason, Request, TokenScore
 from megatronish.inference.chat_format import ChatFormat
 from megatronish.inference.generate import TextGeneration

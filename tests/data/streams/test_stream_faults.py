@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatronish.data.errors import DataError
-from megatronish.data.streams.remote import Retry
+from megatronish.data.readers.remote import Retry
 from megatronish.data.streams.streaming import open_stream
+from megatronish.errors import DataError
 from tests.data.streams.shard_server import STALL_SECONDS, shard_server
 from tests.data.streams.text_shards import (
     FORMATS,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatronish.data.errors import DataError
-from megatronish.data.streams.sources import NAMED, expand_counts, is_stream, parse_hub, resolve
+from megatronish.data.readers.sources import NAMED, expand_counts, is_stream, parse_hub, resolve
 from megatronish.data.streams.streaming import DocumentStream, open_stream
+from megatronish.errors import DataError
 from tests.data.streams.shard_server import shard_server
 from tests.data.streams.text_shards import (
     QUICK,

@@ -19,14 +19,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatronish.data.blend import Blend
-from megatronish.data.builder import IndexedWriter
-from megatronish.data.errors import DataError
-from megatronish.data.indexed import IndexedReader
+from megatronish.data.indexed.builder import IndexedWriter
+from megatronish.data.indexed.format import IndexedReader
 from megatronish.data.loader import MicroBatchLoader
-from megatronish.data.packing import PackedDataset
-from megatronish.data.sampler import MicroBatchSampler
+from megatronish.data.samples.blend import Blend
+from megatronish.data.samples.packing import PackedDataset
+from megatronish.data.samples.sampler import MicroBatchSampler
 from megatronish.data.streams.streaming import open_stream
+from megatronish.errors import DataError
 from tests.data.streams.shard_server import shard_server
 from tests.data.streams.text_shards import (
     FORMATS,
@@ -124,7 +124,7 @@ def test_any_chain_of_resumptions_gives_the_same_samples(
 
 KILLED = """
 import json, os, sys
-from megatronish.data.streams.remote import Retry
+from megatronish.data.readers.remote import Retry
 from megatronish.data.streams.streaming import StreamOptions, open_stream
 url, log = sys.argv[1:]
 retry = Retry(attempts=25, first_wait=0.001, longest_wait=0.004, timeout=5.0)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatronish.data.streams.remote import Retry
+from megatronish.data.readers.remote import Retry
 from megatronish.data.streams.streaming import PackedReader, StreamOptions
 
 EOD = 256  # of the byte tokenizer

@@ -1,0 +1,115 @@
+"""One run directory, one job: the first rank holds a lock in it for as long as it lives."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatronish.errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # where there is none, the file's record alone tells
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_FILE = ".lock"
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # what file systems without locks answer
+WAIT_SECONDS = 3.0  # for the process before, of a job that is just being restarted, to be gone
+
+
+@contextlib.contextmanager
+def hold_run_dir(run_dir: Path, is_first: bool, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
+    """Keep other jobs out of a run directory, which is made if missing. Does nothing on other ranks than the first.
+
+    The lock is the kernel's (fcntl), which ends with the process however that ends, works over NFS and is not inherited by
+    the loader's processes. Where there are none the holder's record in the file counts as long as its process lives. Raises
+    ConfigError, naming the holder, when another job has it, and when the folder cannot be written.
+    """
+    if not is_first:
+        yield
+        return
+    path, deadline = run_dir / LOCK_FILE, time.monotonic() + wait_seconds
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(
+            f"train.save_dir {run_dir} cannot be written: {error.strerror}. Choose another --train.save_dir."
+        ) from None
+    try:
+        while not _take(file):
+            if time.monotonic() > deadline:
+                raise ConfigError(_refusal(run_dir, _record(file)))
+            time.sleep(0.1)
+        os.ftruncate(file, 0)
+        os.pwrite(file, json.dumps(_own_record()).encode(), 0)
+        yield
+        os.ftruncate(file, 0)
+    finally:
+        os.close(file)
+
+
+def _take(file: int) -> bool:
+    """Whether this process now has the lock, or the last holder that said so is gone where there are no locks."""
+    try:
+        if fcntl is None:
+            return not _lives(_record(file))
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return not _lives(_record(file))
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise
+
+
+def _own_record() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_of(os.getpid())}
+
+
+def _record(file: int) -> dict[str, Any]:
+    """What the holder wrote; {} when it has not, or has left."""
+    try:
+        content = json.loads(os.pread(file, 4096, 0))
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _lives(record: dict[str, Any]) -> bool:
+    """Whether the process of a record may still run: surely not when it is of this host and gone."""
+    if not record or record == _own_record():
+        return False
+    if record.get("host") != socket.gethostname():
+        return True
+    try:
+        os.kill(int(record["pid"]), 0)
+    except (ProcessLookupError, KeyError, TypeError, ValueError):
+        return False
+    except PermissionError:
+        pass  # it is another user's
+    return record.get("started") == _start_of(int(record["pid"]))
+
+
+def _start_of(pid: int) -> str:
+    """When a process of this host began, in ticks since the machine did, which no change of the clock moves; '' if unknown."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _refusal(run_dir: Path, record: dict[str, Any]) -> str:
+    holder = f"process {record['pid']} on {record['host']}" if {"pid", "host"} <= record.keys() else "another process"
+    return (
+        f"train.save_dir {run_dir} is in use: {holder} trains there, and two jobs would overwrite each other's checkpoints. Wait for "
+        f"it, end it, or choose another --train.save_dir. (If it is surely gone, with its machine, remove {run_dir / LOCK_FILE}.)"
+    )

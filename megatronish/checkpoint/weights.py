@@ -1,0 +1,151 @@
+"""A model in a folder: `model.safetensors` (weights by parameter name) and `model_config.json` (its ModelConfig)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatronish.checkpoint.manifest import check_before_reading
+from megatronish.config.model import KernelConfig, ModelConfig
+from megatronish.files import sync, write_whole
+from megatronish.model.transformer import Transformer
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "model_config.json"
+_TIED_NAME = "head.weight"
+
+
+def save_model(
+    folder: str | Path,
+    model_state: Mapping[str, Tensor],
+    config: ModelConfig,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write weights and configuration into `folder` (made if missing).
+
+    Each file is written beside its place, synced, and renamed into it, so a reader sees the old file or the new one and
+    never half of one. The configuration is also in the weights' header: `load_model` refuses a pair that does not
+    belong together. metadata: further strings for the header. Raises ValueError if the weights are not those of
+    `config`, naming the first that differs.
+    """
+    folder = Path(folder)
+    state = {name: tensor for name, tensor in model_state.items() if not (config.tie_embeddings and name == _TIED_NAME)}
+    check_model_state({name: tuple(tensor.shape) for name, tensor in state.items()}, config, "the model to be saved")
+    folder.mkdir(parents=True, exist_ok=True)
+    header = weights_header(config, metadata)
+    partial = folder / f".{WEIGHTS_FILE}.{os.getpid()}.partial"
+    try:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial, metadata=header
+        )
+        sync(partial)
+        os.replace(partial, folder / WEIGHTS_FILE)
+    finally:
+        partial.unlink(missing_ok=True)
+    write_whole(folder / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
+    sync(folder)
+
+
+def weights_header(config: ModelConfig, metadata: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What the header of WEIGHTS_FILE says beside the tensors."""
+    return {**(metadata or {}), "format": "pt", "model_config": config.model_dump_json(indent=2)}
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """The configuration in `folder`. Raises ValueError if it is missing, torn, or not a ModelConfig."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        foreign = Path(folder) / "config.json"
+        convert = f"; {foreign} is Hugging Face's: tools/convert_hf.py import makes a folder of ours"
+        raise ValueError(
+            f"{path} does not exist: give a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+            + (convert if foreign.is_file() else "")
+        )
+    try:
+        return ModelConfig.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ValueError(f"{path} is not a model configuration: {place}: {first['msg']}") from error
+
+
+def load_model(
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    kernels: KernelConfig | None = None,
+) -> Transformer:
+    """The model in `folder`, on `device`, in `dtype` (as saved by default), in evaluation mode.
+
+    Raises ValueError for missing or torn files, for weights and configuration of different models (with the first
+    tensor that differs), and for an attention backend that is not installed.
+    """
+    with open_model(folder, device) as (config, file):
+        state = {name: file.get_tensor(name) for name in list(file.keys())}
+    with torch.device("meta"):
+        model = Transformer(config, kernels, seed=None)
+    if config.tie_embeddings:
+        state[_TIED_NAME] = state["embedding.weight"]
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    if dtype is not None:
+        model.to(dtype)
+    return model.eval().requires_grad_(True)
+
+
+def check_model_state(shapes: Mapping[str, Sequence[int]], config: ModelConfig, source: str) -> None:
+    """Raise ValueError unless `shapes` (by parameter name) are those of a model of `config`; a tied head may be absent.
+
+    The message names `source` and the first tensor, in the order of the model, that differs.
+    """
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in Transformer(config, seed=None).named_parameters()}
+    for name, shape in expected.items():
+        if name not in shapes:
+            raise ValueError(f"{source} is of another model: it has no tensor {name!r}, which should be {list(shape)}")
+        if tuple(shapes[name]) != shape:
+            raise ValueError(
+                f"{source} is of another model: {name!r} has shape {list(shapes[name])}, the configuration says "
+                f"{list(shape)}"
+            )
+    for name in shapes:
+        if name not in expected and not (config.tie_embeddings and name == _TIED_NAME):
+            raise ValueError(f"{source} is of another model: the configuration has no tensor {name!r}")
+
+
+@contextmanager
+def open_model(folder: str | Path, device: torch.device | str = "cpu") -> Iterator[tuple[ModelConfig, Any]]:
+    """The configuration in `folder` and its weights, an open safetensors file whose names and shapes are checked.
+
+    Raises ValueError as `load_model` does.
+    """
+    check_before_reading(Path(folder), (WEIGHTS_FILE, CONFIG_FILE))
+    path, config = Path(folder) / WEIGHTS_FILE, load_config(folder)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in list(file.keys())}
+            check_model_state(shapes, config, str(path))
+            written = (file.metadata() or {}).get("model_config")
+            if written is not None and ModelConfig.model_validate_json(written) != config:
+                raise ValueError(
+                    f"{path} and {CONFIG_FILE} beside it were not saved together: their configurations differ. Save the "
+                    "model again, or restore the file that belongs to the weights"
+                )
+            yield config, file
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is torn or not a safetensors file ({error}): use another checkpoint, or save this one again"
+        ) from error

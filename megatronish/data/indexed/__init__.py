@@ -1,0 +1,1 @@
+"""Megatron's indexed datasets: the format, the builder, and the manifest that ties one to its tokenizer."""

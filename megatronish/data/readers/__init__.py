@@ -1,0 +1,1 @@
+"""Files of text and where they are stored: JSON lines, Parquet, plain text; local, compressed, remote."""

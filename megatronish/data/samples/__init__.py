@@ -1,0 +1,1 @@
+"""Documents to samples: packing, bucketing, blending, splits, and the order in which training reads them."""

@@ -1,0 +1,186 @@
+"""The order of samples of megatron-core's GPTDataset and BlendedDataset (0.16), sample for sample, without their cache files.
+
+GPTDataset shuffles the documents of all epochs together (the last epoch apart, if less than 80 % of it is wanted), cuts the stream
+into samples, and shuffles those; so the order depends on how many samples a run wants, and a longer run sees other data from the
+start. It takes sequences for documents: give readers of unit "sequence". Source: megatron/core/datasets/{gpt_dataset,
+blended_dataset,blended_megatron_dataset_builder}.py and helpers.cpp, as behaviour; NumPy keeps RandomState's stream for ever.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatronish.data.indexed.format import IndexedReader
+from megatronish.data.samples.blend import Blend
+from megatronish.data.samples.packing import DocumentTable, TokenStream, documents_at
+from megatronish.data.samples.sample import Rows, Sample
+from megatronish.errors import DataError
+
+DEFAULT_SPLIT = "969,30,1"
+# Up to this share of the last epoch, its documents are not shuffled among those of the epochs before.
+SEPARATE_SHARE = 0.80
+# mid_level_dataset_surplus: so much more than a blend needs is built of each of its data sets.
+SURPLUS = 0.005
+
+
+class MegatronSamples:
+    """The samples of GPTDataset(indices=sequence_ids, num_samples=...) for training (a SampleSource that ends).
+
+    reader: of unit "sequence"; sequence_ids: int64[k], rising; num_samples: how many are wanted, None: one epoch.
+    `size` samples exist, at least as many. Raises DataError for a split too small for one sample.
+    """
+
+    def __init__(
+        self, reader: IndexedReader, sequence_ids: np.ndarray, seq_length: int, seed: int, num_samples: int | None
+    ) -> None:
+        if reader.unit != "sequence":
+            raise ValueError(f"{reader.prefix} is opened by {reader.unit}; this order takes sequences for documents")
+        self.reader = reader
+        self.name = reader.prefix
+        self.seq_length = seq_length
+        self.seed = seed
+        self.num_samples = num_samples
+        lengths = reader.sequence_lengths[sequence_ids]
+        self.tokens_per_epoch = int(lengths.sum(dtype=np.int64))
+        self.samples_per_epoch = (self.tokens_per_epoch - 1) // seq_length
+        if self.samples_per_epoch < 1:
+            raise DataError(
+                f"{reader.prefix}: the {len(sequence_ids):,} training sequences hold {self.tokens_per_epoch:,} tokens, but one sample "
+                f"of sequence length {seq_length:,} needs {seq_length + 1:,}; shorten the sequence or prepare more text"
+            )
+        self._sequence_ids = sequence_ids
+        self._documents = DocumentTable(reader, sequence_ids, keep_empty=True)
+        wanted = 1 if num_samples is None else num_samples * seq_length + 1
+        self.epochs = max(1, -(-wanted // self.tokens_per_epoch))
+        self.size = (self.epochs * self.tokens_per_epoch - 1) // seq_length
+        self._stream, self._order = self._build()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_stream", "_order")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._stream, self._order = self._build()
+
+    def _build(self) -> tuple[TokenStream, np.ndarray]:
+        random = np.random.RandomState(self.seed)
+        before_last = ((self.epochs - 1) * self.tokens_per_epoch - 1) // self.seq_length
+        apart = (
+            self.epochs > 1
+            and self.num_samples is not None
+            and self.num_samples - before_last < int(SEPARATE_SHARE * self.samples_per_epoch)
+        )
+        count = len(self._sequence_ids)
+        documents = []
+        for epochs in [self.epochs - 1, 1] if apart else [self.epochs]:
+            documents.append(np.tile(np.arange(count, dtype=np.int64), epochs))
+            random.shuffle(documents[-1])
+        samples = []
+        for begin, end in [(0, before_last), (before_last, self.size)] if apart else [(0, self.size)]:
+            samples.append(np.arange(begin, end, dtype=np.int64))
+            random.shuffle(samples[-1])
+        return self._documents.permuted(np.concatenate(documents)), np.concatenate(samples)
+
+    @property
+    def identity(self) -> str:
+        """Hash of what the samples depend on, the number wanted among it."""
+        return self._documents.identity("megatron", self.seq_length, self.seed, self.num_samples or 0)
+
+    def rows(self, numbers: np.ndarray) -> Rows:
+        """Samples int64[b] as tokens [b, s + 1]. Raises DataError behind the last one."""
+        numbers = np.asarray(numbers, dtype=np.int64)
+        if len(numbers) and not (int(numbers.min()) >= 0 and int(numbers.max()) < self.size):
+            raise DataError(
+                f"{self.name}: sample {int(numbers.max()):,} of {self.size:,}: in Megatron's order a run has as many samples as it asked for"
+            )
+        return self._stream.windows((self._order[numbers] * self.seq_length).tolist(), self.seq_length + 1)
+
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """seq_length + 1 for every sample."""
+        return np.full(len(numbers), self.seq_length + 1, dtype=np.int64)
+
+    def sample(self, number: int) -> Sample:
+        """Tokens int[s + 1] of sample `number` and the offsets in 0..s at which documents (sequences) begin."""
+        return self.rows(np.array([number], dtype=np.int64)).sample(0)
+
+    def documents(self, number: int) -> list[int]:
+        """The data set's sequences of which sample `number` has tokens, in order."""
+        begin = int(self._order[number]) * self.seq_length
+        return documents_at(self.reader, self._stream.sources(begin, self.seq_length + 1))
+
+
+def wanted_samples(weights: Sequence[float] | None, corpora: int, total: int) -> list[int | None]:
+    """How many samples megatron-core builds of each data set of a blend for a run of `total`: None is one epoch."""
+    if weights is None:
+        return [total] if corpora == 1 else [None] * corpora
+    return [math.ceil(math.ceil(total * weight) * (1 + SURPLUS)) for weight in normalized(weights)]
+
+
+def normalized(weights: Sequence[float]) -> list[float]:
+    """Weights divided by their sum in float64, as megatron-core does it."""
+    array = np.array(weights, dtype=np.float64)
+    return (array / np.sum(array)).tolist()
+
+
+class MegatronBlend(Blend):
+    """The samples of BlendedDataset over MegatronSamples: at each step the data set that lags its weight most.
+
+    weights: as given by the user; None: in proportion to the data sets' sizes, one epoch. Memory: 10 bytes a sample, and about
+    a microsecond a data set and sample to lay out. Raises DataError if the data hold fewer samples than the run wants.
+    """
+
+    def __init__(self, sources: Sequence[MegatronSamples], weights: Sequence[float] | None, total: int) -> None:
+        sizes = [source.size for source in sources]
+        super().__init__(sources, list(weights or sizes), seed=0)
+        if weights is None:
+            if total > sum(sizes):
+                raise DataError(
+                    f"the run takes {total:,} samples, the {len(sources)} data sets hold {sum(sizes):,} and Megatron's order repeats none "
+                    'without weights; give weights, fewer train.steps, or order "shuffled"'
+                )
+            parts, self.size = normalized(sizes), total
+        else:
+            parts = normalized(weights)
+            self.size = sum(math.ceil(total * weight) for weight in parts)
+        self._source_of, self._number_of = greedy_blend(parts, self.size)
+        used = np.bincount(self._source_of, minlength=len(sources)).tolist()
+        for source, count in zip(sources, used, strict=True):
+            if count > source.size:
+                raise DataError(
+                    f"{source.name} gives {count:,} samples to the blend but has {source.size:,}; Megatron builds {SURPLUS:.1%} more than "
+                    'the weights ask for and stops here too; use order "shuffled"'
+                )
+
+    def __getstate__(self) -> dict[str, object]:
+        return dict(self.__dict__)
+
+    def counts(self, total: int) -> list[int]:
+        """How many of the first `total` samples come from each source."""
+        return np.bincount(self._source_of[:total], minlength=len(self.sources)).tolist()
+
+    def places(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which source each sample comes from, and its number there. Raises DataError behind the last sample."""
+        if len(numbers) and not (int(numbers.min()) >= 0 and int(numbers.max()) < self.size):
+            raise DataError(f"sample {int(numbers.max()):,} of {self.size:,} of a blend in Megatron's order")
+        return self._source_of[numbers].astype(np.int64), self._number_of[numbers]
+
+
+def greedy_blend(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Data set int16[size] and number within it int64[size] of each sample (`build_blending_indices`).
+
+    Sample n goes to the data set whose count is furthest below weight * max(n, 1), the first of equals, in float64.
+    """
+    source_of, number_of = np.empty(size, dtype=np.int16), np.empty(size, dtype=np.int64)
+    counts = [0] * len(weights)
+    places = range(len(weights))
+    for n in range(size):
+        reached = float(n or 1)
+        lags = [weights[i] * reached - counts[i] for i in places]
+        chosen = lags.index(max(lags))
+        source_of[n] = chosen
+        number_of[n] = counts[chosen]
+        counts[chosen] += 1
+    return source_of, number_of

@@ -1,0 +1,1 @@
+"""Tokenizers: their files, their libraries and the back ends that encode with them."""

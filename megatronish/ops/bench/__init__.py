@@ -1,1 +1,0 @@
-"""Timing of the operators beside other implementations, errors first. tools/bench_ops.py is its command line."""

@@ -1,0 +1,421 @@
+"""Text in, a committed data set out: cut into units, encode them in workers, append in order, rename, the manifest last.
+
+A run that is killed leaves nothing under the final name (or, between the renames, files without a manifest, which no
+reader accepts), and its finished units where `resume` finds them. Memory does not grow with the input.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatronish.data.indexed.builder import write_index
+from megatronish.data.indexed.format import best_dtype, bin_path, idx_path
+from megatronish.data.indexed.manifest import Manifest, manifest_path, read_manifest
+from megatronish.data.readers.documents import SKIP_HINT, DocumentReader
+from megatronish.data.readers.inputs import Source, check_keys, file_source, find_inputs, is_remote, mapping_of
+from megatronish.data.readers.records import RecordReader
+from megatronish.data.tokenizers.backends import choose_encoder
+from megatronish.data.tokenizers.formats import gpt2_tokenizer
+from megatronish.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from megatronish.errors import DataError
+from megatronish.files import write_whole
+from megatronish.preprocessing.corpus import default_corpus, default_corpus_description
+from megatronish.preprocessing.encoding import Job, Tally, UnitResult, read_piece
+from megatronish.preprocessing.journal import Staging, read_plan
+from megatronish.preprocessing.options import (
+    DEFAULT_OUTPUT_PREFIX,
+    DEFAULT_VOCAB_SIZE,
+    PreprocessOptions,
+    check_options,
+    shard_bytes,
+)
+from megatronish.preprocessing.pool import WorkerDied, results
+from megatronish.preprocessing.progress import Progress
+from megatronish.preprocessing.publish import (
+    READY,
+    PreprocessResult,
+    commit,
+    steps_to_commit,
+    summary,
+    tokenizer_record,
+)
+from megatronish.preprocessing.units import Planner, Unit
+
+__all__ = [
+    "DEFAULT_OUTPUT_PREFIX",
+    "DEFAULT_VOCAB_SIZE",
+    "PreprocessOptions",
+    "PreprocessResult",
+    "preprocess",
+    "summary",
+]
+
+# Text compared with the tokenizer's own library before a faster one is used: some 20 ms of work.
+SAMPLE_CHARACTERS = 1 << 15
+SAMPLE_DOCUMENT_CHARACTERS = 1 << 12
+LENGTHS_AT_A_TIME = 1 << 20
+
+
+def preprocess(options: PreprocessOptions, say: Callable[[str], None]) -> list[PreprocessResult]:
+    """Prepares one data set a JSON key at `OUTPUT_PREFIX_KEY_document`. `say` takes one line of news at a time.
+
+    Raises DataError for anything the user can put right, OSError when the disk does not serve.
+    """
+    check_options(options)
+    prefixes = output_prefixes(options)
+    folder = Staging.folder_of(options.output_prefix)
+    _meet_unfinished(folder, options)
+    if not options.overwrite:
+        reuse = not options.inputs or options.resume
+        done = [_existing(prefix, options.recorded(key), refuse=not reuse) for key, prefix in prefixes.items()]
+        if all(result is not None for result in done):
+            return [result for result in done if result is not None]
+    sources = find_sources(options, say)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        where = folder.parent
+        raise DataError(f"--output-prefix {options.output_prefix}: cannot write in {where}: {error.strerror}") from None
+    staging = Staging(folder, len(prefixes), sources)
+    finished = False
+    try:
+        finished_sets = _Run(options, sources, staging, say).run(prefixes)
+        finished = True
+        return finished_sets
+    except (DataError, OSError, WorkerDied, KeyboardInterrupt):
+        if staging.state.units:
+            say(f"{staging.state.units:,} finished units are kept in {folder}; --resume goes on after them")
+        raise
+    finally:
+        staging.close(keep=not finished and staging.state.units > 0)
+
+
+def output_prefixes(options: PreprocessOptions) -> dict[str, str]:
+    """The data set of each key."""
+    return {key: f"{options.output_prefix}_{key}_document" for key in options.json_keys}
+
+
+def find_sources(options: PreprocessOptions, say: Callable[[str], None]) -> list[Source]:
+    """The inputs, in order. Raises DataError for what cannot be read; empty files are told and left out."""
+    if not options.inputs:
+        told: set[str] = set()
+
+        def say_once(line: str) -> None:
+            if line not in told:  # the corpus is read twice: for the tokenizer, and to be encoded
+                told.add(line)
+                say(line)
+
+        description = default_corpus_description()
+        return [Source(" ".join(description.values()), "rows", rows=lambda: _default_rows(say_once))]
+    sources: list[Source] = []
+    for elsewhere, patterns in itertools.groupby(options.inputs, is_remote):
+        if elsewhere:
+            from megatronish.data.readers.hub import remote_source  # and with it what speaks HTTP
+
+            sources += [remote_source(spec, options.json_keys, say) for spec in patterns]
+        else:
+            sources += map(file_source, find_inputs(list(patterns)))
+    check_keys(sources, options.json_keys)
+    empty = [source.name for source in sources if source.format != "rows" and source.size == 0]
+    if empty:
+        say(f"{len(empty):,} empty files left out, such as {empty[0]}")
+    return [source for source in sources if source.name not in set(empty)]
+
+
+def _default_rows(say: Callable[[str], None]) -> Iterator[Mapping[str, Any]]:
+    for _, text in default_corpus(say):
+        yield {"text": text}
+
+
+def _existing(prefix: str, recorded: dict[str, Any], refuse: bool) -> PreprocessResult | None:
+    """The data set at `prefix` if it is complete and made with the same options; None if nothing is there."""
+    there = [path for path in (bin_path(prefix), idx_path(prefix), manifest_path(prefix)) if path.exists()]
+    if not there:
+        return None
+    again = "use --overwrite to make it again, or another --output-prefix"
+    if manifest_path(prefix) not in there:
+        raise DataError(f"{there[0]} exists without a manifest (unfinished, or made by another tool); {again}")
+    if refuse:
+        raise DataError(f"{prefix}: a data set is already there; {again}")
+    manifest = read_manifest(prefix)
+    changed = [key for key in sorted({*recorded, *manifest.options}) if recorded.get(key) != manifest.options.get(key)]
+    if changed:
+        was = ", ".join(f"{key} {manifest.options.get(key)!r} (now {recorded.get(key)!r})" for key in changed)
+        raise DataError(f"{prefix}: a data set is already there, made with other options: {was}; {again}")
+    return PreprocessResult(prefix, manifest, already_there=True)
+
+
+def _meet_unfinished(folder: Path, options: PreprocessOptions) -> None:
+    """The work of a killed run is not thrown away unasked; the bare command goes on with it.
+
+    A run that was killed between the renames that end it is taken to its end first.
+    """
+    if options.overwrite or read_plan(folder) is None:
+        return
+    if options.inputs and not options.resume:
+        raise DataError(
+            f"{folder}: an unfinished run of this output is there; --resume goes on with it, --overwrite starts anew"
+        )
+    if (folder / READY).exists():
+        staging = Staging(folder, 0, ())
+        commit(folder)
+        staging.close(keep=False)
+
+
+def open_tokenizer(options: PreprocessOptions, sources: list[Source], say: Callable[[str], None]) -> Tokenizer:
+    """The tokenizer that the options name or train."""
+    if options.tokenizer_model is not None:
+        tokenizer = load_tokenizer(options.tokenizer_model, eod_token=options.eod_token)
+        if options.tokenizer_kind not in (None, tokenizer.kind):
+            raise DataError(
+                f"--tokenizer-model {options.tokenizer_model} is a {tokenizer.kind} tokenizer, but --tokenizer-type asks for "
+                f"{options.tokenizer_kind}; leave --tokenizer-type out"
+            )
+    elif options.vocab_file is not None and options.merge_file is not None:
+        tokenizer = gpt2_tokenizer(options.vocab_file, options.merge_file, options.eod_token)
+    else:
+        tokenizer = _trained(options, sources, say)
+    if options.append_eod and tokenizer.eod_id is None:
+        raise DataError(
+            f"--append-eod: the tokenizer {options.tokenizer_model} names no end-of-document token; name one with --eod-token"
+        )
+    return tokenizer
+
+
+def _trained(options: PreprocessOptions, sources: list[Source], say: Callable[[str], None]) -> Tokenizer:
+    assert options.train_tokenizer is not None
+    say(f"training a byte-level BPE tokenizer with a vocabulary of {options.train_tokenizer:,}")
+    progress = Progress("reading for the tokenizer", options.log_interval)
+    tokenizer = train_bpe(_training_texts(options, sources, progress), options.train_tokenizer)
+    say(f"tokenizer trained: {tokenizer.vocab_size:,} tokens, {progress.seconds:.1f} s")
+    return tokenizer
+
+
+def _training_texts(options: PreprocessOptions, sources: list[Source], progress: Progress) -> Iterator[str]:
+    """Every text of the input, for training a tokenizer. Raises DataError if there is none."""
+    text_bytes = documents = 0
+    total = sum(source.size for source in sources)
+    before = 0
+    for source in sources:
+        if source.rows is not None:
+            values = (mapping_of(row).get(key) for row in source.rows() for key in options.json_keys)
+            texts = (value for value in values if isinstance(value, str))
+            reader = None
+        else:
+            reader = DocumentReader([Path(source.name)], options.json_keys, options.doc_separator, options.on_error)
+            texts = (text for document in reader for text in document.texts)
+        for text in texts:
+            documents += 1
+            text_bytes += len(text.encode("utf-8", "replace"))
+            yield text
+            read = before + (reader.report.bytes_read if reader is not None else 0)
+            progress.update(documents, text_bytes, None, read / total if total else None)
+        before += source.size
+    if text_bytes == 0:
+        raise DataError("no document with text in the input; nothing was written")
+
+
+class _Run:
+    """One run of `preprocess` into a staging folder."""
+
+    def __init__(
+        self, options: PreprocessOptions, sources: list[Source], staging: Staging, say: Callable[[str], None]
+    ) -> None:
+        self._options, self._sources, self._staging, self._say = options, sources, staging, say
+        self._total = sum(source.size for source in sources)
+        self._progress = Progress("tokenising", options.log_interval)
+        self._running: dict[int, Tally] = {}
+
+    def run(self, prefixes: dict[str, str]) -> list[PreprocessResult]:
+        options, staging = self._options, self._staging
+        if not self._sources:
+            raise DataError("no document with text in the input; nothing was written")
+        resuming = options.resume or not options.inputs
+        there = read_plan(staging.folder) if resuming and not options.overwrite else None
+        kept = staging.folder / "trained.tokenizer.json"
+        if there is not None and options.train_tokenizer is not None and kept.exists():
+            tokenizer: Tokenizer = load_tokenizer(kept)
+        else:
+            tokenizer = open_tokenizer(options, self._sources, self._say)
+        size = shard_bytes(options.shard_size or (there or {}).get("shard_size"), self._total)
+        dtype = token_dtype(options.dtype, tokenizer.vocab_size)
+        plan = {
+            "options": options.recorded(" ".join(options.json_keys)),
+            "tokenizer": tokenizer.fingerprint,
+            "eod_id": tokenizer.eod_id,
+            "dtype": dtype.name,
+            "itemsize": dtype.itemsize,
+            "shard_size": size,
+            "inputs": [source.signature for source in self._sources],
+        }
+        if there is not None:
+            staging.resume(plan)
+            if staging.state.units:
+                self._say(f"going on after {staging.state.units:,} finished units")
+        else:
+            staging.begin(plan)
+            if options.train_tokenizer is not None:
+                tokenizer.save(staging.folder / "trained")
+        job = self._encode(tokenizer, size, dtype)
+        return self._finish(prefixes, tokenizer, job)
+
+    def _encode(self, tokenizer: Tokenizer, size: int, dtype: np.dtype[Any]) -> Job:
+        options, staging = self._options, self._staging
+        separator = options.doc_separator.encode("utf-8") if options.doc_separator else None
+        planner = Planner(self._sources, options.json_keys, separator, size, staging.folder)
+        units = planner.units(staging.state.units, staging.state.pieces)
+        first = next(units, None)
+        sample = [] if first is None else sample_texts(self._sources, first, options, separator)
+        job = Job(
+            sources=tuple(self._sources),
+            keys=options.json_keys,
+            separator=separator,
+            on_error=options.on_error,
+            max_doc_bytes=options.max_doc_bytes,
+            long_documents=options.long_documents,
+            keep_empty=options.keep_empty,
+            dtype=dtype.str,
+            eod_id=tokenizer.eod_id if options.append_eod else None,
+            shard_size=size,
+            folder=staging.folder,
+            encoder=choose_encoder(options.backend, tokenizer, sample, self._say),
+        )
+        if first is not None:
+            all_units = itertools.chain([first], units)
+            for unit, result in results(job, all_units, options.workers, self._tell):
+                self._take(unit, result)
+        self._show(None, finish=True)
+        return job
+
+    def _take(self, unit: Unit, result: UnitResult) -> None:
+        """Commits a unit, or raises the fault that stopped it."""
+        self._running.pop(unit.index, None)
+        staging = self._staging
+        if result.fault is not None:
+            source, number, reason = result.fault
+            raise DataError(f"{staging.place(source, number)}: {reason} ({SKIP_HINT})")
+        if result.mismatch is not None:
+            self._say(
+                f"unit {unit.index}: the fast back end differs from the tokenizer's own library for a text like "
+                f"{result.mismatch!r}; the unit was encoded by the latter. Please report it to the back end's authors"
+            )
+        if result.first_duplicate is not None and not staging.state.counts["duplicate_keys"]:
+            self._say(f"{staging.place(*result.first_duplicate)}: a key comes twice in one object; the last one counts")
+        staging.commit(unit, result)
+        self._show(None)
+
+    def _tell(self, index: int, tally: Tally) -> None:
+        self._running[index] = tally
+        self._show(tally)
+
+    def _show(self, tally: Tally | None, finish: bool = False) -> None:
+        state, running = self._staging.state, list(self._running.values())
+        documents = state.totals[0].documents + sum(t.documents for t in running)
+        text_bytes = sum(t.text_bytes for t in state.totals) + sum(t.text_bytes for t in running)
+        tokens = sum(t.tokens for t in state.totals) + sum(t.tokens for t in running)
+        errors = state.counts["rejected"] + sum(t.rejected for t in running)
+        if finish:
+            self._progress.finish(documents, text_bytes, tokens, errors)
+            return
+        done = state.stored / self._total if self._total else None
+        self._progress.update(documents, text_bytes, tokens, min(1.0, done) if done is not None else None, errors)
+
+    def _finish(self, prefixes: dict[str, str], tokenizer: Tokenizer, job: Job) -> list[PreprocessResult]:
+        staging, state = self._staging, self._staging.state
+        for key, total in zip(prefixes, state.totals, strict=True):
+            if total.tokens == 0:
+                which = f"key {key!r}: " if len(prefixes) > 1 else ""
+                raise DataError(which + _no_documents(staging))
+        manifests, steps = {}, []
+        for number, ((key, prefix), (tokens, lengths)) in enumerate(
+            zip(prefixes.items(), staging.finish(), strict=True)
+        ):
+            aside = staging.folder / Path(prefix).name
+            size, digest = write_index(idx_path(aside), job.dtype, lambda path=lengths: _lengths(path))  # type: ignore[misc]
+            files = {
+                bin_path(aside).name: {"bytes": tokens.stat().st_size, "xxh3": staging.whole[number].hexdigest()},
+                idx_path(aside).name: {"bytes": size, "xxh3": digest},
+            }
+            manifests[prefix] = self._manifest(key, number, tokenizer, job, aside, files)
+            steps += steps_to_commit(staging.folder, prefix, manifests[prefix], {bin_path(aside).name: tokens.name})
+        write_whole(staging.folder / READY, json.dumps(steps))
+        commit(staging.folder)
+        return [PreprocessResult(prefix, manifest, already_there=False) for prefix, manifest in manifests.items()]
+
+    def _manifest(
+        self, key: str, number: int, tokenizer: Tokenizer, job: Job, aside: Path, files: dict[str, dict[str, Any]]
+    ) -> Manifest:
+        state = self._staging.state
+        total = state.totals[number]
+        record, added = tokenizer_record(tokenizer, aside)
+        return Manifest(
+            tokenizer=record,
+            dtype=np.dtype(job.dtype).name,
+            appended_eod=self._options.append_eod,
+            counts={
+                "documents": total.documents,
+                "tokens": total.tokens,
+                "text_bytes": total.text_bytes,
+                "empty_documents": total.empty,
+                "unknown_tokens": total.unknown,
+                "blank_lines": state.counts["blank_lines"],
+                "rejected_documents": state.counts["rejected"],
+                "replaced_documents": state.counts["replaced"],
+                "duplicate_keys": state.counts["duplicate_keys"],
+                "long_documents": state.counts["long_documents"],
+            },
+            options=self._options.recorded(key),
+            files=files | added,
+            rejects=state.rejects,
+            shards=state.hashes[number],
+            encoder=job.encoder.name,
+        )
+
+
+def sample_texts(sources: list[Source], unit: Unit, options: PreprocessOptions, separator: bytes | None) -> list[str]:
+    """The beginnings of the first documents of a unit, faulty ones left out."""
+    found: list[str] = []
+    left = SAMPLE_CHARACTERS
+    for piece in unit.pieces:
+        reader = RecordReader(options.json_keys, lambda number, reason: None, repair=True)
+        for texts in read_piece(sources[piece.source], piece, reader, separator):
+            for text in texts:
+                found.append(text[:SAMPLE_DOCUMENT_CHARACTERS])
+                left -= len(found[-1]) + 64
+            if left <= 0:
+                return found
+    return found
+
+
+def token_dtype(wanted: str, vocab_size: int) -> np.dtype[Any]:
+    """The dtype asked for, if the vocabulary fits, or the one that Megatron would take. Raises DataError."""
+    if wanted == "auto":
+        return best_dtype(vocab_size)
+    dtype = np.dtype(wanted).newbyteorder("<")
+    if vocab_size - 1 > np.iinfo(dtype).max:
+        raise DataError(
+            f"--dtype {wanted} holds ids up to {np.iinfo(dtype).max:,}; the vocabulary has {vocab_size:,}: use a wider one"
+        )
+    return dtype
+
+
+def _lengths(path: Path) -> Iterator[np.ndarray]:
+    """The int32 lengths in a file, an array at a time."""
+    with open(path, "rb") as file:
+        while raw := file.read(4 * LENGTHS_AT_A_TIME):
+            yield np.frombuffer(raw, dtype="<i4")
+
+
+def _no_documents(staging: Staging) -> str:
+    counts, rejects = staging.state.counts, staging.state.rejects
+    return (
+        f"no document with text in the input ({counts['rejected']} rejected, {counts['blank_lines']} blank lines"
+        + (f"; first rejected: {rejects[0]['place']}: {rejects[0]['reason']}" if rejects else "")
+        + "); nothing was written"
+    )

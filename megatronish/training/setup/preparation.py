@@ -1,0 +1,154 @@
+"""Everything about a run that one rank can check alone: data, batch arithmetic, the folder, the checkpoint to continue."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megatronish.checkpoint.optimizer_shards import SavedFragments
+from megatronish.checkpoint.paths import TOKENIZER_RECORD_FILE
+from megatronish.checkpoint.store import ENGINE_TAG, CheckpointStore, check_writable, faults_of, none_good
+from megatronish.checkpoint.train_state import TrainState, load_streams
+from megatronish.checkpoint.weights import load_config
+from megatronish.checkpoint.zero_state import can_move
+from megatronish.config.model import ModelConfig
+from megatronish.config.run import BatchPlan, RunConfig
+from megatronish.data.samples.dataset import check_tokenizer_fits
+from megatronish.data.training_data import TrainingData, open_training_data
+from megatronish.errors import ConfigError
+from megatronish.interop.huggingface import HuggingFaceWeights
+from megatronish.interop.tokenizer_files import fingerprints
+from megatronish.launch.process import Rank, has_gpu
+from megatronish.model.transformer import Transformer
+from megatronish.training.memory import fit_to_host
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has passed every check that needs no other rank."""
+
+    config: RunConfig
+    plan: BatchPlan
+    data: TrainingData
+    run_dir: Path
+    resume_from: Path | None
+    state: TrainState
+    moved: str = ""  # how the layout differs from that of the checkpoint
+    imported: HuggingFaceWeights | None = None  # what a run begins with instead of random weights
+
+
+def prepare(config: RunConfig, rank: Rank) -> Prepared:
+    """Check data, batch arithmetic, folder and checkpoint before any process group exists. Raises UserError.
+
+    The checkpoint is the first that looks good; its files are read by `resume.settle_resume`, when the ranks have met.
+    """
+    ours = config.megatronish
+    plan = config.batch_plan(ours.parallel.data_size(rank.world_size))
+    if not has_gpu():
+        kind, recompute = config.deepspeed.dtype, ours.train.activation_checkpointing
+        plan = fit_to_host(plan, ours.model, kind, recompute, rank.local_world_size)
+    data = open_training_data(
+        ours.data,
+        seq_length=ours.model.seq_length,
+        vocab_size=ours.model.vocab_size,
+        seed=ours.train.seed,
+        samples=ours.train.steps * plan.samples,
+        group=plan.samples,
+    )
+    run_dir = Path(ours.train.save_dir)
+    check_writable(run_dir)
+    wanted = CheckpointStore(run_dir, ours.train.keep_last).wanted(ours.train.resume)
+    run = Prepared(config, plan, data, run_dir, None, TrainState.start(config, plan, data.fingerprint, data.order))
+    if wanted:
+        faults = {str(path): faults_of(path) for path in wanted}
+        found = next((path for path in wanted if not faults[str(path)]), None)
+        if found is None:
+            raise none_good(faults)
+        return continue_from(run, found)
+    if ours.model.from_hf is not None:
+        run = replace(run, imported=HuggingFaceWeights(ours.model.from_hf, ours.model))
+        check_imported_tokenizer(Path(ours.model.from_hf), data)
+    return run
+
+
+def continue_from(run: Prepared, found: Path) -> Prepared:
+    """The run as it goes on from the checkpoint `found`. Raises UserError when that is of another run."""
+    model = run.config.megatronish.model
+    check_same_model(found, run.config)
+    check_same_tokenizer(found, run.data)
+    moves = check_engine_state(found, model) and can_move(run.config)
+    fresh = TrainState.start(run.config, run.plan, run.data.fingerprint, run.data.order)
+    saved = TrainState.load(found)
+    state = saved.continue_as(fresh, found, moves=moves)
+    check_streams(found, saved, state)
+    return replace(run, resume_from=found, state=state, moved=saved.moved(fresh), imported=None)
+
+
+def check_same_model(checkpoint: Path, config: RunConfig) -> None:
+    """Refuse a checkpoint of another model. Raises ConfigError naming the fields that differ."""
+    try:
+        saved = load_config(checkpoint)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    now = config.megatronish.model
+    differing = [
+        f"{name} {getattr(saved, name)} (this run: {getattr(now, name)})"
+        for name in type(now).model_fields
+        if name not in ("preset", "from_hf") and getattr(saved, name) != getattr(now, name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{checkpoint} is of another model: {', '.join(differing)}. Give that model's fields, "
+            "or train this one in another --train.save_dir."
+        )
+
+
+def check_same_tokenizer(checkpoint: Path, data: TrainingData) -> None:
+    """Refuse data whose token ids mean something else than those the checkpoint learned. Raises UserError."""
+    path = checkpoint / TOKENIZER_RECORD_FILE
+    try:
+        learned = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error!r}); use an older checkpoint.") from None
+    record = data.tokenizer_record
+    check_tokenizer_fits(record, record.vocab_size, learned, place=data.sources[0].name)
+
+
+def check_imported_tokenizer(folder: Path, data: TrainingData) -> None:
+    """Refuse data whose token ids mean something else than those the imported model learned. Raises ConfigError."""
+    learned, record = fingerprints(folder), data.tokenizer_record
+    if learned and record.sha256 not in learned:
+        raise ConfigError(
+            f"{data.sources[0].name} was made with another tokenizer than that of the model in model.from_hf {folder}: its "
+            f"token ids mean something else there. Prepare the data with --tokenizer-model {folder}."
+        )
+
+
+def check_engine_state(checkpoint: Path, model: ModelConfig) -> bool:
+    """Whether the checkpoint's optimizer state can be read by any layout.
+
+    Raises ConfigError where there is none, as in a copy made for inference, or not all of it.
+    """
+    folder = checkpoint / ENGINE_TAG
+    if saved := SavedFragments(folder):
+        with torch.device("meta"):
+            saved.check_whole(name for name, _ in Transformer(model, seed=None).named_parameters())
+        return True
+    if not any(folder.glob("*.pt")):
+        raise ConfigError(
+            f"{folder} holds no training state, so this checkpoint can be read but not continued. "
+            "Use another one, or begin afresh with --train.resume never and another --train.save_dir."
+        )
+    return False
+
+
+def check_streams(checkpoint: Path, saved: TrainState, now: TrainState) -> None:
+    """Refuse to divide streamed text anew among other ranks. Raises ConfigError."""
+    if saved.data_size != now.data_size and load_streams(checkpoint, 0) is not None:
+        raise ConfigError(
+            f"{checkpoint} was saved with {saved.data_size} data-parallel ranks, each in a place of its own in streamed text; "
+            f"this run has {now.data_size}. Start with {saved.data_size} to continue it."
+        )

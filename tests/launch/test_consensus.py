@@ -1,0 +1,62 @@
+"""Ranks agree over the store of their meeting, from any thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatronish.launch.consensus import DecisionBroken, Decisions
+from megatronish.launch.rendezvous import Meeting, Place
+
+
+def together(world_size: int, function: Callable[[Decisions], Any]) -> list[Any]:
+    """What `function` returns or raises on each of so many ranks, which are threads."""
+    store, places = dist.HashStore(), tuple(Place.here(rank) for rank in range(world_size))
+
+    def on_rank(rank: int) -> Any:
+        try:
+            return function(Decisions(Meeting(store, "", rank, places), "test"))
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(on_rank, range(world_size)))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_every_rank_hears_what_the_first_makes_of_all(world_size: int) -> None:
+    """Many decisions in a row: values of one never count in the next."""
+
+    def decide(decisions: Decisions) -> list[Any]:
+        heard = [
+            decisions.agree(
+                {"rank": decisions.rank, "n": n}, lambda all_values: [v["rank"] * 10 + v["n"] for v in all_values]
+            )
+            for n in range(20)
+        ]
+        decisions.leave()
+        return heard
+
+    expected = [[rank * 10 + n for rank in range(world_size)] for n in range(20)]
+    assert together(world_size, decide) == [expected] * world_size
+
+
+def test_nobody_waits_for_a_decision_that_failed() -> None:
+    def refuse(values: list[Any]) -> None:
+        raise ValueError(f"{values}")
+
+    first, *others = together(3, lambda decisions: decisions.agree(decisions.rank, refuse))
+    assert isinstance(first, ValueError) and str(first) == "[0, 1, 2]"
+    assert [str(other) for other in others] == ["rank 0 failed: ValueError: [0, 1, 2]"] * 2
+
+
+def test_a_rank_that_is_told_to_stop_waits_no_longer() -> None:
+    decisions = Decisions(Meeting(dist.HashStore(), "", 1, (Place.here(0), Place.here(1))), "test")
+    threading.Timer(0.05, decisions.stop).start()
+    with pytest.raises(DecisionBroken, match="this rank ends"):
+        decisions.agree(1, lambda values: values)

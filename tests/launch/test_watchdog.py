@@ -1,0 +1,238 @@
+"""Ranks that die, stop, hang, fail or fall behind: all ranks end within the stated time, and one of them says why.
+
+Real processes, killed and stopped. Upper bounds on time are those of the harness only: a loaded machine may be slow.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatronish.errors import UserError, explained
+from megatronish.launch import watchdog
+from megatronish.launch.exit import STOPPED
+from megatronish.launch.rendezvous import meet_by_environment
+from megatronish.launch.watchdog import Watchdog
+from tests.launch.faulty_ranks import FaultyRanks, start_ranks
+
+pytestmark = pytest.mark.distributed
+TIMEOUT = 4.0  # seconds without a sign of life; the tests' own
+LAST_STEP = 100_000
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[Watchdog]:
+    """A rank as the training loop makes it: met, watched, in a process group."""
+    from megatronish.training.engine import start_process_group, stop_process_group
+
+    meeting = meet_by_environment(60.0)
+    with Watchdog(meeting, TIMEOUT, folder, count_cpu=True, compare=True) as watch:
+        start_process_group(meeting=meeting)
+        yield watch
+    stop_process_group()
+
+
+def steps(rank: int, folder: Path, fault: Callable[[int, int], Any]) -> int:
+    """All-reduces in a loop; `fault(rank, step)` comes before each."""
+    with explained(rank == 0), watched(folder) as watch:
+        for step in range(LAST_STEP):
+            watch.mark("training", step)
+            if fault(rank, step):
+                break
+            dist.all_reduce(torch.ones(1))
+            if step == 3:
+                print("at work", flush=True)
+            time.sleep(0.001)
+    return 0
+
+
+def nothing(rank: int, step: int) -> bool:
+    return False
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., FaultyRanks]]:
+    """Starts three ranks that take steps until something happens; at the end none is left."""
+    started = []
+
+    def run(fault: Callable[[int, int], Any] = nothing) -> FaultyRanks:
+        started.append(start_ranks(3, tmp_path, steps, tmp_path, fault))
+        return started[-1]
+
+    yield run
+    for ranks in started:
+        ranks.kill()
+
+
+def errors(ranks: FaultyRanks) -> list[str]:
+    """The messages of all ranks."""
+    return [line for rank in ranks.pids for line in ranks.said(rank).splitlines() if line.startswith("error: ")]
+
+
+def test_a_run_without_faults(start: Callable[..., FaultyRanks], tmp_path: Path) -> None:
+    """Ends as it should, though one rank is done before the others have left; nothing is said, nothing is left."""
+
+    def finish(rank: int, step: int) -> bool:
+        return step == 10
+
+    ranks = start(finish)
+    assert ranks.wait() == {0: 0, 1: 0, 2: 0}, [ranks.said(rank) for rank in ranks.pids]
+    assert errors(ranks) == []
+    assert not (tmp_path / "stacks").exists()
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_rank_that_is_killed(start: Callable[..., FaultyRanks], victim: int) -> None:
+    """Its socket tells at once: long before any heartbeat is missed."""
+    ranks = start()
+    ranks.wait_until_said(victim, "at work")
+    os.kill(ranks.pids[victim], signal.SIGKILL)
+    statuses = ranks.wait()
+    assert statuses.pop(victim) == -signal.SIGKILL
+    assert set(statuses.values()) == {STOPPED}, [ranks.said(rank) for rank in ranks.pids]
+    (message,) = errors(ranks) or [str([ranks.said(rank) for rank in ranks.pids])]
+    assert (
+        message.startswith(f"error: rank {victim} (")
+        and f"pid {ranks.pids[victim]}) has ended without a word" in message
+    )
+    speaker = ranks.said(1 if victim == 0 else 0)
+    assert "Likely cause: it was killed" in speaker and "Traceback" not in speaker
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_stopped(start: Callable[..., FaultyRanks], victim: int, tmp_path: Path) -> None:
+    """SIGSTOP: the others end after the timeout, wake it, kill it, and its stack is on the disk all the same.
+
+    Rank 1 may hear rank 0 when it wakes, and end by itself.
+    """
+    ranks = start()
+    ranks.wait_until_said(victim, "at work")
+    os.kill(ranks.pids[victim], signal.SIGSTOP)
+    begin = time.monotonic()
+    statuses = ranks.wait()
+    assert time.monotonic() - begin > TIMEOUT / 2, "not before the timeout"
+    stacks = (tmp_path / "stacks" / f"rank-{victim:05d}.txt").read_text()
+    assert statuses.pop(victim) in (-signal.SIGKILL, STOPPED if victim else None), stacks
+    assert set(statuses.values()) == {STOPPED}, [ranks.said(rank) for rank in ranks.pids]
+    (message,) = errors(ranks) or [str([ranks.said(rank) for rank in ranks.pids])]
+    assert message.startswith(f"error: rank {victim} (") and "has sent no heartbeat for 4 s" in message
+    speaker = ranks.said(1 if victim == 0 else 0)
+    assert "in all_reduce, launch/test_watchdog.py:" in speaker, "where the others wait"
+    assert "Likely cause: the process is stopped (SIGSTOP" in speaker
+    assert "in steps" in stacks
+
+
+def test_a_rank_that_holds_the_interpreter(start: Callable[..., FaultyRanks], tmp_path: Path) -> None:
+    """No thread of it runs any Python: its stack is written from inside a signal before it is killed."""
+
+    def hold(rank: int, step: int) -> None:
+        if rank == 1 and step == 5:
+            ctypes.PyDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
+
+    ranks = start(hold)
+    assert ranks.wait() == {0: STOPPED, 1: -signal.SIGKILL, 2: STOPPED}, [ranks.said(rank) for rank in ranks.pids]
+    assert "in hold" in (tmp_path / "stacks" / "rank-00001.txt").read_text()
+
+
+def test_asking_for_stacks_disturbs_nothing(start: Callable[..., FaultyRanks], tmp_path: Path) -> None:
+    """A thousand times, whatever line the rank is at."""
+    done = tmp_path / "asked"
+
+    def until_asked(rank: int, step: int) -> bool:
+        gone_on = torch.tensor(float(rank == 0 and done.exists()))
+        dist.all_reduce(gone_on)
+        return bool(gone_on)
+
+    ranks = start(until_asked)
+    ranks.wait_until_said(1, "at work")
+    stacks = tmp_path / "stacks" / "rank-00001.txt"
+    for _ in range(1000):
+        os.kill(ranks.pids[1], signal.SIGUSR2)
+        time.sleep(0.001)
+    begin = time.monotonic()
+    while "in until_asked" not in (said := stacks.read_text()) and time.monotonic() < begin + 30:
+        os.kill(ranks.pids[1], signal.SIGUSR2)
+        time.sleep(0.1)
+    assert "in steps" in said and "in _watch" in said
+    done.touch()
+    assert ranks.wait() == {0: 0, 1: 0, 2: 0}, [ranks.said(rank) for rank in ranks.pids]
+
+
+def test_a_rank_that_does_not_come_to_a_collective(start: Callable[..., FaultyRanks], tmp_path: Path) -> None:
+    def wander(rank: int, step: int) -> None:
+        if rank == 1 and step == 5:
+            time.sleep(1000)
+
+    ranks = start(wander)
+    assert ranks.wait() == {0: STOPPED, 1: STOPPED, 2: STOPPED}, [ranks.said(rank) for rank in ranks.pids]
+    (message,) = errors(ranks) or [str([ranks.said(rank) for rank in ranks.pids])]
+    assert "error: rank 1 (" in message
+    assert "has not come to all_reduce at step 5, where ranks 0, 2 wait; nothing has moved for" in message
+    assert "rank 1: step 5, training, launch/test_watchdog.py" in ranks.said(0) and "(wander)" in ranks.said(0)
+    assert "in wander" in (tmp_path / "stacks" / "rank-00001.txt").read_text()
+
+
+def test_a_rank_with_an_error_of_its_own(start: Callable[..., FaultyRanks]) -> None:
+    """Rank 0 shows the traceback; the failing rank's status is 1, as python's."""
+
+    def raise_error(rank: int, step: int) -> None:
+        if rank == 2 and step == 5:
+            raise KeyError("no such thing")
+
+    ranks = start(raise_error)
+    assert ranks.wait() == {0: STOPPED, 1: STOPPED, 2: 1}, [ranks.said(rank) for rank in ranks.pids]
+    (message,) = errors(ranks) or [str([ranks.said(rank) for rank in ranks.pids])]
+    assert message.startswith("error: rank 2 (") and message.endswith(" failed at step 5 (training):")
+    assert "KeyError: 'no such thing'" in ranks.said(0) and "in raise_error" in ranks.said(0)
+    assert sum(ranks.said(rank).count("Traceback") for rank in ranks.pids) == 1
+
+
+@pytest.mark.parametrize("failing", [{1}, {0, 1, 2}])
+def test_a_users_error_after_the_ranks_have_met(start: Callable[..., FaultyRanks], failing: set[int]) -> None:
+    """On one rank or on all: one message, and status 2 everywhere."""
+
+    def refuse(rank: int, step: int) -> None:
+        if rank in failing and step == 5:
+            raise UserError("the loss is nan")
+
+    ranks = start(refuse)
+    assert ranks.wait() == {0: 2, 1: 2, 2: 2}, [ranks.said(rank) for rank in ranks.pids]
+    (message,) = errors(ranks) or [str([ranks.said(rank) for rank in ranks.pids])]
+    assert message.endswith("the loss is nan") and ("rank 1 (" in message) == (failing == {1})
+
+
+def test_a_slow_rank(start: Callable[..., FaultyRanks], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes while the others wait; rank 0 says so, and the run goes on."""
+    monkeypatch.setattr(watchdog, "SLOW_SECONDS", 3.0)
+
+    def compute(rank: int, step: int) -> None:
+        if rank == 1:
+            time.sleep(0.1)
+
+    ranks = start(compute)
+    ranks.wait_until_said(0, "note: rank 1 (")
+    assert "is slow: it waits for others" in ranks.said(0)
+    assert errors(ranks) == [] and ranks.said(0).count("note: ") == 1
+
+
+def test_a_job_that_is_suspended_as_a_whole(start: Callable[..., FaultyRanks]) -> None:
+    """Ctrl-Z and fg, longer apart than the timeout: nobody is blamed, and the run goes on."""
+    ranks = start()
+    for rank in ranks.pids:
+        ranks.wait_until_said(rank, "at work")
+    for number, pause in ((signal.SIGSTOP, TIMEOUT + 1), (signal.SIGCONT, 2.5)):
+        for pid in ranks.pids.values():
+            os.kill(pid, number)
+        time.sleep(pause)
+    assert errors(ranks) == []
+    assert all(os.waitpid(pid, os.WNOHANG) == (0, 0) for pid in ranks.pids.values()), "all still run"

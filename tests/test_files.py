@@ -1,0 +1,23 @@
+"""Files that appear whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatronish.files import write_whole
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "latest"
+    write_whole(path, "one\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("I/O error")))
+        with pytest.raises(OSError):
+            write_whole(path, "two\n")
+    assert path.read_text() == "one\n"
+    write_whole(path, "three\n")
+    assert path.read_text() == "three\n"
+    assert os.listdir(tmp_path) == ["latest"]

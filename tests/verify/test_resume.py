@@ -1,0 +1,71 @@
+"""The proof that killed runs go on bit for bit: it succeeds, in small, and would fail if they did not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatronish.checkpoint.optimizer_shards import MASTER
+from megatronish.checkpoint.zero_state import HeldState
+from megatronish.verify import resume
+from megatronish.verify.attempts import digest_of
+from megatronish.verify.kills import KINDS, Kill, plan_kills
+from megatronish.verify.resume import ResumeProof, plain_run
+
+pytestmark = pytest.mark.distributed
+
+
+def prove(folder: Path, kills: int, ranks: int = 1) -> tuple[Any, list[str]]:
+    lines: list[str] = []
+    return ResumeProof(plain_run(folder), ranks, kills, 2, seed=4, folder=folder, tell=lambda _: None).prove(
+        lines.append
+    ), lines
+
+
+@pytest.mark.slow
+def test_a_kill_of_each_kind(tmp_path: Path) -> None:
+    proof, lines = prove(tmp_path, 3)
+    assert proof.problems == []
+    assert sorted(kill["kind"] for kill in proof.kills) == sorted(KINDS)
+    assert len(lines) == 4 and proof.steps_compared >= 16
+    assert len(proof.tensors) > 30 and proof.state["step"] == 16 and proof.state["samples"] == 64
+
+
+@pytest.mark.slow
+def test_a_moment_that_is_not_restored_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children are forked, so they load as this process would."""
+    load = HeldState.load
+
+    def forgetful(self: HeldState, saved: Any) -> None:
+        load(self, saved)
+        for _, place in self._places():
+            place.of(self._torch.state[place.flat]["exp_avg_sq"]).mul_(2.0)
+
+    monkeypatch.setattr(HeldState, "load", forgetful)
+    # The fifth step begins when the checkpoint of the second is there: that of the fourth has waited for it.
+    monkeypatch.setattr(resume, "plan_kills", lambda *_: [Kill("step", 0, 4.0, 0.0)])
+    proof, _ = prove(tmp_path, 1)
+    found = "\n".join(proof.problems)
+    assert "another loss_sum" in found and "the last checkpoints differ in " in found
+    assert f":{MASTER}/" in found and "exp_avg_sq/" in found and "batches" not in found
+
+
+def test_kills_are_of_every_kind_and_the_same_for_a_seed() -> None:
+    kills = plan_kills(20, 4, 3, seed=0)
+    assert kills == plan_kills(20, 4, 3, seed=0) != plan_kills(20, 4, 3, seed=1)
+    count = [sum(kill.kind == kind for kill in kills) for kind in KINDS]
+    assert sorted(count) == [6, 7, 7]
+    assert {kill.rank for kill in kills if kill.kind != "rename"} == {0, 1, 2, 3}
+    assert all(kill.rank == 0 and kill.moment < 6 for kill in kills if kill.kind == "rename")
+    assert all(kill.moment < 6 for kill in kills if kill.kind == "step")
+    assert {kill.save for kill in kills if kill.kind != "step"} == {1, 2}
+
+
+def test_digests_tell_bits_shapes_and_types_apart() -> None:
+    plain = torch.tensor([1.0, -0.0])
+    others = [torch.tensor([1.0, 0.0]), plain[None], plain.double(), plain.view(torch.int32), [1.0, 0.0]]
+    assert digest_of([plain]) == digest_of([plain.clone()])
+    assert len({digest_of([plain]), *(digest_of([other]) for other in others)}) == 6

@@ -1,0 +1,154 @@
+"""What a checkpoint costs a run: how long training stands still, with and without writing beside it, and what hashing takes.
+
+    python tools/bench/checkpoint.py [--models tiny,smollm2_135m] [--saves 5] [--zero_optimization.stage 2]
+
+One process trains each model on random tokens and saves it again and again, in turns: waiting until the checkpoint is there
+(train.async_save false), and going on while a thread writes it. Given are medians, and the stall of the first save, whose
+copy goes to memory that the process has not touched before. Steps beside a save are compared with steps in peace: on a CPU both
+share the cores. Reading and hashing is timed alone, on files that the system has just written and still holds in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from a checkout that is not installed
+
+from megatronish.config.cli import parse_options
+from megatronish.errors import ConfigError, explained
+from megatronish.launch.process import free_port, settle_process
+
+HEADER = (
+    f"{'model':<16}{'MB':>9}{'sync stall':>12}{'async stall':>13}{'the first':>11}{'written in':>12}{'hashing':>9}"
+    f"{'GB/s':>7}{'step':>9}{'step beside':>13}"
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default="tiny,smollm2_135m", help="presets, separated by commas")
+    parser.add_argument("--saves", type=int, default=5, help="of each kind (5)")
+    parser.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
+    arguments, rest = parser.parse_known_args()
+    with explained():
+        settle_process()
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+        )
+        file, overrides = parse_options(rest, "tools/bench/checkpoint.py")
+        if file:
+            raise ConfigError("tools/bench/checkpoint.py: takes no --deepspeed_config: name presets with --models.")
+        from megatronish.training.engine import start_process_group, stop_process_group
+
+        start_process_group()
+        print(HEADER, flush=True)
+        for model in arguments.models.split(","):
+            with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+                print(measure(model, overrides, arguments.saves, Path(folder)), flush=True)
+        stop_process_group()
+    return 0
+
+
+def measure(preset: str, overrides: dict[str, Any], saves: int, folder: Path) -> str:
+    """The line of one model."""
+    from megatronish.checkpoint.manifest import hash_file, read_manifest
+    from megatronish.checkpoint.saver import Saver
+    from megatronish.checkpoint.staging import HostCopies
+    from megatronish.checkpoint.store import CheckpointStore
+    from megatronish.launch.consensus import Decisions
+    from megatronish.launch.rendezvous import meet
+
+    step, take = trainer(preset, overrides, HostCopies())
+    store = CheckpointStore(folder, 1)
+    saver = Saver(store, Decisions(meet(0, 1, "", 0, 1.0), "bench"), background=True, tell=lambda line: None)
+    stalls: dict[str, list[float]] = {"sync": [], "async": []}
+    written, peace, beside = [], [timed(step) for _ in range(3)], []
+    for number in range(saves):
+        stalls["async"].append(saver.save(2 * number, take))
+        begin = time.monotonic()
+        while (done := time.monotonic() - begin) < 0.5 or saver.is_writing():
+            beside.append(timed(step))
+            if done > 60.0:
+                break
+        outcome = saver.wait()
+        assert outcome is not None and not outcome.problem, outcome
+        written.append(outcome.seconds)
+        peace.append(timed(step))
+        stalls["sync"].append(saver.save(2 * number + 1, take, reason="measured"))
+    newest = store.newest()
+    assert newest is not None
+    manifest = read_manifest(newest)
+    hashing = timed(lambda: [hash_file(newest / name) for name in manifest.files])
+    first, *later = stalls["async"]
+    return (
+        f"{preset:<16}{manifest.bytes / 1e6:>9.1f}{statistics.median(stalls['sync']):>10.3f} s"
+        f"{statistics.median(later or [first]):>11.3f} s{first:>9.3f} s{statistics.median(written):>10.3f} s"
+        f"{hashing:>7.3f} s{manifest.bytes / hashing / 1e9:>7.1f}{statistics.median(peace):>7.3f} s"
+        f"{statistics.median(beside):>11.3f} s"
+    )
+
+
+def trainer(preset: str, overrides: dict[str, Any], copies: Any) -> tuple[Callable[[], Any], Callable[[bool], Any]]:
+    """A function that does one step, and one that gives what the loop would write (but for the smallest files)."""
+    import torch
+
+    from megatronish.checkpoint.saver import Snapshot
+    from megatronish.checkpoint.weights import WEIGHTS_FILE, save_model
+    from megatronish.config.base import merge
+    from megatronish.config.run import BLOCK, RunConfig
+    from megatronish.parallel.mesh import build_mesh
+    from megatronish.training.engine import device, start_engine
+    from megatronish.training.setup.construction import build_model
+
+    raw = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        BLOCK: {"model": {"preset": preset, "seq_length": 128}, "train": {"steps": 1, "save_dir": "unused"}},
+    }
+    config = RunConfig.from_dict(merge(raw, overrides), "bench_checkpoint")
+    plan, mesh = config.batch_plan(1), build_mesh(config.megatronish.parallel, device().type)
+    model = config.megatronish.model
+    engine = start_engine(build_model(config, plan, mesh), config, plan, mesh)
+    tokens = torch.randint(model.vocab_size, (plan.micro, model.seq_length), device=engine.device)
+    batches = [{"tokens": tokens, "labels": tokens}] * plan.accumulation
+
+    def take(in_background: bool) -> Snapshot:
+        state = engine.snapshot("engine", copies if in_background else None)
+        weights = engine.weights()
+        if in_background:
+            weights = {name: copies.take(f"weights/{name}", tensor) for name, tensor in weights.items()}
+            copies.wait()
+
+        def write(folder: Path) -> list[Path]:
+            written = state.write(folder)
+            save_model(folder, weights, model)
+            return [*written, folder / WEIGHTS_FILE]
+
+        return Snapshot(state.bytes, write)
+
+    return lambda: engine.train_step(batches, 1.0), take
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Seconds that a call takes."""
+    begin = time.monotonic()
+    function()
+    return time.monotonic() - begin
+
+
+if __name__ == "__main__":
+    sys.exit(main())

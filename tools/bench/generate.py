@@ -1,0 +1,284 @@
+"""Tokens per second of generation, beside `transformers` (static cache, compiled) and `litgpt` (compiled) with the same weights.
+
+A run reads a prompt and writes new tokens, greedily and past any end of document. Prefill is the time to the first token, decode
+the rate of those after it. All take turns, a run each, in an order that rotates, so that a busy machine slows them alike;
+medians. Before that each reads the prompt once and must have our logits. --clock cpu counts the processor time of the process
+instead of the time that passes: with --threads 1 the measure for a machine that others use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # the root of the checkout: `tools.bench` is no installed package
+
+from megatronish.launch.process import settle_process, tune_allocator
+
+settle_process()
+tune_allocator()
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from megatronish.config.model import ModelConfig  # noqa: E402
+from megatronish.config.presets import resolve_model  # noqa: E402
+from megatronish.errors import UserError, explained  # noqa: E402
+from megatronish.inference.batch import Batch, Request  # noqa: E402
+from megatronish.inference.quantize import quantize_model  # noqa: E402
+from megatronish.inference.sampling import GREEDY  # noqa: E402
+from megatronish.model.transformer import Transformer  # noqa: E402
+from tools.bench.train import build_litgpt, build_transformers  # noqa: E402
+
+NAMES = (
+    "megatronish bf16",
+    "megatronish bf16 compiled",
+    "megatronish int8",
+    "megatronish int4",
+    "transformers bf16",
+    "transformers bf16 compiled",
+    "transformers int8 compiled",
+    "litgpt bf16",
+    "litgpt bf16 compiled",
+)
+NEEDS = {"transformers": "transformers", "litgpt": "litgpt", "int8 compiled": "torchao"}
+# Largest relative difference of the prompt's last logits: bf16 roundings of 2^-9 in other places, through all layers. Narrowed
+# weights are another model, and are only checked not to be nonsense.
+TOLERANCE = {"bf16": 0.05, "int8": 0.3, "int4": 0.9}
+Run = Callable[[Tensor, int], object]  # (prompts [b, p], new tokens) -> anything
+
+
+@dataclass
+class Contestant:
+    """One implementation: how it generates, its last logits of a prompt [b, V], and what was measured."""
+
+    run: Run
+    logits: Callable[[Tensor], Tensor]
+    prefill: list[float] = field(default_factory=list)
+    total: list[float] = field(default_factory=list)
+
+
+def ours(config: ModelConfig, form: str, device: torch.device) -> Contestant:
+    """Batch over Transformer."""
+    model = Transformer(config, seed=0).to(torch.bfloat16).to(device).eval()
+    kind, compiled = form.removesuffix(" compiled"), form.endswith(" compiled")
+    if kind != "bf16":
+        quantize_model(model, kind)  # type: ignore[arg-type]
+    batches: dict[int, Batch] = {}
+
+    def run(prompts: Tensor, new: int) -> object:
+        if len(prompts) not in batches:
+            batches[len(prompts)] = Batch(model, len(prompts), compiled=compiled)
+        batch = batches[len(prompts)]
+        requests = [Request(prompt, new, GREEDY, ignore_eod=True) for prompt in prompts.tolist()]
+        return [list(each) for each in [batch.add(request) for request in requests]]
+
+    return Contestant(run, lambda prompts: model(prompts, last=1)[:, -1])
+
+
+def transformers(config: ModelConfig, form: str, device: torch.device) -> Contestant:
+    """`generate` with a static cache; int8 by torchao's weight-only quantization."""
+    from transformers import CompileConfig
+
+    model: Any = build_transformers(config, compiled=False).model.to(device, torch.bfloat16).eval()
+    model.config.use_cache = model.generation_config.use_cache = True
+    if form.startswith("int8"):
+        quantization = import_module("torchao.quantization")
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    compiling: Any = CompileConfig(fullgraph=False)
+    compiling._compile_all_devices = True
+    options: dict[str, Any] = {"compile_config": compiling} if form.endswith("compiled") else {"disable_compile": True}
+
+    def run(prompts: Tensor, new: int) -> object:
+        return model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            cache_implementation="static",
+            pad_token_id=0,
+            eos_token_id=None,
+            **options,
+        )
+
+    return Contestant(run, lambda prompts: model(prompts, logits_to_keep=1).logits[:, -1])
+
+
+def litgpt(config: ModelConfig, form: str, device: torch.device) -> Contestant:
+    """litgpt's own loop over its model with its cache."""
+    model: Any = build_litgpt(config, compiled=False).model.to(device, torch.bfloat16).eval()
+    base = import_module("litgpt.generate.base")
+    call = torch.compile(model) if form.endswith("compiled") else model
+    ready = 0
+
+    def run(prompts: Tensor, new: int) -> object:
+        nonlocal ready
+        if ready != len(prompts):
+            model.clear_kv_cache()
+            model.max_seq_length = config.seq_length
+            model.set_kv_cache(batch_size=len(prompts), device=device, dtype=torch.bfloat16)
+            ready = len(prompts)
+        position, tokens = torch.arange(prompts.shape[1], device=device), prompts
+        written = []
+        for _ in range(new):
+            tokens = base.batched_next_token(call, position, tokens, [{"temperature": 0.0}] * len(prompts)).view(-1, 1)
+            written.append(tokens)
+            position = position[-1:] + 1
+        return written
+
+    def logits(prompts: Tensor) -> Tensor:
+        model.clear_kv_cache()
+        return model(prompts)[:, -1]
+
+    return Contestant(run, logits)
+
+
+def build(name: str, config: ModelConfig, device: torch.device) -> Contestant:
+    """The implementation `name`."""
+    library, _, form = name.partition(" ")
+    return {"megatronish": ours, "transformers": transformers, "litgpt": litgpt}[library](config, form, device)
+
+
+def missing(name: str) -> str | None:
+    """A package that `name` needs and that is not installed."""
+    return next((p for part, p in NEEDS.items() if part in name and importlib.util.find_spec(p) is None), None)
+
+
+def check(contestants: dict[str, Contestant], prompts: Tensor) -> None:
+    """Raise SystemExit unless all have the logits of the first, which is ours in bf16."""
+    with torch.inference_mode():
+        wanted = next(iter(contestants.values())).logits(prompts).float()
+        for name, contestant in contestants.items():
+            error = ((contestant.logits(prompts).float() - wanted).norm() / wanted.norm()).item()
+            limit = TOLERANCE[name.split()[1]]
+            if not error <= limit:
+                raise SystemExit(f"{name} is another model: its logits differ by {error:.3f}, more than {limit}")
+
+
+def measure(contestants: dict[str, Contestant], prompts: Tensor, options: argparse.Namespace) -> None:
+    """Rounds of runs in turn, each once for the first token and once for all."""
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+
+    def timed(contestant: Contestant, new: int) -> float:
+        start = clock()
+        with torch.inference_mode():
+            contestant.run(prompts, new)
+            if prompts.is_cuda:
+                torch.cuda.synchronize()
+        return clock() - start
+
+    names = list(contestants)
+    for number in range(-2, options.rounds):  # the first two compile and warm up
+        for place in range(len(names)):
+            contestant = contestants[names[(place + number) % len(names)]]
+            prefill, total = timed(contestant, 1), timed(contestant, options.new_tokens + 1)
+            if number >= 0:
+                contestant.prefill.append(prefill)
+                contestant.total.append(total)
+        print(".", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+
+@dataclass
+class Result:
+    """Medians of one implementation at one batch size, in tokens a second."""
+
+    name: str
+    batch: int
+    prefill: float
+    decode: float
+
+
+def summarise(contestants: dict[str, Contestant], batch: int, options: argparse.Namespace) -> list[Result]:
+    """Medians; forgets what was measured."""
+    results = []
+    for name, each in contestants.items():
+        decode = statistics.median(total - first for total, first in zip(each.total, each.prefill, strict=True))
+        prefill = batch * options.prompt_tokens / statistics.median(each.prefill)
+        results.append(Result(name, batch, prefill, batch * options.new_tokens / max(decode, 1e-9)))
+        each.prefill.clear()
+        each.total.clear()
+    return results
+
+
+def show(results: list[Result]) -> None:
+    """A table with each as a multiple of compiled transformers, where that took part."""
+    base = next((r for r in results if r.name == "transformers bf16 compiled"), None)
+    for r in results:
+        ratio = f"{r.prefill / base.prefill:>9.2f}x{r.decode / base.decode:>9.2f}x" if base else ""
+        print(f"{r.name:28}{r.batch:>6}{r.prefill:>14,.0f}{r.decode:>12,.1f}{ratio}")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="tools/bench/generate.py", description=__doc__)
+    add = parser.add_argument
+    add("--preset", default="smollm2_135m", help="shape of the model, with random weights and its head not tied")
+    add("--layers", type=int, help="only so many layers of it")
+    add("--batch", type=int, nargs="+", default=[1, 16], help="sequences side by side (1 16)")
+    add("--prompt-tokens", type=int, default=64, metavar="N", help="(64)")
+    add("--new-tokens", type=int, default=32, metavar="N", help="(32)")
+    add("--rounds", type=int, default=5, metavar="N", help="(5)")
+    add("--names", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help=f"of: {', '.join(NAMES)}")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--threads", type=int, help="(as many as there are cores)")
+    add("--clock", choices=("wall", "cpu"), default="wall", help="the time that passes, or that of the processor")
+    add("--json", type=Path, metavar="FILE", help="write the results here as well")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    with explained():
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        length = options.prompt_tokens + options.new_tokens + 1
+        changes: dict[str, Any] = {"tie_embeddings": False, "seq_length": length, "qk_norm": False}
+        if options.layers:
+            changes["num_layers"] = options.layers
+        config, device = resolve_model({"preset": options.preset, **changes}), torch.device(options.device)
+        if config.norm != "rmsnorm" or config.activation != "swiglu":
+            raise UserError(
+                f"--preset {options.preset}: the peers are built as Llamas; choose an RMSNorm and SwiGLU preset"
+            )
+        lacking = {name: package for name in options.names if (package := missing(name))}
+        for name, package in lacking.items():
+            print(f"left out: {name}: {package} is not installed")
+        names = [name for name in NAMES if name in options.names and name not in lacking]
+        contestants = {name: build(name, config, device) for name in names}
+        results = []
+        print(
+            f"{options.preset}, prompt {options.prompt_tokens}, new {options.new_tokens}, {torch.get_num_threads()} threads"
+        )
+        print(f"{'':28}{'batch':>6}{'prefill tok/s':>14}{'decode':>12}{'against compiled transformers':>31}")
+        for batch in options.batch:
+            draw = torch.Generator().manual_seed(batch)
+            prompts = torch.randint(config.vocab_size, (batch, options.prompt_tokens), generator=draw).to(device)
+            check(contestants, prompts)
+            with contextlib.suppress(KeyboardInterrupt):
+                measure(contestants, prompts, options)
+            found = summarise(contestants, batch, options)
+            show(found)
+            results += found
+        if options.json:
+            options.json.write_text(
+                json.dumps([asdict(result) for result in results], indent=2) + "\n", encoding="utf-8"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
