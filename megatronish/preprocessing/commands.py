@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 
 from megatronish.data.indexed.format import IndexedReader
-from megatronish.data.indexed.manifest import Manifest, manifest_path, read_manifest
+from megatronish.data.indexed.manifest import DatasetManifest, manifest_path, read_manifest
 from megatronish.data.readers.documents import DocumentReader, find_inputs
 from megatronish.data.readers.records import ON_ERROR
 from megatronish.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_unigram
@@ -75,7 +75,7 @@ def run_command(name: str, arguments: argparse.Namespace, say: Say) -> None:
         _train(arguments, say)
 
 
-def _manifest_of(prefix: str) -> Manifest | None:
+def _manifest_of(prefix: str) -> DatasetManifest | None:
     """The manifest, None for a data set that another tool made."""
     return read_manifest(prefix) if manifest_path(prefix).exists() else None
 
@@ -153,7 +153,7 @@ def _hash(path: Path, algorithm: str) -> str:
     return digest.hexdigest()
 
 
-def _tokenizer_of(prefix: str, manifest: Manifest) -> Tokenizer:
+def _tokenizer_of(prefix: str, manifest: DatasetManifest) -> Tokenizer:
     record = manifest.tokenizer
     source = "bytes" if record.file is None else Path(prefix).parent / record.file
     return load_tokenizer(source, eod_id=record.eod_id)

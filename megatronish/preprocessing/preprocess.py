@@ -16,7 +16,7 @@ import numpy as np
 
 from megatronish.data.indexed.builder import write_index
 from megatronish.data.indexed.format import best_dtype, bin_path, idx_path
-from megatronish.data.indexed.manifest import Manifest, manifest_path, read_manifest
+from megatronish.data.indexed.manifest import DatasetManifest, manifest_path, read_manifest
 from megatronish.data.readers.documents import SKIP_HINT, DocumentReader
 from megatronish.data.readers.inputs import Source, check_keys, file_source, find_inputs, is_remote, mapping_of
 from megatronish.data.readers.records import RecordReader
@@ -350,11 +350,11 @@ class _Run:
 
     def _manifest(
         self, key: str, number: int, tokenizer: Tokenizer, job: Job, aside: Path, files: dict[str, dict[str, Any]]
-    ) -> Manifest:
+    ) -> DatasetManifest:
         state = self._staging.state
         total = state.totals[number]
         record, added = tokenizer_record(tokenizer, aside)
-        return Manifest(
+        return DatasetManifest(
             tokenizer=record,
             dtype=np.dtype(job.dtype).name,
             appended_eod=self._options.append_eod,

@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from megatronish.data.indexed.manifest import Manifest, TokenizerRecord, manifest_path
+from megatronish.data.indexed.manifest import DatasetManifest, TokenizerRecord, manifest_path
 from megatronish.data.tokenizers.tokenizer import Tokenizer
 from megatronish.files import sync
 
@@ -25,7 +25,7 @@ class PreprocessResult:
     """One finished data set: the path to give as `data.path`, its manifest, and whether it was already there."""
 
     prefix: str
-    manifest: Manifest
+    manifest: DatasetManifest
     already_there: bool
 
 
@@ -47,7 +47,7 @@ def tokenizer_record(tokenizer: Tokenizer, aside: Path) -> tuple[TokenizerRecord
 
 
 def steps_to_commit(
-    folder: Path, prefix: str, manifest: Manifest, kept_as: Mapping[str, str] | None = None
+    folder: Path, prefix: str, manifest: DatasetManifest, kept_as: Mapping[str, str] | None = None
 ) -> list[list[str]]:
     """The renames that bring a data set from `folder` to its name: an old manifest goes first, the new one comes last.
 

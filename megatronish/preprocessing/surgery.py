@@ -13,7 +13,7 @@ import numpy as np
 
 from megatronish.data.indexed.builder import IndexedWriter
 from megatronish.data.indexed.format import IndexedReader, bin_path, idx_path
-from megatronish.data.indexed.manifest import Manifest, manifest_path, read_manifest
+from megatronish.data.indexed.manifest import DatasetManifest, manifest_path, read_manifest
 from megatronish.data.tokenizers.tokenizer import load_tokenizer
 from megatronish.errors import DataError
 from megatronish.files import write_whole
@@ -101,7 +101,9 @@ def _refuse_existing(outputs: Sequence[str], overwrite: bool) -> None:
 
 
 def _write(
-    jobs: Sequence[tuple[str, Manifest | None, Iterator[tuple[IndexedReader, np.ndarray]]]], dtype: Any, origin: str
+    jobs: Sequence[tuple[str, DatasetManifest | None, Iterator[tuple[IndexedReader, np.ndarray]]]],
+    dtype: Any,
+    origin: str,
 ) -> list[str]:
     """Writes data sets aside and renames them; `origin` is a data set with their tokenizer."""
     lines, steps = [], []

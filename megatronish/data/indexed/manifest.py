@@ -30,7 +30,7 @@ class TokenizerRecord:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class DatasetManifest:
     """Contents of a manifest. `counts`: documents, tokens; text_bytes, empty_documents, unknown_tokens, blank_lines,
     rejected_documents, replaced_documents, duplicate_keys, long_documents where they are known.
 
@@ -68,7 +68,7 @@ def manifest_path(prefix: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fspath(prefix)}.manifest.json")
 
 
-def read_manifest(prefix: str | os.PathLike[str]) -> Manifest:
+def read_manifest(prefix: str | os.PathLike[str]) -> DatasetManifest:
     """Reads and checks `PREFIX.manifest.json`, including that every file it names is there with the recorded size.
 
     Raises DataError for a missing data set, an unfinished one, or files that do not belong to the manifest.
@@ -110,13 +110,13 @@ def _missing(prefix: str | os.PathLike[str]) -> str:
     )
 
 
-def _parse(path: Path, content: Any) -> Manifest:
+def _parse(path: Path, content: Any) -> DatasetManifest:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f'{path}: not a data set\'s manifest (its "format" is not {FORMAT!r})')
     if content.get("version") not in READABLE_VERSIONS:
         raise DataError(f"{path}: manifest version {content.get('version')}; this reads versions {READABLE_VERSIONS}")
     try:
-        known = {item.name for item in fields(Manifest)}
+        known = {item.name for item in fields(DatasetManifest)}
         values = {key: value for key, value in content.items() if key in known}
         values["tokenizer"] = TokenizerRecord(**content["tokenizer"])
         for count in (*(record["bytes"] for record in content["files"].values()), content["counts"]["tokens"]):
@@ -128,6 +128,6 @@ def _parse(path: Path, content: Any) -> Manifest:
         for name in (*content["files"], values["tokenizer"].file or "none"):
             if not is_inner(name):
                 raise DataError(f"{path}: names {name!r}, which is outside its folder; nothing of it is read")
-        return Manifest(**values)
+        return DatasetManifest(**values)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: incomplete or of another version: {error}; make the data set again") from None

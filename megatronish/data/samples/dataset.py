@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from megatronish.data.indexed.format import IndexedReader, bin_path, idx_path
-from megatronish.data.indexed.manifest import Manifest, TokenizerRecord, manifest_path, read_manifest
+from megatronish.data.indexed.manifest import DatasetManifest, TokenizerRecord, manifest_path, read_manifest
 from megatronish.data.samples.packing import join_pieces
 from megatronish.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatronish.errors import DataError
@@ -30,7 +30,7 @@ class Dataset:
 
     prefix: str
     reader: IndexedReader
-    manifest: Manifest
+    manifest: DatasetManifest
 
     @property
     def fingerprint(self) -> str:
@@ -119,7 +119,7 @@ def _open_foreign(name: str, unit: Literal["document", "sequence"], tokenizer: s
     return Dataset(
         name,
         reader,
-        Manifest(
+        DatasetManifest(
             TokenizerRecord(made_with.kind, file, made_with.fingerprint, made_with.vocab_size, made_with.eod_id),
             dtype=reader.dtype.name,
             appended_eod=_ends_with(reader, made_with.eod_id),
@@ -151,7 +151,7 @@ def _ends_with(reader: IndexedReader, eod_id: int | None) -> bool:
 
 
 def check_dataset_fits(
-    manifest: Manifest,
+    manifest: DatasetManifest,
     model_vocab_size: int,
     expected_tokenizer_sha256: str | None = None,
     *,
