@@ -47,7 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
     from lm_eval.utils import make_table
 
     from megatronish.inference.harness import HarnessModel
-    from megatronish.inference.load import DTYPES, load_for_inference, resolve_device
+    from megatronish.inference.load import load_for_inference, resolve_device
+    from megatronish.ops.dtypes import DTYPES
 
     names = [name for name in arguments.tasks.split(",") if name]
     manager = TaskManager(include_path=arguments.tasks_dir, include_defaults=False)

@@ -21,7 +21,7 @@ from megatronish.model.transformer import Transformer
 from megatronish.parallel.mesh import build_mesh
 from megatronish.preprocessing.preprocess import PreprocessOptions, preprocess
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
-from megatronish.training.schedules import rate_share
+from megatronish.training.schedules import learning_rate_multiplier
 
 WORDS = ["attention", "is", "all", "you", "need", "def", "return", "the", "layer", "norm", "of", "x", "(y)", "+", "\n"]
 MODEL = {
@@ -130,7 +130,7 @@ def plain_loop(
         norms.append(norm.item())
         if clip:
             torch.nn.utils.clip_grads_with_norm_(master.parameters(), clip, norm)
-        share = rate_share(step, ours.train.steps, ours.schedule)
+        share = learning_rate_multiplier(step, ours.train.steps, ours.schedule)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * share
         optimizer.step()
@@ -150,7 +150,7 @@ def engine_loop(rank: int, config: RunConfig, data_size: int) -> Trace:
     losses, norms = [], []
     for step in range(ours.train.steps):
         batches = [to_device(next(loader), engine.device) for _ in range(plan.accumulation)]
-        result = engine.train_step(batches, rate_share(step, ours.train.steps, ours.schedule))
+        result = engine.train_step(batches, learning_rate_multiplier(step, ours.train.steps, ours.schedule))
         mesh.data.sum_(result.loss_sum)
         losses.append((result.loss_sum / result.tokens).item())
         norms.append(float(result.grad_norm))

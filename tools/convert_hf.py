@@ -76,14 +76,13 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     """Convert, then say what came of it. Raises UserError."""
-    import torch
     from tqdm import tqdm
 
     from megatronish.interop.huggingface import export_model, import_model
     from megatronish.interop.source import model_folder, told_to_the_user
+    from megatronish.ops.dtypes import DTYPES
 
-    dtypes = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    source, dtype = arguments.source, dtypes[arguments.dtype]
+    source, dtype = arguments.source, DTYPES.get(arguments.dtype)
     bar = tqdm(unit="B", unit_scale=True, desc=arguments.command, file=sys.stderr, disable=None, leave=False)
 
     def progress(done: int, total: int) -> None:

@@ -29,15 +29,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     arguments = build_parser().parse_args()
     with explained():
-        import torch
-
         from megatronish.interop.onnx import export_onnx
         from megatronish.interop.source import model_folder, told_to_the_user
+        from megatronish.ops.dtypes import DTYPES
 
         source = model_folder(arguments.source, arguments.which)
-        dtype = {"fp32": torch.float32, "fp16": torch.float16}[arguments.dtype]
         with told_to_the_user():
-            result = export_onnx(source, arguments.target, dtype)
+            result = export_onnx(source, arguments.target, DTYPES[arguments.dtype])
         print(f"{source} -> {result.folder}: {result.size / 1e6:.1f} MB")
         if result.model_type is None:
             print("no config.json: no Hugging Face architecture expresses this model; the graph needs none")

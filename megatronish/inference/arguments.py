@@ -90,7 +90,8 @@ def sampling_of(arguments: argparse.Namespace) -> Sampling:
 
 def open_model(arguments: argparse.Namespace) -> Loaded:
     """The model that the arguments name, loaded. Raises UserError."""
-    from megatronish.inference.load import DTYPES, load_for_inference, resolve_device
+    from megatronish.inference.load import load_for_inference, resolve_device
+    from megatronish.ops.dtypes import DTYPES
 
     loaded = load_for_inference(arguments.checkpoint, resolve_device(arguments.device), DTYPES.get(arguments.dtype))
     if getattr(arguments, "quantize", "none") != "none":

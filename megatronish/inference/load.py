@@ -24,8 +24,6 @@ from megatronish.errors import UserError
 from megatronish.inference.quantize import QUANTIZATION_FILE, load_quantized
 from megatronish.model.transformer import Transformer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 @dataclass(frozen=True)
 class CheckpointInfo:

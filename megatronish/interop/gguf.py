@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from megatronish.interop.huggingface import parameter_shapes
 from megatronish.interop.shards import ShardedFolder, check_space
 from megatronish.interop.weight_names import Layout
 from megatronish.model.rotary import rotary_frequencies
+from megatronish.ops.dtypes import DTYPES
 
 Form = Literal["fp32", "fp16", "bf16", "q8_0"]
 # model_type of Hugging Face -> architecture of llama.cpp, in the order in which one that fits is looked for.
@@ -103,8 +104,7 @@ def _more_obstacles(config: ModelConfig, model_type: str) -> list[str]:
 
 
 def _form_of(dtype: torch.dtype) -> Form:
-    forms: dict[torch.dtype, Form] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    return forms[dtype]
+    return cast(Form, next(name for name, known in DTYPES.items() if known == dtype))
 
 
 def _write(path: Path, source: Path, config: ModelConfig, model_type: str, form: Form, stored: ShardedFolder) -> bool:

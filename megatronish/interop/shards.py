@@ -23,10 +23,10 @@ from megatronish.files import sync, write_whole
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+STORED_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 )
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 _ALIGNMENT = 8  # bytes that the header is padded to
 _MAPPED_BYTES = 256_000_000  # read through one mapping; then it is made anew, so that its pages leave this process
 
@@ -121,10 +121,10 @@ class ShardedFolder:
                     if index and index.get(tensor) != name:
                         continue  # another file's, by the index
                     part = file.get_slice(tensor)
-                    dtype = DTYPES.get(part.get_dtype())
+                    dtype = STORED_DTYPES.get(part.get_dtype())
                     if dtype is None:
                         raise UserError(
-                            f"{path}: {tensor} is {part.get_dtype()}; {', '.join(DTYPES)} can be read. Quantised weights have "
+                            f"{path}: {tensor} is {part.get_dtype()}; {', '.join(STORED_DTYPES)} can be read. Quantised weights have "
                             "to be restored first: take the model's unquantised revision."
                         )
                     self.entries[tensor] = Entry(tuple(part.get_shape()), dtype)

@@ -175,18 +175,18 @@ class Engine:
         """What DeepSpeed gets: a module, and the groups of tensor parallelism."""
         return LossModule(model), ModelParallelUnit.of(self.mesh)
 
-    def _begin_step(self, batches: list[Batch], rate_share: float) -> torch.Tensor:
+    def _begin_step(self, batches: list[Batch], learning_rate_multiplier: float) -> torch.Tensor:
         """Set the learning rate; returns the number of tokens of the step."""
         tokens = torch.stack([(batch["labels"] != -100).sum() for batch in batches]).sum().float()
         self.mesh.data.sum_(tokens)
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * rate_share
+            group["lr"] = group["base_lr"] * learning_rate_multiplier
         return tokens
 
-    def train_step(self, batches: list[Batch], rate_share: float) -> StepResult:
-        """One optimizer step over the micro batches of this rank, at `rate_share` of the peak learning rate."""
+    def train_step(self, batches: list[Batch], learning_rate_multiplier: float) -> StepResult:
+        """One optimizer step over the micro batches of this rank, at `learning_rate_multiplier` of the peak learning rate."""
         batches = [own_part(batch, self.mesh.sp) for batch in batches]
-        tokens = self._begin_step(batches, rate_share)
+        tokens = self._begin_step(batches, learning_rate_multiplier)
         scale = self.mesh.data.size / tokens  # DeepSpeed averages over ranks
         loss_sum, norm = torch.zeros((), device=self.device), None
         self._engine.train()
@@ -363,9 +363,9 @@ class StageEngine(Engine):
         with contextlib.redirect_stdout(None):  # it prints its layers
             return Stage(model, self.mesh), None
 
-    def train_step(self, batches: list[Batch], rate_share: float) -> StepResult:
+    def train_step(self, batches: list[Batch], learning_rate_multiplier: float) -> StepResult:
         """See Engine. Every stage gets the same micro batches."""
-        tokens, stage = self._begin_step(batches, rate_share), self._engine.module
+        tokens, stage = self._begin_step(batches, learning_rate_multiplier), self._engine.module
         # DeepSpeed averages over data-parallel ranks and over micro batches.
         stage.begin(batches, self.mesh.data.size / tokens * len(batches))
         self._engine.train_batch(first_and_last(batches))

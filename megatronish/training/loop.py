@@ -36,6 +36,7 @@ from megatronish.launch.process import Rank, has_gpu
 from megatronish.launch.rendezvous import Meeting, meet_by_environment
 from megatronish.launch.watchdog import Watchdog
 from megatronish.model.accounting import flops_per_token
+from megatronish.ops.dtypes import DTYPES
 from megatronish.parallel.mesh import ParallelMesh, build_mesh
 from megatronish.training.engine import (
     device,
@@ -57,7 +58,7 @@ from megatronish.training.monitoring.incidents import Incidents
 from megatronish.training.monitoring.metrics import Monitor
 from megatronish.training.monitoring.mfu import find_peak
 from megatronish.training.monitoring.spikes import BadSteps, spike_score
-from megatronish.training.schedules import rate_share
+from megatronish.training.schedules import learning_rate_multiplier
 from megatronish.training.setup.announcement import announce
 from megatronish.training.setup.construction import build_model
 from megatronish.training.setup.preparation import Prepared, prepare
@@ -65,8 +66,6 @@ from megatronish.training.setup.resume_point import settle_resume
 from megatronish.training.step import Batch, StepResult
 from megatronish.training.step_agreement import StepAgreement, StepRecord
 from megatronish.training.stopping import StopRequests, seconds_left
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pretrain(config: RunConfig, rank: Rank) -> int:
@@ -259,7 +258,9 @@ class Trainer:
             self._say(f"step {self.state.step} left out: its samples are among those of a loss spike")
             return None
         torch.manual_seed(seed)
-        result = self.engine.train_step(batches, rate_share(step - self.state.skipped, config.steps, self.schedule))
+        result = self.engine.train_step(
+            batches, learning_rate_multiplier(step - self.state.skipped, config.steps, self.schedule)
+        )
         if result.out_of_memory:
             return result
         tokens = self.run.data.tokens_of(self.state.samples, plan.samples)

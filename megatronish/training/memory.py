@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megatronish.config.model import ModelConfig
 from megatronish.config.run import BatchPlan
 from megatronish.errors import UserError
+from megatronish.ops.dtypes import DTYPES
 
 GIB = 1 << 30
 MODES = (
@@ -22,7 +23,6 @@ MODES = (
 # Work that recomputing adds to a step, as a share of it: cheap operations alone, or a forward pass, a third of the three.
 RECOMPUTED = {"selective": 0.05, "full": 1 / 3}
 RIDGE = {"cuda": 300.0, "cpu": 20.0}  # operations in the time of reading a byte from memory: H100 bf16; AVX-512 cores
-ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 CPU_SHARE = 0.4  # of host memory, for the activations of all ranks
 
 
@@ -32,7 +32,7 @@ def activation_bytes_per_token(model: ModelConfig, dtype: str, checkpointing: st
     Counts the inputs of each matrix product, norm and activation of a block (Korthikanti et al. 2022, table 1, without
     attention scores, which fused attention does not keep), or one block input under full checkpointing.
     """
-    size = ITEM_BYTES[dtype]
+    size = DTYPES[dtype].itemsize
     block = 8 * model.hidden_size + 4 * model.ffn_hidden_size
     kept = {"none": block, "selective": block // 2, "full": model.hidden_size}[checkpointing]
     logits = model.vocab_size * (size + 2 * 4)
@@ -104,7 +104,7 @@ def relief(plan: BatchPlan, mode: str, seq_length: int, dtype: str, device: str)
         half = max(part for part in range(1, plan.micro) if plan.micro % part == 0)
         parts = plan.micro // half
         halved = replace(plan, micro=half, accumulation=plan.accumulation * parts)
-        cost = (parts - 1) * ITEM_BYTES[dtype] * RIDGE[device] / (2 * plan.micro * seq_length)
+        cost = (parts - 1) * DTYPES[dtype].itemsize * RIDGE[device] / (2 * plan.micro * seq_length)
         if further is None or cost <= RECOMPUTED[further]:
             return halved, mode
     return None if further is None else (plan, further)

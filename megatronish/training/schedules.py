@@ -7,7 +7,7 @@ import math
 from megatronish.config.training import ScheduleConfig
 
 
-def rate_share(step: int, total: int, schedule: ScheduleConfig) -> float:
+def learning_rate_multiplier(step: int, total: int, schedule: ScheduleConfig) -> float:
     """The share of the peak learning rate that optimizer step `step` (0-based) of `total` uses, in [0, 1].
 
     Warmup is linear and reaches the peak at step `warmup_steps - 1`. Cosine (Loshchilov & Hutter 2017) and linear decay

@@ -15,7 +15,7 @@ from megatronish.launch.process import Rank
 from megatronish.launch.rendezvous import meet_by_environment
 from megatronish.training.engine import start_process_group, stop_process_group
 from megatronish.training.loop import Trainer
-from megatronish.training.monitoring.black_box import CHECKPOINT, Event, batches_equal, read_event, read_rank
+from megatronish.training.monitoring.black_box import CHECKPOINT, BlackBoxEvent, batches_equal, read_event, read_rank
 from megatronish.training.monitoring.diagnosis import Diagnosis, diagnose_step, weight_norms
 from megatronish.training.setup.preparation import prepare
 from megatronish.training.setup.resume_point import settle_resume
@@ -27,7 +27,7 @@ class Replayed:
     """What a rank found. same_loss: the sum of this rank's token losses has the recorded bits; same_batches: so have its
     micro batches; same_norms: the norms that the box has of gradients, outputs and weights (of a spike: none to compare)."""
 
-    event: Event
+    event: BlackBoxEvent
     steps_before: int
     loss_sum: float
     same_loss: bool
@@ -84,7 +84,7 @@ def replay(box: Path, rank: Rank) -> Replayed:
     return result
 
 
-def replay_config(event: Event, box: Path, scratch: Path) -> RunConfig:
+def replay_config(event: BlackBoxEvent, box: Path, scratch: Path) -> RunConfig:
     """The run's configuration, with what a replay writes going to `scratch` and nothing saved on the way."""
     start = str(box / CHECKPOINT) if (box / CHECKPOINT).is_dir() else "never"
     train = {"save_dir": str(scratch), "resume": start, "hang_timeout": 0.0, "time_limit": None, "on_spike": "ignore"}
@@ -92,7 +92,7 @@ def replay_config(event: Event, box: Path, scratch: Path) -> RunConfig:
     return RunConfig.from_dict(merge(event.config, {BLOCK: {"train": train, "log": log}}), str(box))
 
 
-def layout_of(event: Event) -> str:
+def layout_of(event: BlackBoxEvent) -> str:
     """As in "tp 2, dp 4"; "alone" for one rank."""
     return ", ".join(f"{axis} {size}" for axis, size in event.layout.items() if size > 1) or "alone"
 

@@ -10,11 +10,11 @@ import torch
 from megatronish.config.run import RunConfig
 from megatronish.model.accounting import layer_costs
 from megatronish.model.transformer import Transformer
+from megatronish.ops.dtypes import DTYPES
 from megatronish.parallel.layers import part_of
 from megatronish.parallel.mesh import ParallelMesh
 from megatronish.parallel.pipeline import balanced_stages
 
-ITEM = {"fp32": 4, "bf16": 2}
 # Flat tensors are filled up to equal parts and aligned addresses, and under ZeRO-3 every tensor to equal parts.
 PADDING_BYTES = 16
 
@@ -44,7 +44,7 @@ def expected_bytes(config: RunConfig, mesh: ParallelMesh) -> RankBytes:
     n, fp32 = rank_numbers(config, mesh), config.deepspeed.dtype == "fp32"
     divided = math.ceil(n / share)
     return RankBytes(
-        weights=ITEM[config.deepspeed.dtype] * (divided if stage == 3 else n),
+        weights=DTYPES[config.deepspeed.dtype].itemsize * (divided if stage == 3 else n),
         gradients=4 * divided if stage >= 2 else (4 * n if fp32 else 6 * n),
         optimizer=8 * n if stage == 0 else 12 * divided,
     )

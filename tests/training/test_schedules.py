@@ -8,13 +8,13 @@ from itertools import pairwise
 import pytest
 
 from megatronish.config.training import ScheduleConfig
-from megatronish.training.schedules import rate_share
+from megatronish.training.schedules import learning_rate_multiplier
 
 
 def shares(total: int, **fields: object) -> list[float]:
     """The share at each step of a run."""
     schedule = ScheduleConfig.model_validate(fields)
-    return [rate_share(step, total, schedule) for step in range(total)]
+    return [learning_rate_multiplier(step, total, schedule) for step in range(total)]
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
@@ -69,7 +69,7 @@ def test_degenerate_runs(kind: str) -> None:
     one = 1.0 if kind == "constant" else 0.3
     assert shares(1, type=kind, min_ratio=0.3) == pytest.approx([one])
     schedule = ScheduleConfig.model_validate({"type": kind, "min_ratio": 0.3})
-    assert rate_share(50, 10, schedule) == pytest.approx(one)
+    assert learning_rate_multiplier(50, 10, schedule) == pytest.approx(one)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])

@@ -42,10 +42,10 @@ from tqdm import tqdm  # noqa: E402
 
 from megatronish.config.model import KernelConfig, ModelConfig  # noqa: E402
 from megatronish.model.transformer import Transformer  # noqa: E402
+from megatronish.ops.dtypes import DTYPES  # noqa: E402
 from megatronish.ops.extension import EXTENSION  # noqa: E402
 from tools.bench.step_profile import KINDS, OPTIMIZER_SCOPE, profile_steps  # noqa: E402
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Largest relative difference of the first step. fp32: sums of thousands of terms in another order. bf16: roundings of 2^-9
 # in other places, which through six blocks reach some percent of the gradients of queries and keys; litgpt's loss itself is a
 # bf16 number, with 2^-8 between neighbours.
@@ -411,7 +411,7 @@ def _patch(color: str, label: str) -> Any:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp32"])
     parser.add_argument("--only", nargs="+", default=list(NAMES), metavar="NAME", help=f"some of: {'; '.join(NAMES)}")
     parser.add_argument("--rounds", type=int, default=12, help="timed steps of each implementation")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")

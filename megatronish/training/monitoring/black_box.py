@@ -35,7 +35,7 @@ BAD, SPIKE = "no number", "spike"
 
 
 @dataclass(frozen=True)
-class Event:
+class BlackBoxEvent:
     """What happened at a step, the same for all ranks.
 
     kind: BAD or SPIKE; step: steps done with it; samples: [first, stop) of the step; score: of a spike, in robust standard
@@ -90,7 +90,7 @@ def write_rank(folder: Path, rank: int, trained: TrainedStep, diagnosis: Diagnos
     write_whole(folder / (RANK_FILE.format(rank) + ".json"), json.dumps(told, indent=1) + "\n")
 
 
-def write_event(folder: Path, event: Event, checkpoint: Path | None) -> None:
+def write_event(folder: Path, event: BlackBoxEvent, checkpoint: Path | None) -> None:
     """Write what all ranks share, and keep the checkpoint that a replay begins with."""
     folder.mkdir(parents=True, exist_ok=True)
     if checkpoint is not None:
@@ -107,12 +107,12 @@ def _link(source: str, target: str) -> str:
     return target
 
 
-def read_event(folder: Path) -> Event:
+def read_event(folder: Path) -> BlackBoxEvent:
     """Read what `write_event` wrote. Raises ConfigError where it is missing or no event."""
     path = folder / EVENT_FILE
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        return Event(**{**raw, "samples": tuple(raw["samples"])})
+        return BlackBoxEvent(**{**raw, "samples": tuple(raw["samples"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error!r}): give a folder SAVE_DIR/{FOLDER}/step-N.") from None
 

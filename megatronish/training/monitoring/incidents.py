@@ -14,7 +14,14 @@ from megatronish.checkpoint.train_state import TrainState, load_step
 from megatronish.data.samples.provenance import documents_of
 from megatronish.launch.process import Rank
 from megatronish.training.engine import Engine
-from megatronish.training.monitoring.black_box import BAD, Event, TrainedStep, box_folder, write_event, write_rank
+from megatronish.training.monitoring.black_box import (
+    BAD,
+    BlackBoxEvent,
+    TrainedStep,
+    box_folder,
+    write_event,
+    write_rank,
+)
 from megatronish.training.monitoring.diagnosis import Diagnosis, diagnose_step, weight_norms
 from megatronish.training.setup.preparation import Prepared
 
@@ -60,11 +67,11 @@ class Incidents:
 
     def _event(
         self, kind: str, trained: TrainedStep, state: TrainState, loss: float, score: float, checkpoint: Path | None
-    ) -> Event:
+    ) -> BlackBoxEvent:
         plan, mesh = self.run.plan, self._engine.mesh
         first = state.samples - (state.step - trained.step + 1) * plan.samples
         norm = math.nan if trained.grad_norm is None else float(trained.grad_norm)
-        return Event(
+        return BlackBoxEvent(
             kind=kind,
             step=trained.step,
             samples=(first, first + plan.samples),

@@ -18,6 +18,7 @@ import torch._dynamo.utils as dynamo_utils
 import torch._functorch.config as functorch_config
 from torch import Tensor
 
+from megatronish.ops.dtypes import DTYPES
 from megatronish.ops.extension import EXTENSION
 from tools.bench.operators.bars import Verdict, judge
 from tools.bench.operators.operators import HOST, STEP, Function, Operator, operators
@@ -25,7 +26,6 @@ from tools.bench.operators.peers import describe_missing, find_peers
 from tools.bench.operators.report import Report, Result, line, plot
 from tools.bench.operators.timing import Timing, take_turns
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Compositions round three to six times, at a relative rms of 1.65e-3 in bf16; a wrong formula is off by 0.1 and more.
 WRONG = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2.5e-3}
 HOST_SHAPE = (4096, 1024)
