@@ -9,9 +9,9 @@ import argparse
 import signal
 import sys
 
-from megatronish.errors import explained
+from megatronish.errors import exit_on_user_error
 from megatronish.inference.arguments import add_quantize, model_parser, open_model
-from megatronish.launch.process import settle_process
+from megatronish.launch.process import initialize_process
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,8 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     arguments = build_parser().parse_args()
-    with explained():
-        settle_process()
+    with exit_on_user_error():
+        initialize_process()
         from megatronish.inference.held_out import evaluate_model  # torch: only after the process is settled
 
         loaded = open_model(arguments)

@@ -12,8 +12,8 @@ import signal
 import sys
 from pathlib import Path
 
-from megatronish.errors import UserError, explained
-from megatronish.launch.process import settle_process
+from megatronish.errors import UserError, exit_on_user_error
+from megatronish.launch.process import initialize_process
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,10 +32,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     arguments = build_parser().parse_args()
-    with explained():
+    with exit_on_user_error():
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError("lm_eval is not installed: pip install 'megatronish[eval]'")
-        settle_process()
+        initialize_process()
         run(arguments)
     return 0
 

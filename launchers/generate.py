@@ -11,7 +11,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from megatronish.errors import UserError, explained
+from megatronish.errors import UserError, exit_on_user_error
 from megatronish.inference.arguments import (
     add_compile,
     add_quantize,
@@ -20,7 +20,7 @@ from megatronish.inference.arguments import (
     open_model,
     sampling_of,
 )
-from megatronish.launch.process import settle_process
+from megatronish.launch.process import initialize_process
 
 if TYPE_CHECKING:  # torch: only after the process is settled
     from megatronish.inference.load import Loaded
@@ -45,12 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     arguments = build_parser().parse_args()
-    with explained():
+    with exit_on_user_error():
         if arguments.interactive and arguments.prompt:
             raise UserError(
                 "--prompt and --interactive: give one of them; what is typed is the prompt of a conversation"
             )
-        settle_process()
+        initialize_process()
         run(arguments)
     return 0
 

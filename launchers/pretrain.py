@@ -8,15 +8,15 @@ from __future__ import annotations
 import sys
 
 from megatronish.config.cli import parse
-from megatronish.errors import explained
+from megatronish.errors import exit_on_user_error
 from megatronish.launch.exit import run_program
-from megatronish.launch.process import settle_process
+from megatronish.launch.process import initialize_process
 
 
 def main() -> int:
-    with explained():
-        rank = settle_process()
-    with explained(rank.is_first, rank.name):
+    with exit_on_user_error():
+        rank = initialize_process()
+    with exit_on_user_error(rank.is_first, rank.name):
         config = parse(sys.argv[1:], "launchers/pretrain.py")
         from megatronish.training.loop import pretrain  # torch and deepspeed: only after the process is settled
 

@@ -13,9 +13,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatronish.errors import UserError, explained
+from megatronish.errors import UserError, exit_on_user_error
 from megatronish.inference.arguments import add_compile, add_quantize, model_parser, open_model
-from megatronish.launch.process import settle_process
+from megatronish.launch.process import initialize_process
 
 KEY_VARIABLE = "MEGATRONISH_API_KEY"
 
@@ -85,7 +85,7 @@ def is_loopback(host: str) -> bool:
 
 def main() -> int:
     arguments = build_parser().parse_args()
-    with explained():
+    with exit_on_user_error():
         key = api_key(arguments)
         if not 0 < arguments.port < 1 << 16:
             raise UserError(f"--port {arguments.port} must be from 1 to 65535")
@@ -94,7 +94,7 @@ def main() -> int:
         for package in ("fastapi", "uvicorn", "prometheus_client"):
             if find_spec(package) is None:
                 raise UserError(f"{package} is not installed: pip install 'megatronish[serve]'")
-        settle_process()
+        initialize_process()
         import uvicorn  # torch and the rest: only after the process is settled
 
         from megatronish.inference.server.app import Limits, create_app

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatronish.errors import explained
+from megatronish.errors import exit_on_user_error
 from megatronish.training.supervision import Supervisor, run_folder
 
 
@@ -33,7 +33,7 @@ def main() -> int:
     command = given.command[1:] if given.command[:1] == ["--"] else given.command
     if not command or given.retries < 0 or given.wait < 0:
         parser.error("give the command after --, and --retries and --wait of at least 0")
-    with explained():
+    with exit_on_user_error():
         run_dir = given.run_dir or run_folder(command)
     return Supervisor(command, run_dir, given.retries, given.wait, given.longest_wait).run()
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 
-SECOND_VOICE_SECONDS = 10.0  # launchers end the other ranks within 3 s of the first one's end
+OTHER_RANK_DELAY_SECONDS = 10.0  # launchers end the other ranks within 3 s of the first one's end
 
 
 class UserError(ValueError):
@@ -24,11 +24,11 @@ class DataError(UserError):
 
 
 @contextlib.contextmanager
-def explained(is_first: bool = True, name: str = "") -> Iterator[None]:
+def exit_on_user_error(is_first: bool = True, name: str = "") -> Iterator[None]:
     """End the program on a UserError: its text on stderr, exit status 2, no traceback.
 
     The first rank speaks for all: another, called `name`, says its error only if the launcher has not ended it
-    SECOND_VOICE_SECONDS later, for then the first rank has not met with that error. Ctrl-C ends it with status 130, as a shell does.
+    OTHER_RANK_DELAY_SECONDS later, for then the first rank has not met with that error. Ctrl-C ends it with status 130, as a shell does.
     """
     try:
         yield
@@ -40,7 +40,7 @@ def explained(is_first: bool = True, name: str = "") -> Iterator[None]:
         if is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(SECOND_VOICE_SECONDS)
+            time.sleep(OTHER_RANK_DELAY_SECONDS)
             print(f"error: {name}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 

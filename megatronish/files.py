@@ -6,7 +6,7 @@ import os
 from pathlib import Path, PurePosixPath
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Replace `path` by a file with `text` (UTF-8), so that a reader sees the old or the new one and never half of one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -34,7 +34,7 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
-def is_inner(name: str) -> bool:
+def is_inside_folder(name: str) -> bool:
     """Whether a path, as a manifest gives it, stays in the manifest's folder whatever it is joined to."""
     path = PurePosixPath(name)
     plain = bool(name) and str(path) == name and "\\" not in name and "\0" not in name

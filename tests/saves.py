@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatronish.checkpoint.saver import Outcome, Saver, Snapshot
+from megatronish.checkpoint.saver import CheckpointSnapshot, SaveOutcome, Saver
 from megatronish.checkpoint.store import CheckpointStore
-from megatronish.launch.consensus import Decisions
-from megatronish.launch.rendezvous import meet
+from megatronish.launch.consensus import Consensus
+from megatronish.launch.rendezvous import join_rendezvous
 
 
 def lone_saver(
@@ -16,12 +16,12 @@ def lone_saver(
 ) -> Saver:
     """A saver of the only rank; what it tells goes to `told`."""
     heard = told if told is not None else []
-    return Saver(store, Decisions(meet(0, 1, "", 0, 1.0), "test"), background, stop_on_error, heard.append)
+    return Saver(store, Consensus(join_rendezvous(0, 1, "", 0, 1.0), "test"), background, stop_on_error, heard.append)
 
 
 def save_alone(
     store: CheckpointStore, step: int, write: Callable[[Path], None], is_best: bool = False, size: int = 0
-) -> Outcome:
+) -> SaveOutcome:
     """Save one checkpoint, in the foreground; what came of it."""
     saver = lone_saver(store)
     saver.save(step, lambda _: snapshot(write, size), is_best, reason="a test")
@@ -30,11 +30,11 @@ def save_alone(
     return outcome
 
 
-def snapshot(write: Callable[[Path], None], size: int = 0) -> Snapshot:
+def snapshot(write: Callable[[Path], None], size: int = 0) -> CheckpointSnapshot:
     """What `write` writes, all of which is claimed as this rank's."""
 
     def write_and_list(folder: Path) -> list[Path]:
         write(folder)
         return [path for path in folder.rglob("*") if path.is_file()]
 
-    return Snapshot(size, write_and_list)
+    return CheckpointSnapshot(size, write_and_list)

@@ -19,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 from megatronish.checkpoint.manifest import (
     MANIFEST_FILE,
-    DamagedError,
+    DamagedCheckpointError,
     content_faults,
-    outer_faults,
     read_manifest,
-    seal,
+    size_faults,
+    write_manifest,
 )
 from megatronish.checkpoint.paths import CHECKPOINTS, STATE_FILE
-from megatronish.errors import ConfigError, explained
+from megatronish.errors import ConfigError, exit_on_user_error
 
 
 def main() -> int:
@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("paths", type=Path, nargs="+", help="runs or checkpoints")
     parser.add_argument("--adopt", action="store_true", help="write the manifests of these checkpoints anew")
     arguments = parser.parse_args()
-    with explained():
+    with exit_on_user_error():
         found = [checkpoint for path in arguments.paths for checkpoint in checkpoints_of(path)]
         if arguments.adopt:
             for checkpoint in found:
@@ -64,7 +64,7 @@ def adopt(checkpoint: Path) -> None:
             f"--adopt {checkpoint}: is no checkpoint with a {STATE_FILE} and a name such as step-00000500."
         )
     (checkpoint / MANIFEST_FILE).unlink(missing_ok=True)
-    seal(checkpoint, int(name))
+    write_manifest(checkpoint, int(name))
 
 
 def check(checkpoint: Path) -> bool:
@@ -72,9 +72,9 @@ def check(checkpoint: Path) -> bool:
     begin = time.monotonic()
     try:
         manifest = read_manifest(checkpoint)
-        faults, size = outer_faults(checkpoint, manifest), manifest.bytes
+        faults, size = size_faults(checkpoint, manifest), manifest.bytes
         faults = faults or content_faults(checkpoint, manifest, manifest.files)
-    except DamagedError as error:
+    except DamagedCheckpointError as error:
         faults, size = [str(error)], 0
     seconds = time.monotonic() - begin
     print(f"{checkpoint}: {'DAMAGED' if faults else 'good'} ({size / 1e6:,.1f} MB in {seconds:.2f} s)")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
-from megatronish.errors import explained
+from megatronish.errors import exit_on_user_error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     arguments = build_parser().parse_args()
-    with explained():
+    with exit_on_user_error():
         from megatronish.interop.onnx import export_onnx
         from megatronish.interop.source import model_folder, told_to_the_user
         from megatronish.ops.dtypes import DTYPES

@@ -10,9 +10,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from megatronish.errors import UserError, explained
+from megatronish.errors import UserError, exit_on_user_error
 from megatronish.inference.arguments import model_parser, open_model
-from megatronish.launch.process import settle_process
+from megatronish.launch.process import initialize_process
 
 
 def main() -> int:
@@ -28,11 +28,11 @@ def main() -> int:
     )
     add("--max-tokens", type=int, default=20_000, metavar="N", help="compare on so many held-out tokens (20,000)")
     arguments = parser.parse_args()
-    with explained():
+    with exit_on_user_error():
         if arguments.output is not None and arguments.output.exists() and any(arguments.output.iterdir()):
             raise UserError(f"--output {arguments.output}: is not empty; name a new folder")
-        settle_process()
-        from megatronish.checkpoint.manifest import MANIFEST_FILE, seal
+        initialize_process()
+        from megatronish.checkpoint.manifest import MANIFEST_FILE, write_manifest
         from megatronish.inference.held_out import evaluate_model
         from megatronish.inference.quantize import quantize_model, save_quantized, stored_bytes
 
@@ -54,7 +54,7 @@ def main() -> int:
                 if path.is_file() and kept:
                     shutil.copy2(path, arguments.output)
             save_quantized(arguments.output, loaded.model, arguments.format, arguments.group)
-            seal(arguments.output, loaded.info.step or 0)
+            write_manifest(arguments.output, loaded.info.step or 0)
             print(f"written to {arguments.output}")
     return 0
 

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatronish.errors import explained
+from megatronish.errors import exit_on_user_error
 from megatronish.launch.exit import run_program
-from megatronish.launch.process import settle_process
+from megatronish.launch.process import initialize_process
 
 if TYPE_CHECKING:
     from megatronish.verify.replay import Replayed
@@ -26,9 +26,9 @@ def main() -> int:
     parser.add_argument("box", type=Path, help="a folder SAVE_DIR/black_box/step-N")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed gives it
     arguments = parser.parse_args()
-    with explained():
-        rank = settle_process()
-    with explained(rank.is_first, rank.name):
+    with exit_on_user_error():
+        rank = initialize_process()
+    with exit_on_user_error(rank.is_first, rank.name):
         from megatronish.verify.replay import replay  # torch: only after the process is settled
 
         found = replay(arguments.box, rank)

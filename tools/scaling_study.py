@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
-from megatronish.errors import ConfigError, did_you_mean, explained
+from megatronish.errors import ConfigError, did_you_mean, exit_on_user_error
 from megatronish.planning.hardware import HARDWARE
 from megatronish.planning.layout import Layout
 from megatronish.planning.scaling_report import Study, best_table, published_table, studies, traffic_table
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not chosen.table and chosen.plot is None:
         parser.error(f"nothing to do: give --table ({', '.join(TABLES)}) or --plot DIR")
     hardware = HARDWARE[chosen.hardware]
-    with explained():
+    with exit_on_user_error():
         if min(chosen.gpus) < 1:
             raise ConfigError(f"--gpus {min(chosen.gpus)}: at least 1.")
         models = chosen_studies(chosen.models, chosen.tokens)

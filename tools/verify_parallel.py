@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
 from megatronish.config.cli import parse_options
-from megatronish.errors import ConfigError, explained
-from megatronish.launch.process import settle_process
+from megatronish.errors import ConfigError, exit_on_user_error
+from megatronish.launch.process import initialize_process
 
 if TYPE_CHECKING:
     from megatronish.verify.layouts import Layout
@@ -66,8 +66,8 @@ def chosen(names: str | None, default: Sequence[str], arguments: argparse.Namesp
 
 def main() -> int:
     arguments, rest = build_parser().parse_known_args()
-    with explained():
-        settle_process()
+    with exit_on_user_error():
+        initialize_process()
         from megatronish.verify.layout_report import HEADER, Verification
         from megatronish.verify.layouts import DEFAULT_LAYOUTS, DEFAULT_MOVES
 

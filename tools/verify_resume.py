@@ -23,8 +23,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
 from megatronish.config.cli import parse_options
-from megatronish.errors import ConfigError, explained
-from megatronish.launch.process import settle_process
+from megatronish.errors import ConfigError, exit_on_user_error
+from megatronish.launch.process import initialize_process
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,8 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     arguments, rest = build_parser().parse_known_args()
-    with explained():
-        settle_process()
+    with exit_on_user_error():
+        initialize_process()
         from megatronish.config.base import merge
         from megatronish.config.deepspeed_json import load_json
         from megatronish.verify.resume import ResumeProof, fresh_folder, plain_run

@@ -23,14 +23,14 @@ def _by_value(member: Enum) -> tuple[type[Enum], tuple[Any]]:
     return type(member), (member.value,)
 
 
-class PickledState:
+class DeepSpeedFiles:
     """Stands in for DeepSpeed's checkpoint engine, whose methods these are.
 
     classes: those that may be made besides torch's own. `written` lists the files since it was cleared. An error of the disk is
     kept in `error` and not raised: the ranks still have collectives to call together when one of them fails.
     """
 
-    name = "PickledState"
+    name = "DeepSpeedFiles"
 
     def __init__(self, classes: Sequence[Callable[..., Any]]) -> None:
         self._classes: list[Any] = list(classes)

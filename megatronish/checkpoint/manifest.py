@@ -19,7 +19,7 @@ import xxhash
 
 from megatronish.checkpoint.paths import STATE_FILE
 from megatronish.errors import UserError
-from megatronish.files import is_inner, sync
+from megatronish.files import is_inside_folder, sync
 
 MANIFEST_FILE = "manifest.json"
 FORMAT, VERSION = "megatronish-checkpoint", 1
@@ -27,7 +27,7 @@ CHUNK_BYTES = 1 << 22
 LOADED_SUFFIXES = (".safetensors", ".pt", ".bin", ".model", ".json")  # of what some loader would open
 
 
-class DamagedError(UserError):
+class DamagedCheckpointError(UserError):
     """A checkpoint that is not as it was written; the text names the files. certain: it cannot be good, read again or later."""
 
     def __init__(self, text: str, certain: bool = True) -> None:
@@ -44,7 +44,7 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """Every file of a checkpoint by its path in the folder, but for the manifest's own."""
 
     step: int
@@ -77,51 +77,51 @@ def hash_file(path: Path) -> FileRecord:
     return FileRecord(size, state.hexdigest())
 
 
-def seal(folder: Path, step: int, files: Mapping[str, FileRecord] | None = None) -> Manifest:
+def write_manifest(folder: Path, step: int, files: Mapping[str, FileRecord] | None = None) -> CheckpointManifest:
     """Write the manifest of `folder`, synced; files that are not among `files` are hashed here. Raises OSError."""
     known = dict(files or {})
     for name in sorted(_names_in(folder) - known.keys() - {MANIFEST_FILE}):
         known[name] = hash_file(folder / name)
         sync(folder / name)
-    manifest = Manifest(step, known)
+    manifest = CheckpointManifest(step, known)
     (folder / MANIFEST_FILE).write_text(manifest.to_text(), encoding="utf-8")
     sync(folder / MANIFEST_FILE)
     return manifest
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint. Raises DamagedError when it is missing, not as it was written, or leads outside."""
+def read_manifest(folder: Path) -> CheckpointManifest:
+    """The manifest of a checkpoint. Raises DamagedCheckpointError when it is missing, not as it was written, or leads outside."""
     path = folder / MANIFEST_FILE
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         own = raw.pop("self")
         if raw["format"] != FORMAT:
-            raise DamagedError(f"{path} is no manifest of a checkpoint")
+            raise DamagedCheckpointError(f"{path} is no manifest of a checkpoint")
         if raw["version"] != VERSION:
-            raise DamagedError(
+            raise DamagedCheckpointError(
                 f"{path} has version {raw['version']}; this megatronish reads version {VERSION}", certain=False
             )
         if own != _own_hash(raw):
-            raise DamagedError(f"{path} was changed after it was written")
+            raise DamagedCheckpointError(f"{path} was changed after it was written")
         files = {
             _inner(path, name): FileRecord(int(item["bytes"]), str(item["xxh3"])) for name, item in raw["files"].items()
         }
-        return Manifest(int(raw["step"]), files)
+        return CheckpointManifest(int(raw["step"]), files)
     except FileNotFoundError:
-        raise DamagedError(
+        raise DamagedCheckpointError(
             f"{folder} has no {MANIFEST_FILE}: it was not finished, was copied in part, or is of a version before manifests "
             f"(if you trust it: python tools/check_checkpoints.py --adopt {folder})",
             certain=False,
         ) from None
-    except DamagedError:
+    except DamagedCheckpointError:
         raise
     except OSError as error:
-        raise DamagedError(f"{path} cannot be read ({error.strerror})", certain=False) from None
+        raise DamagedCheckpointError(f"{path} cannot be read ({error.strerror})", certain=False) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{path} is torn ({error})") from None
+        raise DamagedCheckpointError(f"{path} is torn ({error})") from None
 
 
-def outer_faults(folder: Path, manifest: Manifest) -> list[str]:
+def size_faults(folder: Path, manifest: CheckpointManifest) -> list[str]:
     """What is wrong with the files of `folder` that shows without reading them: missing, of another size, links, strangers."""
     faults = []
     for name, record in manifest.files.items():
@@ -134,7 +134,7 @@ def outer_faults(folder: Path, manifest: Manifest) -> list[str]:
     return faults
 
 
-def content_faults(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
+def content_faults(folder: Path, manifest: CheckpointManifest, names: Iterable[str]) -> list[str]:
     """Which of the named files cannot be read or differ in content; each is read once."""
     faults = []
     for name in names:
@@ -146,25 +146,27 @@ def content_faults(folder: Path, manifest: Manifest, names: Iterable[str]) -> li
     return faults
 
 
-def check_before_reading(folder: Path, names: Iterable[str]) -> None:
+def verify_files(folder: Path, names: Iterable[str]) -> None:
     """Check a folder whose files `names` (those of them that it has) are about to be read: all sizes, and these contents.
 
-    A folder that was exported, and is no checkpoint, has no manifest to check. Raises DamagedError with what is wrong.
+    A folder that was exported, and is no checkpoint, has no manifest to check. Raises DamagedCheckpointError with what is wrong.
     """
     if not any((folder / name).exists() for name in (MANIFEST_FILE, STATE_FILE)):
         return
     manifest = read_manifest(folder)
-    faults = outer_faults(folder, manifest)
+    faults = size_faults(folder, manifest)
     faults = faults or content_faults(folder, manifest, [name for name in names if name in manifest.files])
     if faults:
-        raise DamagedError(f"{folder} is damaged: {listed(faults)}. Use another checkpoint, or restore this one.")
+        raise DamagedCheckpointError(
+            f"{folder} is damaged: {listed(faults)}. Use another checkpoint, or restore this one."
+        )
 
 
 def certainly_damaged(folder: Path, faults: Iterable[str]) -> bool:
     """Whether a checkpoint with these faults cannot be good, or may be, once it can be read."""
     try:
         read_manifest(folder)
-    except DamagedError as error:
+    except DamagedCheckpointError as error:
         return error.certain
     return folder.exists() and not any("cannot be read" in fault for fault in faults)
 
@@ -176,8 +178,8 @@ def listed(faults: list[str]) -> str:
 
 
 def _inner(path: Path, name: str) -> str:
-    if not is_inner(name):
-        raise DamagedError(f"{path} names {name!r}, which is outside its folder; nothing of it is read")
+    if not is_inside_folder(name):
+        raise DamagedCheckpointError(f"{path} names {name!r}, which is outside its folder; nothing of it is read")
     return name
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatronish.checkpoint.staging import HostCopies
+from megatronish.checkpoint.staging import StagingBuffers
 from megatronish.errors import ConfigError
 from megatronish.parallel.layers import Shard
 
@@ -65,7 +65,7 @@ class Extent:
 
 
 @dataclass(frozen=True)
-class Fragments:
+class OptimizerShard:
     """A rank's part of the state. held: by parameter where it belongs and its numbers of each kind, 1-D; scalars: of all."""
 
     held: Mapping[str, tuple[Extent, Mapping[str, Tensor]]]
@@ -76,7 +76,7 @@ class Fragments:
         """Of the numbers."""
         return sum(numbers.nbytes for _, kinds in self.held.values() for numbers in kinds.values())
 
-    def on_host(self, copies: HostCopies | None) -> Fragments:
+    def on_host(self, copies: StagingBuffers | None) -> OptimizerShard:
         """The same on the CPU: in `copies`, which later steps leave alone, or where the numbers are there already, themselves."""
 
         def taken(key: str, numbers: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Fragments:
             name: (extent, {kind: taken(f"{kind}/{name}", numbers) for kind, numbers in kinds.items()})
             for name, (extent, kinds) in self.held.items()
         }
-        return Fragments(held, self.scalars)
+        return OptimizerShard(held, self.scalars)
 
     def write(self, folder: Path, rank: int) -> list[Path]:
         """Write the rank's file, if it holds anything; the paths that were written."""
@@ -103,8 +103,8 @@ class Fragments:
         return [path]
 
 
-class SavedFragments:
-    """The files of `Fragments.write` in a folder, read piece by piece. Raises ConfigError for one that cannot be read."""
+class SavedOptimizerShards:
+    """The files of `OptimizerShard.write` in a folder, read piece by piece. Raises ConfigError for one that cannot be read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -132,7 +132,7 @@ class SavedFragments:
     def __contains__(self, name: str) -> bool:
         return name in self._runs
 
-    def check_whole(self, names: Iterable[str]) -> None:
+    def check_complete(self, names: Iterable[str]) -> None:
         """Raise ConfigError, with the first tensor that differs, unless these are in the files with every number."""
         for name in names:
             runs = [extent for _, _, extent in self._runs.get(name, [])]

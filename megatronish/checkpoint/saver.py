@@ -21,19 +21,19 @@ from megatronish.checkpoint.manifest import FileRecord, hash_file
 from megatronish.checkpoint.store import CheckpointStore
 from megatronish.errors import UserError
 from megatronish.files import sync
-from megatronish.launch.consensus import Decisions
+from megatronish.launch.consensus import Consensus
 
 COPY_SHARE = 0.5  # of the memory that is free now, for the copies of all ranks of a machine
 LEAVE_SECONDS = 20.0  # after an error of training, for a checkpoint that is being written
 DISK_ERRORS = (OSError, SafetensorError)  # what full disks, missing permissions and failing devices raise
 
 
-class SaveFailed(UserError):
+class SaveFailedError(UserError):
     """A checkpoint could not be written, and the run ends on it."""
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class CheckpointSnapshot:
     """What a rank has to write. bytes: about so many; write: does it, in the folder it is given, and returns the paths."""
 
     bytes: int
@@ -41,7 +41,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SaveOutcome:
     """What came of a checkpoint, the same on every rank. problem: '' when it is there."""
 
     step: int
@@ -65,32 +65,32 @@ class _Job:
     step: int
     is_best: bool
     begun: float
-    snapshot: Snapshot
+    snapshot: CheckpointSnapshot
     reason: str
     stalled: float | None = None  # not known yet where training waits for all of it
-    outcome: Outcome | None = None
+    outcome: SaveOutcome | None = None
     error: BaseException | None = None
 
 
 class Saver:
     """Saves one rank's part of the run's checkpoints; every rank has one, and calls the same methods at the same steps.
 
-    decisions: of these ranks, used by nothing else; background: whether to write beside training; stop_on_error: raise
-    SaveFailed when a checkpoint cannot be written, instead of training on and trying again with the next one; tell: hears
+    consensus: of these ranks, used by nothing else; background: whether to write beside training; stop_on_error: raise
+    SaveFailedError when a checkpoint cannot be written, instead of training on and trying again with the next one; tell: hears
     what became of each, on the first rank, in the writing thread.
     """
 
     def __init__(
         self,
         store: CheckpointStore,
-        decisions: Decisions,
+        consensus: Consensus,
         background: bool,
         stop_on_error: bool = False,
         tell: Callable[[str], None] = print,
         local_ranks: int = 1,
     ) -> None:
         self.store = store
-        self._decisions, self._background, self._stop_on_error = decisions, background, stop_on_error
+        self._consensus, self._background, self._stop_on_error = consensus, background, stop_on_error
         self._tell, self._local_ranks = tell, local_ranks
         self._job: _Job | None = None
         self._thread: threading.Thread | None = None
@@ -107,7 +107,7 @@ class Saver:
         return f"copies take {wanted / 1e9:.2f} GB of the {free / 1e9:.2f} GB of memory that are free"
 
     def save(
-        self, step: int, snapshot: Callable[[bool], Snapshot], is_best: bool = False, *, reason: str = ""
+        self, step: int, snapshot: Callable[[bool], CheckpointSnapshot], is_best: bool = False, *, reason: str = ""
     ) -> float:
         """Begin a checkpoint, when the one before is finished; returns the seconds that it kept training waiting.
 
@@ -136,10 +136,10 @@ class Saver:
         """Whether this rank's thread is at work."""
         return self._thread is not None and self._thread.is_alive()
 
-    def wait(self) -> Outcome | None:
+    def wait(self) -> SaveOutcome | None:
         """Wait for the checkpoint that is under way; what came of it or, where none is, of the one before.
 
-        Raises SaveFailed where a failure is to stop the run, and DecisionBroken when the other ranks are gone.
+        Raises SaveFailedError where a failure is to stop the run, and ConsensusError when the other ranks are gone.
         """
         if self._thread is not None:
             self._thread.join()
@@ -152,11 +152,11 @@ class Saver:
         return outcome
 
     def finish(self) -> None:
-        """The end of a run: wait, and see to it that its last checkpoint is there. Raises SaveFailed when it is not."""
+        """The end of a run: wait, and see to it that its last checkpoint is there. Raises SaveFailedError when it is not."""
         outcome = self.wait()
-        self._decisions.leave()
+        self._consensus.leave()
         if outcome and outcome.problem:
-            raise SaveFailed(
+            raise SaveFailedError(
                 f"the last checkpoint of the run, of step {outcome.step}, could not be written: {outcome.problem}. {self._fallback()} "
                 "Mend that and start the same command again: it trains the steps since then once more."
             )
@@ -165,7 +165,7 @@ class Saver:
         """The end of a run that failed: what is being written gets a little time, then it is left as it is."""
         if self._thread is not None:
             self._thread.join(seconds)
-            self._decisions.stop()
+            self._consensus.stop()
             self._thread.join(1.0)
 
     def _raise(self, job: _Job) -> None:
@@ -173,7 +173,7 @@ class Saver:
             raise job.error
         assert job.outcome is not None
         if job.outcome.problem and self._stop_on_error:
-            raise SaveFailed(
+            raise SaveFailedError(
                 f"the checkpoint of step {job.step} could not be written: {job.outcome.problem}. {self._fallback()} "
                 "Mend that, or train on without it: --train.on_save_error continue."
             )
@@ -188,21 +188,21 @@ class Saver:
         except BaseException as error:  # raised where the run waits for this checkpoint
             job.error = error
 
-    def _save(self, job: _Job) -> Outcome:
+    def _save(self, job: _Job) -> SaveOutcome:
         """Everything but the copying, on every rank."""
-        begun = self._decisions.agree(job.snapshot.bytes, lambda sizes: self._begin(job, sum(sizes)))
+        begun = self._consensus.agree(job.snapshot.bytes, lambda sizes: self._begin(job, sum(sizes)))
         if begun["problem"]:
-            return Outcome(job.step, begun["problem"])
+            return SaveOutcome(job.step, begun["problem"])
         written = self._write(job, Path(begun["folder"]))
-        done = self._decisions.agree(written, lambda all_written: self._end(job, Path(begun["folder"]), all_written))
-        return Outcome(**done)
+        done = self._consensus.agree(written, lambda all_written: self._end(job, Path(begun["folder"]), all_written))
+        return SaveOutcome(**done)
 
     def _begin(self, job: _Job, size: int) -> dict[str, str]:
         """On the first rank: where to write."""
         try:
             return {"folder": str(self.store.begin(job.step, size)), "problem": ""}
         except DISK_ERRORS as error:
-            return {"folder": "", "problem": self._failed(job, explained_error(error))}
+            return {"folder": "", "problem": self._failed(job, error_reason(error))}
 
     def _write(self, job: _Job, folder: Path) -> dict[str, Any]:
         """Write this rank's files, and read them again for their hashes."""
@@ -213,7 +213,7 @@ class Saver:
                 files[path.relative_to(folder).as_posix()] = asdict(hash_file(path))
             told = {"files": files, "problem": ""}
         except DISK_ERRORS as error:
-            told = {"files": {}, "problem": explained_error(error)}
+            told = {"files": {}, "problem": error_reason(error)}
         stalled = job.stalled if job.stalled is not None else -1.0
         return {**told, "stalled": stalled, "reason": job.reason}
 
@@ -225,20 +225,20 @@ class Saver:
         try:
             path = None if problem else self.store.commit(staging, job.step, files, job.is_best)
         except DISK_ERRORS as error:
-            problem = explained_error(error)
+            problem = error_reason(error)
         if path is None:
             self.store.abandon(staging)
-            return asdict(Outcome(job.step, self._failed(job, problem)))
+            return asdict(SaveOutcome(job.step, self._failed(job, problem)))
         seconds = time.monotonic() - job.begun
         stalled = max(seconds if told["stalled"] < 0 else told["stalled"] for told in written)
         reason = next((told["reason"] for told in written if told["reason"]), "")
         size = sum(record.bytes for record in files.values())
-        outcome = Outcome(job.step, "", str(path), size, stalled, seconds, reason)
+        outcome = SaveOutcome(job.step, "", str(path), size, stalled, seconds, reason)
         self._tell(outcome.line())
         try:
             self.store.tidy(path)
         except OSError as error:
-            self._tell(f"WARNING: superfluous checkpoints could not be removed: {explained_error(error)}")
+            self._tell(f"WARNING: superfluous checkpoints could not be removed: {error_reason(error)}")
         return asdict(outcome)
 
     def _failed(self, job: _Job, problem: str) -> str:
@@ -250,7 +250,7 @@ class Saver:
         return problem
 
 
-def explained_error(error: BaseException) -> str:
+def error_reason(error: BaseException) -> str:
     """Reason and place of an error of the disk, in a line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class HostCopies:
+class StagingBuffers:
     """Buffers by name. A tensor of the same name takes the place of the one before, whose file must be written by then."""
 
     def __init__(self) -> None:

@@ -23,17 +23,17 @@ from pathlib import Path
 
 from megatronish.checkpoint.manifest import (
     MANIFEST_FILE,
-    DamagedError,
+    DamagedCheckpointError,
     FileRecord,
     listed,
-    outer_faults,
     read_manifest,
-    seal,
+    size_faults,
+    write_manifest,
 )
 from megatronish.checkpoint.paths import BEST, CHECKPOINTS, LATEST, STATE_FILE, find_checkpoint, read_pointer
 from megatronish.checkpoint.paths import RUN_FILE as RUN_FILE
 from megatronish.errors import ConfigError
-from megatronish.files import sync, write_whole
+from megatronish.files import sync, write_atomic
 
 ENGINE_TAG = "engine"
 _WRITING, _REMOVING, _REPLACED, DAMAGED = ".writing-", ".removing-", ".replaced-", "damaged-"
@@ -54,8 +54,8 @@ def step_of(checkpoint: Path) -> int:
 def faults_of(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint that shows without reading its files: [] when its manifest and all sizes are right."""
     try:
-        return outer_faults(checkpoint, read_manifest(checkpoint))
-    except DamagedError as error:
+        return size_faults(checkpoint, read_manifest(checkpoint))
+    except DamagedCheckpointError as error:
         return [str(error)]
 
 
@@ -95,8 +95,8 @@ class CheckpointStore:
 
         Raises OSError; until the folder has its name the checkpoint before is in force, and afterwards this one is.
         """
-        manifest = seal(staging, step, files)
-        if faults := outer_faults(staging, manifest):
+        manifest = write_manifest(staging, step, files)
+        if faults := size_faults(staging, manifest):
             raise OSError(f"files changed while they were written: {listed(faults)}")
         for folder in sorted({(staging / name).parent for name in manifest.files} | {staging}):
             sync(folder)
@@ -184,7 +184,7 @@ class CheckpointStore:
                 sync(self.folder)
 
     def _point(self, name: str, target: str) -> None:
-        write_whole(self.folder / name, target + "\n")
+        write_atomic(self.folder / name, target + "\n")
 
     def _prune(self, newest: Path) -> None:
         """Retire all but the last few up to `newest`. Later steps, of a run taken up again further back, stay.

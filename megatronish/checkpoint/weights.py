@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatronish.checkpoint.manifest import check_before_reading
+from megatronish.checkpoint.manifest import verify_files
 from megatronish.config.model import KernelConfig, ModelConfig
-from megatronish.files import sync, write_whole
+from megatronish.files import sync, write_atomic
 from megatronish.model.transformer import Transformer
 
 WEIGHTS_FILE = "model.safetensors"
@@ -52,7 +52,7 @@ def save_model(
         os.replace(partial, folder / WEIGHTS_FILE)
     finally:
         partial.unlink(missing_ok=True)
-    write_whole(folder / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
+    write_atomic(folder / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
     sync(folder)
 
 
@@ -130,7 +130,7 @@ def open_model(folder: str | Path, device: torch.device | str = "cpu") -> Iterat
 
     Raises ValueError as `load_model` does.
     """
-    check_before_reading(Path(folder), (WEIGHTS_FILE, CONFIG_FILE))
+    verify_files(Path(folder), (WEIGHTS_FILE, CONFIG_FILE))
     path, config = Path(folder) / WEIGHTS_FILE, load_config(folder)
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")

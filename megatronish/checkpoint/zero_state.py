@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatronish.checkpoint.optimizer_shards import MASTER, Extent, Fragments, SavedFragments
+from megatronish.checkpoint.optimizer_shards import MASTER, Extent, OptimizerShard, SavedOptimizerShards
 from megatronish.config.run import RunConfig
 from megatronish.parallel.layers import shard_of
 from megatronish.parallel.mesh import ParallelMesh
@@ -23,7 +23,7 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of
 
 
 @dataclass(frozen=True)
-class Place:
+class FlatSlice:
     """Numbers [at, at + length of extent) of `flat`, a tensor that torch's optimizer steps, are those of `extent`."""
 
     extent: Extent
@@ -43,7 +43,7 @@ def can_move(config: RunConfig) -> bool:
     return config.deepspeed.optimizer.type != "Muon" and not on_disk
 
 
-class HeldState:
+class LocalOptimizerState:
     """The optimizer state of one rank.
 
     model: this rank's part, whose parameters `optimizer`, DeepSpeed's or torch's own, updates.
@@ -59,26 +59,26 @@ class HeldState:
         # ZeRO 1 and 2: None for a parameter of which another rank has all.
         self._is_partitioned = any(hasattr(p, "_hp_mapping") for p in model.parameters())
 
-    def fragments(self) -> Fragments:
+    def shard(self) -> OptimizerShard:
         """What this rank, and none before it, holds: views of the tensors themselves. Every rank calls it."""
         held, scalars = {}, self.scaler_numbers()
-        for name, place in self._places():
+        for name, place in self._slices():
             state = self._torch.state[place.flat]
             kinds = {key: place.of(value) for key, value in state.items() if _is_moment(value, place.flat)}
             scalars |= {key: float(value) for key, value in state.items() if key not in kinds}
             held[name] = (place.extent, {MASTER: place.of(place.flat), **kinds})
         own = {name: item for name, item in held.items() if self._is_first_copy(item[0])} if self._is_writer() else {}
-        return Fragments(own, scalars)
+        return OptimizerShard(own, scalars)
 
     @torch.no_grad()
-    def load(self, saved: SavedFragments) -> None:
-        """Take up what `fragments` gave, as it was written, under this layout or another. Every rank calls it."""
+    def load(self, saved: SavedOptimizerShards) -> None:
+        """Take up what `shard` gave, as it was written, under this layout or another. Every rank calls it."""
         for flat in self._flat_tensors():
             state: dict[str, Any] = {kind: torch.zeros_like(flat) for kind in saved.moments}
             if "step" in saved.scalars:
                 state["step"] = torch.tensor(saved.scalars["step"], dtype=torch.float32, device=flat.device)
             self._torch.state[flat] = state
-        for _, place in self._places():
+        for _, place in self._slices():
             extent = place.extent
             if extent.name not in saved:  # a head that is the embedding, and was not apart from it
                 extent = Extent("embedding.weight", extent.shape, extent.shard, extent.start, extent.stop)
@@ -123,7 +123,7 @@ class HeldState:
     def _is_first_copy(self, extent: Extent) -> bool:
         return self._mesh.tp.rank == 0 or not (extent.shard is None or extent.shard.replicated)
 
-    def _places(self) -> Iterator[tuple[str, Place]]:
+    def _slices(self) -> Iterator[tuple[str, FlatSlice]]:
         """Where each parameter of this rank is, with its own name."""
         masters = self._unfused_masters() if self._is_unfused else {}
         named: Iterator[tuple[str, Any]] = self._model.named_parameters()  # Any: DeepSpeed adds attributes
@@ -147,7 +147,7 @@ class HeldState:
             else:
                 flat, at, start, stop = masters.get(p, p), 0, 0, p.numel()
             if start < stop:
-                yield name, Place(_extent(name, p, start, stop), flat, at)
+                yield name, FlatSlice(_extent(name, p, start, stop), flat, at)
 
     def _unfused_masters(self) -> dict[Tensor, Tensor]:
         groups = zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True)

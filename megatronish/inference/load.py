@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatronish.checkpoint.manifest import check_before_reading
+from megatronish.checkpoint.manifest import verify_files
 from megatronish.checkpoint.paths import (
     BEST,
     RUN_FILE,
@@ -53,7 +53,7 @@ def load_for_inference(
     """
     path = Path(path)
     folder = path if (path / WEIGHTS_FILE).exists() else find_checkpoint(path, BEST)
-    check_before_reading(folder, (STATE_FILE, RUN_FILE, TOKENIZER_RECORD_FILE, "tokenizer.json", "tokenizer.model"))
+    verify_files(folder, (STATE_FILE, RUN_FILE, TOKENIZER_RECORD_FILE, "tokenizer.json", "tokenizer.model"))
     state = _read_object(folder / STATE_FILE) if (folder / STATE_FILE).exists() else {}
     tokenizer = _load_tokenizer(folder)
     try:

@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megatronish.checkpoint.manifest import check_before_reading
+from megatronish.checkpoint.manifest import verify_files
 from megatronish.checkpoint.weights import CONFIG_FILE, WEIGHTS_FILE, load_config
 from megatronish.errors import UserError
-from megatronish.files import sync, write_whole
+from megatronish.files import sync, write_atomic
 from megatronish.model.transformer import Transformer
 from megatronish.ops.linear import few_rows, rows_product
 
@@ -187,15 +187,15 @@ def save_quantized(folder: Path, model: Transformer, form: Format, group: int) -
     save_file(state, partial, metadata={"format": "pt", "model_config": text})
     sync(partial)
     partial.replace(folder / WEIGHTS_FILE)
-    write_whole(folder / CONFIG_FILE, text + "\n")
-    write_whole(folder / QUANTIZATION_FILE, json.dumps({"format": form, "group": group}) + "\n")
+    write_atomic(folder / CONFIG_FILE, text + "\n")
+    write_atomic(folder / QUANTIZATION_FILE, json.dumps({"format": form, "group": group}) + "\n")
     sync(folder)
 
 
 def load_quantized(folder: Path, device: torch.device | str, dtype: torch.dtype | None) -> Transformer:
     """The quantized model in `folder`, in evaluation mode. Raises UserError for files that are torn or do not fit."""
     path = folder / QUANTIZATION_FILE
-    check_before_reading(folder, (QUANTIZATION_FILE, WEIGHTS_FILE, CONFIG_FILE))
+    verify_files(folder, (QUANTIZATION_FILE, WEIGHTS_FILE, CONFIG_FILE))
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         form, group = found["format"], found["group"]

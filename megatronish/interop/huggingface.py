@@ -25,7 +25,7 @@ from megatronish.config.huggingface import (
 )
 from megatronish.config.model import ModelConfig
 from megatronish.errors import UserError
-from megatronish.files import sync, sync_tree, write_whole
+from megatronish.files import sync, sync_tree, write_atomic
 from megatronish.interop.shards import Entry, ShardedFolder, TensorFileWriter, check_space, write_shards
 from megatronish.interop.tokenizer_files import (
     ORIGIN_FILE,
@@ -166,7 +166,7 @@ def import_model(
         finally:
             weights.close()
             writer.close(complete)
-        write_whole(folder / CONFIG_FILE, weights.config.model_dump_json(indent=2) + "\n")
+        write_atomic(folder / CONFIG_FILE, weights.config.model_dump_json(indent=2) + "\n")
     parameters = sum(torch.Size(entry.shape).numel() for entry in entries.values())
     return Converted(target, weights.config, weights.model_type, parameters, kind, [WEIGHTS_FILE], carried)
 
@@ -206,7 +206,7 @@ def export_model(
     with new_folder(target, total) as folder:
         carried = write_tokenizer(source, folder, origin, config.seq_length)
         raw |= special_ids(origin, carried) | {"torch_dtype": str(kind).removeprefix("torch."), "use_cache": True}
-        write_whole(folder / CONFIG_JSON, json.dumps(raw, indent=2) + "\n")
+        write_atomic(folder / CONFIG_JSON, json.dumps(raw, indent=2) + "\n")
         files = write_shards(folder, entries, tensors(), max_shard_bytes, lambda size: progress(size, total))
     stored.close()
     parameters = sum(torch.Size(entry.shape).numel() for entry in entries.values())

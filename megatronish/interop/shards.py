@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatronish.errors import UserError
-from megatronish.files import sync, write_whole
+from megatronish.files import sync, write_atomic
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -201,7 +201,7 @@ def write_shards(
         total = sum(entry.size for entry in entries.values())
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_whole(folder / INDEX, json.dumps(index, indent=2) + "\n")
+        write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
     return names
 
 

@@ -1,6 +1,6 @@
 """What all ranks come to know without a collective: each says something, the first rank decides, all hear it.
 
-Over the store of the meeting, so a background thread may do it while the main thread is in a collective.
+Over the store of the rendezvous, so a background thread may do it while the main thread is in a collective.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatronish.launch.rendezvous import PATIENCE_SECONDS, Meeting
+from megatronish.launch.rendezvous import PATIENCE_SECONDS, Rendezvous
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.002, 0.25
 LONGEST_PAUSE_OF_MANY = 1.0  # thousands of ranks must not wear the store out
 MANY = 64
 
 
-class DecisionBroken(RuntimeError):
+class ConsensusError(RuntimeError):
     """The other ranks, or the store, are gone."""
 
 
-class Decisions:
-    """One series of decisions of the ranks of a meeting, each of which every rank takes part in, in the same order.
+class Consensus:
+    """A series of decisions by the ranks of a rendezvous, each of which every rank takes part in, in the same order.
 
     name: of the series; several may go on at once, in several threads.
     """
 
-    def __init__(self, meeting: Meeting, name: str) -> None:
-        self.rank, self.world_size = meeting.rank, meeting.world_size
-        self._store = dist.PrefixStore(name, meeting.store)
+    def __init__(self, rendezvous: Rendezvous, name: str) -> None:
+        self.rank, self.world_size = rendezvous.rank, rendezvous.world_size
+        self._store = dist.PrefixStore(name, rendezvous.store)
         self._number = 0
         self._stop = threading.Event()
 
     def agree(self, mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
         """What `decide`, on the first rank, makes of the values of all ranks, listed by rank; values are JSON.
 
-        Raises DecisionBroken when a rank is gone or `decide` raised, whose error the first rank raises itself.
+        Raises ConsensusError when a rank is gone or `decide` raised, whose error the first rank raises itself.
         """
         self._number += 1
         if self.world_size == 1:
@@ -48,10 +48,10 @@ class Decisions:
         try:
             return self._lead(mine, decide) if self.rank == 0 else self._follow(mine)
         except dist.DistError as error:
-            raise DecisionBroken(f"the other ranks cannot be reached: {str(error).splitlines()[0]}") from None
+            raise ConsensusError(f"the other ranks cannot be reached: {str(error).splitlines()[0]}") from None
 
     def stop(self) -> None:
-        """Have a thread that waits in `agree` raise DecisionBroken."""
+        """Have a thread that waits in `agree` raise ConsensusError."""
         self._stop.set()
 
     def leave(self) -> None:
@@ -86,7 +86,7 @@ class Decisions:
         self._await([self._key("answer")])
         heard = json.loads(self._store.get(self._key("answer")))
         if "failed" in heard:
-            raise DecisionBroken(f"rank 0 failed: {heard['failed']}")
+            raise ConsensusError(f"rank 0 failed: {heard['failed']}")
         return heard["answer"]
 
     def _key(self, what: int | str) -> str:
@@ -96,5 +96,5 @@ class Decisions:
         pause, longest = FIRST_PAUSE, LONGEST_PAUSE if self.world_size < MANY else LONGEST_PAUSE_OF_MANY
         while not self._store.check(keys):
             if self._stop.wait(pause):
-                raise DecisionBroken("this rank ends")
+                raise ConsensusError("this rank ends")
             pause = min(1.5 * pause, longest)

@@ -14,15 +14,15 @@ from typing import NoReturn
 SHUTDOWN_SECONDS = 20.0
 INTERRUPTED_SECONDS = 3.0  # the same, after Ctrl-C
 FLUSH_SECONDS = 1.0
-STOPPED = 75  # exit status of a run that the watchdog ended: EX_TEMPFAIL of sysexits.h, "try again"
-SAVED = 76  # exit status of a run that was asked to stop, by a signal or its time limit, and saved before it did
+EXIT_STOPPED = 75  # exit status of a run that the watchdog ended: EX_TEMPFAIL of sysexits.h, "try again"
+EXIT_SAVED = 76  # exit status of a run that was asked to stop, by a signal or its time limit, and saved before it did
 
 STATUS_FILE = (
     "MEGATRONISH_STATUS_FILE"  # in the environment: where the first rank writes its status for launchers/supervise.py
 )
 
 
-def end_now(status: int) -> NoReturn:
+def exit_now(status: int) -> NoReturn:
     """End this process with `status` at once: no clean-up, only the output that a second is enough to write."""
 
     def flush() -> None:
@@ -35,9 +35,9 @@ def end_now(status: int) -> NoReturn:
     os._exit(status)
 
 
-def end_within(seconds: float, status: int) -> threading.Timer:
+def exit_within(seconds: float, status: int) -> threading.Timer:
     """Have this process end in `seconds` with exit status `status`, however its threads hang, unless cancelled."""
-    timer = threading.Timer(seconds, end_now, (status,))
+    timer = threading.Timer(seconds, exit_now, (status,))
     timer.daemon = True
     timer.start()
     return timer
@@ -56,11 +56,11 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         status = 1
-    end_within(SHUTDOWN_SECONDS, status)
+    exit_within(SHUTDOWN_SECONDS, status)
     if (told := os.environ.get(STATUS_FILE)) and os.environ.get("RANK", "0") == "0":
         Path(told).write_text(str(status), encoding="ascii")
     atexit._run_exitfuncs()
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and status == 0 and not mpi.Is_finalized():
         mpi.Finalize()  # mpirun calls a rank that ends without it a failure, and ends the others: right unless all is well
-    end_now(status)
+    exit_now(status)

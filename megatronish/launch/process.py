@@ -1,7 +1,7 @@
 """What a training process settles before torch is loaded: its rank, its threads, its allocator.
 
 `deepspeed`, `torchrun`, `mpirun`, `srun` and plain `python` each tell a process its rank in their own variables;
-`settle_process` reads them once, writes the torch.distributed names, and tunes the process for the machine.
+`initialize_process` reads them once, writes the torch.distributed names, and tunes the process for the machine.
 It must run before `import torch`: OpenMP reads its variables when it is loaded.
 """
 
@@ -124,7 +124,7 @@ def first_host(node_list: str) -> str:
 
 
 def find_master(rank: Rank, env: MutableMapping[str, str]) -> tuple[str, int]:
-    """Address and port where the ranks meet.
+    """Address and port of the rendezvous.
 
     MASTER_ADDR and MASTER_PORT win; Open MPI agrees through mpi4py; Slurm takes its first host. Raises LaunchError when
     ranks on several machines have no way to agree.
@@ -195,7 +195,7 @@ def has_gpu() -> bool:
     return Path("/dev/nvidiactl").exists() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
-def settle_process() -> Rank:
+def initialize_process() -> Rank:
     """Make this process ready for torch; returns its rank. Call before `import torch`.
 
     Sets the torch.distributed variables; on machines without GPUs also the threads a rank may use, a passive OpenMP

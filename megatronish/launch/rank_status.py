@@ -19,7 +19,7 @@ BUSY_SHARE = 0.1  # of a core: a process that computes so much moves, though its
 
 
 @dataclass(frozen=True)
-class Standing:
+class RankStatus:
     """Of one rank at one moment. still: seconds since it last moved; waits of samples: how often it was seen waiting in a
     collective, while training."""
 
@@ -69,9 +69,9 @@ class Sampler:
             self._samples += 1
             self._waits += bool(self._collective)
 
-    def standing(self) -> Standing:
+    def rank_status(self) -> RankStatus:
         """As of the last sample."""
-        return Standing(self.step, self.phase, self._collective, self._place, self._still, self._waits, self._samples)
+        return RankStatus(self.step, self.phase, self._collective, self._place, self._still, self._waits, self._samples)
 
     def _read(self, stack: list[FrameType]) -> tuple[str, str]:
         """Name of the collective that a stack (innermost frame first) waits in, or '', and the line of ours that leads there."""

@@ -1,4 +1,4 @@
-"""The ranks of a run meet: every one is there, once, and was told the same. One message when that is not so.
+"""The rendezvous of the ranks of a run: checks that each joins exactly once and with the same configuration.
 
 Rank 0 (or torchrun's agent) holds a key-value store at MASTER_ADDR:MASTER_PORT. Every rank writes there where it runs and
 what it was told; rank 0 compares, and writes what came of it. Process groups are made over the same store.
@@ -25,16 +25,16 @@ OUTCOME = "outcome"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a rank runs. processes: names the pid namespace, so that ranks know which of them can signal each other."""
+class RankProcess:
+    """Where a rank runs. pid_namespace: names the pid namespace, so that ranks know which of them can signal each other."""
 
     rank: int
     host: str
     pid: int
-    processes: str
+    pid_namespace: str
 
     @classmethod
-    def here(cls, rank: int) -> Place:
+    def here(cls, rank: int) -> RankProcess:
         """Of this process."""
         host = socket.gethostname()
         namespace = ""
@@ -47,30 +47,30 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """The ranks that have met. store: shared by them; address: of the host that holds it, as this rank names it."""
 
     store: dist.Store
     address: str
     rank: int
-    places: tuple[Place, ...]
+    processes: tuple[RankProcess, ...]
 
     @property
     def world_size(self) -> int:
-        return len(self.places)
+        return len(self.processes)
 
 
-def meet(
+def join_rendezvous(
     rank: int, world_size: int, address: str, port: int, seconds: float, told: Mapping[str, str] | None = None
-) -> Meeting:
+) -> Rendezvous:
     """Wait up to `seconds` for every rank.
 
     told: what all ranks must have been told alike, name -> value. Raises LaunchError, with the same text on every rank that
     can be told, when a rank does not come, comes twice, or was told something else.
     """
-    here = Place.here(rank)
+    here = RankProcess.here(rank)
     if world_size == 1:
-        return Meeting(dist.HashStore(), address, 0, (here,))
+        return Rendezvous(dist.HashStore(), address, 0, (here,))
     store = _open_store(here, world_size, address, port, seconds)
     deadline = time.monotonic() + seconds  # counted from when rank 0 is there: it may be the last
     times = store.add(f"count {rank}", 1)
@@ -93,17 +93,17 @@ def meet(
                 store.add("told", 1)
     if "error" in outcome:
         raise LaunchError(outcome["error"])
-    return Meeting(store, address, rank, tuple(Place(**place) for place in outcome["places"]))
+    return Rendezvous(store, address, rank, tuple(RankProcess(**place) for place in outcome["processes"]))
 
 
-def meet_by_environment(seconds: float, told: Mapping[str, str] | None = None) -> Meeting:
-    """`meet` as RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say (startup.settle_process sets them)."""
+def join_rendezvous_from_env(seconds: float, told: Mapping[str, str] | None = None) -> Rendezvous:
+    """`join_rendezvous` as RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say (startup.initialize_process sets them)."""
     env = os.environ
     rank, world_size, port = (int(env[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    return meet(rank, world_size, env["MASTER_ADDR"], port, seconds, told)
+    return join_rendezvous(rank, world_size, env["MASTER_ADDR"], port, seconds, told)
 
 
-def _open_store(here: Place, world_size: int, address: str, port: int, seconds: float) -> dist.Store:
+def _open_store(here: RankProcess, world_size: int, address: str, port: int, seconds: float) -> dist.Store:
     """The store at address:port; rank 0 holds it, unless torchrun's agent does."""
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     holds = here.rank == 0 and not agent
@@ -115,14 +115,14 @@ def _open_store(here: Place, world_size: int, address: str, port: int, seconds: 
         )
     except dist.DistError as error:
         raise LaunchError(
-            f"{here} of {world_size} cannot meet the others at {address}:{port}: {str(error).splitlines()[0]}\nIs another "
+            f"{here} of {world_size} cannot join the rendezvous at {address}:{port}: {str(error).splitlines()[0]}\nIs another "
             "run using that port? Choose one: deepspeed --master_port 29501 (torchrun --master-port, or MASTER_PORT)."
         ) from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an agent's store outlives its ranks
     return dist.PrefixStore(f"megatronish {attempt}", store)
 
 
-def _await_listener(here: Place, address: str, port: int, seconds: float) -> None:
+def _await_listener(here: RankProcess, address: str, port: int, seconds: float) -> None:
     """Return when something listens at address:port. torch waits there too, with a page of stack traces."""
     deadline = time.monotonic() + seconds
     while True:
@@ -140,7 +140,7 @@ def _await_listener(here: Place, address: str, port: int, seconds: float) -> Non
 
 
 def _gather(store: dist.Store, world_size: int, where: str, seconds: float, deadline: float) -> dict:
-    """Rank 0: wait for the others and compare what they were told. What came of it: {"places"} or {"error", "listeners"}."""
+    """Rank 0: wait for the others and compare what they were told. What came of it: {"processes"} or {"error", "listeners"}."""
     came: dict[int, dict] = {}
     missing = set(range(world_size))
     pause, told_at = POLL_SECONDS, time.monotonic() + 15.0
@@ -169,7 +169,7 @@ def _gather(store: dist.Store, world_size: int, where: str, seconds: float, dead
         pause = min(2 * pause, 1.0)
     if problem:
         return {"error": problem, "listeners": len(came) - 1}
-    return {"places": [came[rank]["place"] for rank in range(world_size)]}
+    return {"processes": [came[rank]["place"] for rank in range(world_size)]}
 
 
 def _difference(came: Mapping[int, dict]) -> str:
@@ -181,7 +181,7 @@ def _difference(came: Mapping[int, dict]) -> str:
         for name in sorted({*came[rank]["told"], *first["told"]}):
             mine, his = first["told"].get(name, "nothing"), came[rank]["told"].get(name, "nothing")
             if mine != his:
-                place, origin = Place(**came[rank]["place"]), Place(**first["place"])
+                place, origin = RankProcess(**came[rank]["place"]), RankProcess(**first["place"])
                 return (
                     f"{place} was told another {name.replace('_', ' ')} than {origin}: {his}, not {mine}. Start all nodes "
                     "with the same command, files and installation."
@@ -189,8 +189,8 @@ def _difference(came: Mapping[int, dict]) -> str:
     return ""
 
 
-def _await_outcome(store: dist.Store, here: Place, where: str, deadline: float) -> dict:
-    """What rank 0 makes of the meeting; in waits of a second, so that Ctrl-C is heard."""
+def _await_outcome(store: dist.Store, here: RankProcess, where: str, deadline: float) -> dict:
+    """What rank 0 makes of the rendezvous; in waits of a second, so that Ctrl-C is heard."""
     while time.monotonic() < deadline:
         try:
             if store.check([OUTCOME]):

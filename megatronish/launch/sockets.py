@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatronish.launch.process import LaunchError
-from megatronish.launch.rendezvous import Meeting
+from megatronish.launch.rendezvous import Rendezvous
 
 Message = dict[str, Any]
 ADDRESS_KEY = "watchdog address"
@@ -29,7 +29,7 @@ GONE: Message = {"gone": True}  # what `receive` gives for a link that has ended
 
 
 @dataclass
-class _Link:
+class _RankSocket:
     """One connection; `rank` is None until the other end has named itself."""
 
     connection: socket.socket
@@ -59,84 +59,84 @@ class _Link:
         return lines, gone or len(rest) >= LONGEST_LINE
 
 
-class Links:
-    """Rank 0's links to all others, or another rank's link to rank 0. Used by one thread after it is made.
+class RankSockets:
+    """Rank 0's sockets to all others, or another rank's link to rank 0. Used by one thread after it is made.
 
     Raises LaunchError when rank 0 cannot be reached.
     """
 
-    def __init__(self, meeting: Meeting) -> None:
-        self._rank = meeting.rank
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        self._rank = rendezvous.rank
         self._selector = selectors.DefaultSelector()
         self._hangups = select.epoll()
-        self._links: dict[int, _Link] = {}
-        self._uncalled = set(range(1, meeting.world_size)) if meeting.rank == 0 else set()
+        self._sockets: dict[int, _RankSocket] = {}
+        self._uncalled = set(range(1, rendezvous.world_size)) if rendezvous.rank == 0 else set()
         self._listener: socket.socket | None = None
-        if meeting.world_size == 1:
+        if rendezvous.world_size == 1:
             return
-        if meeting.rank == 0:
-            self._listen(meeting)
+        if rendezvous.rank == 0:
+            self._listen(rendezvous)
         else:
-            self._call(meeting)
+            self._call(rendezvous)
         self_reference = weakref.ref(self)
 
         def close_in_child() -> None:
             """A forked loader process would keep the connections of a killed rank open."""
-            links = self_reference()
-            if links is not None:
-                links._close_sockets()
+            sockets = self_reference()
+            if sockets is not None:
+                sockets._close_sockets()
 
         os.register_at_fork(after_in_child=close_in_child)
 
-    def _listen(self, meeting: Meeting) -> None:
-        alone = all(place.processes == meeting.places[0].processes for place in meeting.places)
-        address = "127.0.0.1" if alone else own_address(meeting.address)
+    def _listen(self, rendezvous: Rendezvous) -> None:
+        alone = all(place.pid_namespace == rendezvous.processes[0].pid_namespace for place in rendezvous.processes)
+        address = "127.0.0.1" if alone else own_address(rendezvous.address)
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         loops = address.startswith("127.") or address == "::1"
         self._listener = socket.create_server(
-            ("" if loops and not alone else address, 0), family=family, backlog=meeting.world_size
+            ("" if loops and not alone else address, 0), family=family, backlog=rendezvous.world_size
         )
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self._token = secrets.token_hex(16)
         # An address that loops means something only here: others then take the one by which they found the store.
         told = [address if alone or not loops else "", self._listener.getsockname()[1], self._token]
-        meeting.store.set(ADDRESS_KEY, json.dumps(told))
+        rendezvous.store.set(ADDRESS_KEY, json.dumps(told))
 
-    def _call(self, meeting: Meeting) -> None:
-        address, port, token = json.loads(meeting.store.get(ADDRESS_KEY))
-        address = address or meeting.address
+    def _call(self, rendezvous: Rendezvous) -> None:
+        address, port, token = json.loads(rendezvous.store.get(ADDRESS_KEY))
+        address = address or rendezvous.address
         try:
             connection = socket.create_connection((address, port), timeout=CONNECT_SECONDS)
         except OSError as error:
             raise LaunchError(
-                f"{meeting.places[meeting.rank]} cannot reach the watchdog of {meeting.places[0]} at {address}:{port} "
+                f"{rendezvous.processes[rendezvous.rank]} cannot reach the watchdog of {rendezvous.processes[0]} at {address}:{port} "
                 f"({error.strerror or error}): a firewall? Ranks need free TCP ports between their machines. "
                 "--train.hang_timeout 0 starts without a watchdog."
             ) from None
         self._add(connection, 0)
-        self.send(0, {"token": token, "rank": meeting.rank})
+        self.send(0, {"token": token, "rank": rendezvous.rank})
 
     def _add(self, connection: socket.socket, rank: int | None) -> None:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        link = _Link(connection, rank)
+        link = _RankSocket(connection, rank)
         self._selector.register(connection, selectors.EVENT_READ, link)
         self._hangups.register(connection, select.EPOLLRDHUP)
         if rank is not None:
-            self._links[rank] = link
+            self._sockets[rank] = link
 
     def send(self, rank: int, message: Message) -> None:
         """Hand a message to a rank; lost when the link has ended. A heartbeat is left out while an older message waits."""
-        self._push([rank] if rank in self._links else [], message)
+        self._push([rank] if rank in self._sockets else [], message)
 
     def send_all(self, message: Message) -> None:
         """`send` to every linked rank."""
-        self._push(list(self._links), message)
+        self._push(list(self._sockets), message)
 
     def _push(self, ranks: list[int], message: Message) -> None:
         line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
-        for link in [self._links[rank] for rank in ranks]:
+        for link in [self._sockets[rank] for rank in ranks]:
             if not (link.outgoing and "beat" in message):
                 link.outgoing += line
                 link.push()
@@ -144,8 +144,8 @@ class Links:
     def flush(self, seconds: float) -> None:
         """Wait up to `seconds` until all messages are handed to the kernel."""
         deadline = time.monotonic() + seconds
-        while any(link.outgoing for link in self._links.values()) and time.monotonic() < deadline:
-            for link in self._links.values():
+        while any(link.outgoing for link in self._sockets.values()) and time.monotonic() < deadline:
+            for link in self._sockets.values():
                 link.push()
             time.sleep(0.01)
 
@@ -161,7 +161,7 @@ class Links:
                 self._accept()
             else:
                 found += self._read(key.data)
-        for link in self._links.values():
+        for link in self._sockets.values():
             link.push()
         return found
 
@@ -178,7 +178,7 @@ class Links:
             while True:
                 self._add(self._listener.accept()[0], None)
 
-    def _read(self, link: _Link) -> list[tuple[int, Message]]:
+    def _read(self, link: _RankSocket) -> list[tuple[int, Message]]:
         lines, gone = link.pull()
         messages: list[tuple[int, Message]] = []
         for line in lines:
@@ -188,7 +188,7 @@ class Links:
                     if not hmac.compare_digest(str(message["token"]), self._token):
                         raise ValueError("a stranger")
                     link.rank = int(message["rank"])
-                    self._links[link.rank] = link
+                    self._sockets[link.rank] = link
                     self._uncalled.discard(link.rank)
                 messages.append((link.rank, message))
             except (ValueError, KeyError, TypeError):
@@ -199,7 +199,7 @@ class Links:
             self._hangups.unregister(link.connection)
             link.connection.close()
             if link.rank is not None:
-                self._links.pop(link.rank, None)
+                self._sockets.pop(link.rank, None)
                 messages.append((link.rank, GONE))
         return messages
 
@@ -210,9 +210,9 @@ class Links:
         self._close_sockets()
 
     def _close_sockets(self) -> None:
-        for link in self._links.values():
+        for link in self._sockets.values():
             link.connection.close()
-        self._links = {}
+        self._sockets = {}
         if self._listener is not None:
             self._listener.close()
 

@@ -1,12 +1,12 @@
 """A watchdog a rank: when ranks no longer work together, all end within a stated time, with one message.
 
-A thread of every rank looks where the main thread stands (standing.py) and tells rank 0, over a socket (links.py). Rank 0's
+A thread of every rank looks where the main thread stands (rank_status.py) and tells rank 0, over a socket (sockets.py). Rank 0's
 thread judges, the others judge rank 0:
 - a socket that closes without a farewell: that process is gone;
 - no heartbeat for `timeout` seconds: stopped, frozen, or cut off;
 - no rank moved for `timeout` seconds (ten times as long while starting, which reads checkpoints, or saving): stuck;
 - a rank that reports its own error: as it says.
-Then rank 0 prints the message, every rank writes its stacks to a file and ends with status 75 (exit.STOPPED), and ranks that
+Then rank 0 prints the message, every rank writes its stacks to a file and ends with status 75 (exit.EXIT_STOPPED), and ranks that
 cannot hear it are killed by those on their machine. Time is monotonic and of each rank alone; the time in which a rank itself
 was stopped is not counted, so that a job can be suspended and continued as a whole.
 """
@@ -28,10 +28,10 @@ from typing import NoReturn
 
 from megatronish.errors import UserError
 from megatronish.launch import failure_messages
-from megatronish.launch.exit import STOPPED, end_now
-from megatronish.launch.rank_status import COLLECTIVES, Sampler, Standing
-from megatronish.launch.rendezvous import Meeting, Place
-from megatronish.launch.sockets import GONE, Links, Message
+from megatronish.launch.exit import EXIT_STOPPED, exit_now
+from megatronish.launch.rank_status import COLLECTIVES, RankStatus, Sampler
+from megatronish.launch.rendezvous import RankProcess, Rendezvous
+from megatronish.launch.sockets import GONE, Message, RankSockets
 
 STACKS = "stacks"
 # Has a rank write its stacks whatever it does: from inside the signal, where a frame that is being made crashes it (CPython's
@@ -56,14 +56,16 @@ class Watchdog:
     leaves the CPU idle (gloo), and whether slow ranks are to be told. Raises LaunchError when rank 0 cannot be reached.
     """
 
-    def __init__(self, meeting: Meeting, timeout: float, folder: Path, count_cpu: bool, compare: bool = False) -> None:
-        self._meeting, self._timeout, self._compare = meeting, timeout, compare
-        self.beat_seconds = min(max(BEAT_SECONDS, BEAT_SECONDS_A_RANK * meeting.world_size), timeout / 4)
+    def __init__(
+        self, rendezvous: Rendezvous, timeout: float, folder: Path, count_cpu: bool, compare: bool = False
+    ) -> None:
+        self._rendezvous, self._timeout, self._compare = rendezvous, timeout, compare
+        self.beat_seconds = min(max(BEAT_SECONDS, BEAT_SECONDS_A_RANK * rendezvous.world_size), timeout / 4)
         self._sampler = Sampler(count_cpu)
-        self._standings: dict[int, Standing] = {}
+        self._rank_statuses: dict[int, RankStatus] = {}
         self._silence = {place.rank: 0.0 for place in self._listened_to()}
         self._failures: dict[int, tuple[float, Message]] = {}
-        self._compared: dict[int, Standing] = {}
+        self._compared: dict[int, RankStatus] = {}
         self._compare_at = SLOW_SECONDS
         self._told_slow: set[int] = set()
         self._failing: Message | None = None  # of this rank; set by the main thread
@@ -72,10 +74,10 @@ class Watchdog:
         self._closing = threading.Event()
         self._folder = folder / STACKS
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._stacks_path = self._stacks_of(meeting.rank)
+        self._stacks_path = self._stacks_of(rendezvous.rank)
         self._stacks = self._stacks_path.open("w", encoding="utf-8")
-        print(meeting.places[meeting.rank], file=self._stacks, flush=True)
-        self._links = Links(meeting)
+        print(rendezvous.processes[rendezvous.rank], file=self._stacks, flush=True)
+        self._sockets = RankSockets(rendezvous)
         faulthandler.enable(self._stacks)
         faulthandler.register(LAST_RESORT, self._stacks, all_threads=True)
         # Signals by number, as they come: the watching thread reads them whatever the main thread waits in.
@@ -143,24 +145,24 @@ class Watchdog:
             with self._speaking:
                 self._own_status = status
         self._failing = {"failed": text, "status": status, "lost": lost}
-        if self._meeting.rank or lost:
+        if self._rendezvous.rank or lost:
             self._thread.join(3 * GRACE_SECONDS)
         else:
             self._closing.wait(1.0)  # until the others are told
 
-    def _listened_to(self) -> Iterable[Place]:
-        return self._meeting.places[1:] if self._meeting.rank == 0 else self._meeting.places[:1]
+    def _listened_to(self) -> Iterable[RankProcess]:
+        return self._rendezvous.processes[1:] if self._rendezvous.rank == 0 else self._rendezvous.processes[:1]
 
     def _watch(self) -> None:
         """The thread: until this rank takes leave, or, should the watchdog itself fail, without leaving the others alarmed."""
         try:
-            for rank, message in self._links.welcome(min(WELCOME_SECONDS, self._timeout / 4)):
+            for rank, message in self._sockets.welcome(min(WELCOME_SECONDS, self._timeout / 4)):
                 self._hear(rank, message)
             self._rounds()
         finally:
-            self._links.send_all({"bye": True})
-            self._links.flush(1.0)
-            self._links.close()
+            self._sockets.send_all({"bye": True})
+            self._sockets.flush(1.0)
+            self._sockets.close()
 
     def _rounds(self) -> None:
         """Hear, look, tell and judge, again and again."""
@@ -169,7 +171,7 @@ class Watchdog:
         told_failure = False
         while not self._closing.is_set():
             while (rest := looked + LOOK_SECONDS - time.monotonic()) > 0 and not self._closing.is_set():
-                for rank, message in self._links.receive(rest):
+                for rank, message in self._sockets.receive(rest):
                     self._hear(rank, message)
             if self._asked_for_stacks():
                 faulthandler.dump_traceback(self._stacks, all_threads=True)
@@ -182,8 +184,8 @@ class Watchdog:
                 self._tell_failure(self._failing)
             self._judge_failures()
             if ran - beaten >= self.beat_seconds:
-                self._standings[self._meeting.rank] = standing = self._sampler.standing()
-                self._links.send_all({"beat": astuple(standing)})
+                self._rank_statuses[self._rendezvous.rank] = rank_status = self._sampler.rank_status()
+                self._sockets.send_all({"beat": astuple(rank_status)})
                 self._judge(ran - beaten)
                 beaten = ran
 
@@ -198,10 +200,10 @@ class Watchdog:
             return
         self._silence[rank] = 0.0
         if "beat" in message:
-            self._standings[rank] = Standing(*message["beat"])
+            self._rank_statuses[rank] = RankStatus(*message["beat"])
         elif "bye" in message:
             del self._silence[rank]
-            self._standings.pop(rank, None)
+            self._rank_statuses.pop(rank, None)
         elif "failed" in message:
             self._failures.setdefault(rank, (time.monotonic(), message))
         elif "stop" in message:
@@ -215,18 +217,21 @@ class Watchdog:
         if rank in self._failures:
             del self._silence[rank]
             return
-        speaks = self._meeting.rank <= 1  # where rank 0 is gone, rank 1 speaks for the others
-        self._end(STOPPED, failure_messages.ended(self._meeting.places[rank], self._standings) if speaks else "")
+        speaks = self._rendezvous.rank <= 1  # where rank 0 is gone, rank 1 speaks for the others
+        self._end(
+            EXIT_STOPPED,
+            failure_messages.process_ended(self._rendezvous.processes[rank], self._rank_statuses) if speaks else "",
+        )
 
     def _tell_failure(self, failing: Message) -> None:
-        if self._meeting.rank:
-            self._links.send_all(failing)
+        if self._rendezvous.rank:
+            self._sockets.send_all(failing)
         elif failing["lost"]:
             self._failures[0] = (time.monotonic(), failing)
         else:
-            status = failing["status"] if failing["status"] != 1 else STOPPED
-            self._links.send_all({"stop": status, "kill": []})
-            self._links.flush(1.0)
+            status = failing["status"] if failing["status"] != 1 else EXIT_STOPPED
+            self._sockets.send_all({"stop": status, "kill": []})
+            self._sockets.flush(1.0)
             self._closing.set()
 
     def _judge(self, elapsed: float) -> None:
@@ -234,21 +239,27 @@ class Watchdog:
         for rank in self._silence:
             self._silence[rank] += elapsed
         # Rank 1 judges a silent rank 0 before the others do: who kills it first would leave rank 1 a dead one to explain.
-        patience = self._timeout + (2 * GRACE_SECONDS if self._meeting.rank > 1 else 0.0)
+        patience = self._timeout + (2 * GRACE_SECONDS if self._rendezvous.rank > 1 else 0.0)
         quiet = [place for place in self._listened_to() if self._silence.get(place.rank, 0.0) > patience]
         if quiet:
-            text = failure_messages.silent(quiet, self._timeout, self._standings) if self._meeting.rank <= 1 else ""
-            self._end(STOPPED, text, quiet)
-        if self._meeting.rank == 0:
+            text = (
+                failure_messages.no_heartbeat(quiet, self._timeout, self._rank_statuses)
+                if self._rendezvous.rank <= 1
+                else ""
+            )
+            self._end(EXIT_STOPPED, text, quiet)
+        if self._rendezvous.rank == 0:
             self._tell_slow_ranks(elapsed)
         elif self._silence:
             return  # rank 0 judges; without it every rank judges itself
-        known = {rank: standing for rank, standing in self._standings.items() if rank or not self._meeting.rank}
+        known = {
+            rank: rank_status for rank, rank_status in self._rank_statuses.items() if rank or not self._rendezvous.rank
+        }
         if not known.keys() >= self._silence.keys():
             return
-        still = min(standing.still for standing in known.values())
-        if still > self._timeout * max(PATIENT_PHASES.get(standing.phase, 1.0) for standing in known.values()):
-            self._end(STOPPED, failure_messages.stuck(self._meeting.places, still, known))
+        still = min(rank_status.still for rank_status in known.values())
+        if still > self._timeout * max(PATIENT_PHASES.get(rank_status.phase, 1.0) for rank_status in known.values()):
+            self._end(EXIT_STOPPED, failure_messages.no_progress(self._rendezvous.processes, still, known))
 
     def _judge_failures(self) -> None:
         """Rank 0 only: what a rank told of itself, after the grace in which rank 0 may say it itself."""
@@ -256,44 +267,48 @@ class Watchdog:
             if time.monotonic() - when < (2 if message["lost"] else 1) * GRACE_SECONDS:
                 continue
             with self._speaking:
-                if self._meeting.rank or self._own_status is not None:
+                if self._rendezvous.rank or self._own_status is not None:
                     return
-                place, standing = self._meeting.places[rank], self._standings.get(rank)
+                place, rank_status = self._rendezvous.processes[rank], self._rank_statuses.get(rank)
                 if message["lost"]:
-                    self._end(STOPPED, failure_messages.collective_failed(place, message["failed"], self._standings))
-                status = STOPPED if message["status"] == 1 else message["status"]
-                self._end(status, failure_messages.failed(place, message["failed"], standing))
+                    self._end(
+                        EXIT_STOPPED, failure_messages.collective_failed(place, message["failed"], self._rank_statuses)
+                    )
+                status = EXIT_STOPPED if message["status"] == 1 else message["status"]
+                self._end(status, failure_messages.rank_failed(place, message["failed"], rank_status))
 
     def _tell_slow_ranks(self, elapsed: float) -> None:
         self._compare_at -= elapsed
         if not self._compare or self._compare_at > 0:
             return
         enough = int(SLOW_SECONDS / LOOK_SECONDS / 2)
-        for rank, note in failure_messages.slow(self._meeting.places, self._compared, self._standings, enough).items():
+        for rank, note in failure_messages.slow_ranks(
+            self._rendezvous.processes, self._compared, self._rank_statuses, enough
+        ).items():
             if rank not in self._told_slow:
                 self._told_slow.add(rank)
                 _write(f"note: {note}")
-        self._compared, self._compare_at = dict(self._standings), SLOW_SECONDS
+        self._compared, self._compare_at = dict(self._rank_statuses), SLOW_SECONDS
 
-    def _end(self, status: int, text: str, quiet: Iterable[Place] = ()) -> NoReturn:
+    def _end(self, status: int, text: str, quiet: Iterable[RankProcess] = ()) -> NoReturn:
         """End this rank, and from rank 0 all of them, after saying why; ranks in `quiet` cannot hear it and are killed."""
         self._speaking.acquire()
-        kill = [[place.processes, place.pid, place.rank] for place in quiet]
+        kill = [[place.pid_namespace, place.pid, place.rank] for place in quiet]
         if text:
             _write(f"error: {text}")
-        if text and status == STOPPED:
+        if text and status == EXIT_STOPPED:
             _write(f"Stacks of the ranks: {self._folder}. The same command goes on from the last checkpoint.")
-        if self._meeting.rank == 0:
-            self._links.send_all({"stop": status, "kill": kill})
-            self._links.flush(1.0)
+        if self._rendezvous.rank == 0:
+            self._sockets.send_all({"stop": status, "kill": kill})
+            self._sockets.flush(1.0)
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         self._kill(kill)
-        end_now(status if self._own_status is None else self._own_status)
+        exit_now(status if self._own_status is None else self._own_status)
 
     def _kill(self, identities: Iterable[list]) -> None:
         """Have ranks of this machine that do not answer write their stacks, then kill them."""
-        mine = self._meeting.places[self._meeting.rank].processes
-        local = {pid: rank for processes, pid, rank in identities if processes == mine and pid != os.getpid()}
+        mine = self._rendezvous.processes[self._rendezvous.rank].pid_namespace
+        local = {pid: rank for pid_namespace, pid, rank in identities if pid_namespace == mine and pid != os.getpid()}
         if not local:
             return
         before = {pid: _size(self._stacks_of(rank)) for pid, rank in local.items()}

@@ -22,7 +22,7 @@ import xxhash
 
 from megatronish.data.readers.documents import MAX_RECORDED_REJECTS
 from megatronish.errors import DataError
-from megatronish.files import write_whole
+from megatronish.files import write_atomic
 from megatronish.preprocessing.encoding import Shard, UnitResult, shard_paths
 from megatronish.preprocessing.units import Unit
 
@@ -68,7 +68,7 @@ class Staging:
         for path in self.folder.iterdir():
             if path.name != "lock":
                 path.unlink()
-        write_whole(self.folder / "plan.json", json.dumps(plan, indent=1))
+        write_atomic(self.folder / "plan.json", json.dumps(plan, indent=1))
         self._open()
 
     def resume(self, plan: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ class Staging:
         if unchanged < max(len(there["inputs"]), len(plan["inputs"])):
             # Where the last of these units ends may depend on the input after it, which changed: it is done again.
             lines = [line for line in lines if line["last_source"] < unchanged][:-1]
-            write_whole(self.folder / "plan.json", json.dumps(plan, indent=1))
+            write_atomic(self.folder / "plan.json", json.dumps(plan, indent=1))
         kept = 0
         with contextlib.ExitStack() as stack:
             paths = [self._paths(key) for key in range(len(self.whole))]
@@ -107,7 +107,7 @@ class Staging:
             width = plan["itemsize"]
             os.truncate(self._paths(key)[0], total.tokens * width)
             os.truncate(self._paths(key)[1], total.documents * 4)
-        write_whole(self.folder / "journal.jsonl", "".join(json.dumps(line) + "\n" for line in lines[:kept]))
+        write_atomic(self.folder / "journal.jsonl", "".join(json.dumps(line) + "\n" for line in lines[:kept]))
         self._open()
 
     def _verify(self, line: dict[str, Any], files: list[list[BinaryIO]]) -> bool:

@@ -24,7 +24,7 @@ from megatronish.data.tokenizers.backends import choose_encoder
 from megatronish.data.tokenizers.formats import gpt2_tokenizer
 from megatronish.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from megatronish.errors import DataError
-from megatronish.files import write_whole
+from megatronish.files import write_atomic
 from megatronish.preprocessing.corpus import default_corpus, default_corpus_description
 from megatronish.preprocessing.encoding import Job, Tally, UnitResult, read_piece
 from megatronish.preprocessing.journal import Staging, read_plan
@@ -344,7 +344,7 @@ class _Run:
             }
             manifests[prefix] = self._manifest(key, number, tokenizer, job, aside, files)
             steps += steps_to_commit(staging.folder, prefix, manifests[prefix], {bin_path(aside).name: tokens.name})
-        write_whole(staging.folder / READY, json.dumps(steps))
+        write_atomic(staging.folder / READY, json.dumps(steps))
         commit(staging.folder)
         return [PreprocessResult(prefix, manifest, already_there=False) for prefix, manifest in manifests.items()]
 

@@ -16,7 +16,7 @@ from megatronish.data.indexed.format import IndexedReader, bin_path, idx_path
 from megatronish.data.indexed.manifest import DatasetManifest, manifest_path, read_manifest
 from megatronish.data.tokenizers.tokenizer import load_tokenizer
 from megatronish.errors import DataError
-from megatronish.files import write_whole
+from megatronish.files import write_atomic
 from megatronish.preprocessing.publish import READY, commit, steps_to_commit, tokenizer_record
 
 COPY_TOKENS = 1 << 22
@@ -131,7 +131,7 @@ def _write(
             }
             made = replace(manifest, tokenizer=record, counts=manifest.counts | counted, files=files, version=2)
             steps += steps_to_commit(folder, output, made)
-        write_whole(folder / READY, json.dumps(steps))
+        write_atomic(folder / READY, json.dumps(steps))
         commit(folder)
     return lines
 

@@ -45,15 +45,15 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import nn
 
-from megatronish.checkpoint.deepspeed_files import PickledState
-from megatronish.checkpoint.optimizer_shards import SavedFragments
-from megatronish.checkpoint.saver import Snapshot
-from megatronish.checkpoint.staging import HostCopies
-from megatronish.checkpoint.zero_state import HeldState, can_move
+from megatronish.checkpoint.deepspeed_files import DeepSpeedFiles
+from megatronish.checkpoint.optimizer_shards import SavedOptimizerShards
+from megatronish.checkpoint.saver import CheckpointSnapshot
+from megatronish.checkpoint.staging import StagingBuffers
+from megatronish.checkpoint.zero_state import LocalOptimizerState, can_move
 from megatronish.config.run import BLOCK, BatchPlan, RunConfig
 from megatronish.errors import UserError
-from megatronish.launch.exit import SHUTDOWN_SECONDS, end_within
-from megatronish.launch.rendezvous import Meeting, meet_by_environment
+from megatronish.launch.exit import SHUTDOWN_SECONDS, exit_within
+from megatronish.launch.rendezvous import Rendezvous, join_rendezvous_from_env
 from megatronish.model.sharded_layers import VocabularyPart
 from megatronish.model.transformer import IGNORED_LABEL, Transformer
 from megatronish.parallel.full_tensors import collect_whole, parts_of
@@ -91,12 +91,12 @@ def device() -> torch.device:
 
 
 def start_process_group(
-    timeout_minutes: float = 30.0, meeting: Meeting | None = None, start_seconds: float = 600.0
+    timeout_minutes: float = 30.0, rendezvous: Rendezvous | None = None, start_seconds: float = 600.0
 ) -> None:
     """Join the other ranks (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are set): NCCL on GPUs, gloo on CPUs.
 
-    timeout_minutes: of a collective; meeting: of ranks that have met, else they meet here within `start_seconds`.
-    Raises UserError when the meeting place is taken, a rank does not come, or this machine has no GPU for this rank.
+    timeout_minutes: of a collective; rendezvous: that the ranks have joined; by default they join one here within `start_seconds`.
+    Raises UserError when the rendezvous place is taken, a rank does not come, or this machine has no GPU for this rank.
     """
     deepspeed_logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # deepspeed's calls, not ours
@@ -112,12 +112,12 @@ def start_process_group(
             )
         get_accelerator().set_device(local)
     backend = "gloo" if on_cpu else get_accelerator().communication_backend_name()
-    meeting = meeting or meet_by_environment(start_seconds)
+    rendezvous = rendezvous or join_rendezvous_from_env(start_seconds)
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("process groups", meeting.store),
-        rank=meeting.rank,
-        world_size=meeting.world_size,
+        store=dist.PrefixStore("process groups", rendezvous.store),
+        rank=rendezvous.rank,
+        world_size=rendezvous.world_size,
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)  # takes over the group that it finds
@@ -127,7 +127,7 @@ def stop_process_group() -> None:
     """Leave the process group after a good run; if a peer keeps that from returning, the process ends all the same."""
     if not dist.is_initialized():
         return
-    timer = end_within(SHUTDOWN_SECONDS, status=0)
+    timer = exit_within(SHUTDOWN_SECONDS, status=0)
     dist.destroy_process_group()
     timer.cancel()
 
@@ -156,7 +156,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=keys, mpu=mpu)
         self._stage3 = stage == 3
         self.can_move = can_move(config)
-        self._files = PickledState(STATE_CLASSES)
+        self._files = DeepSpeedFiles(STATE_CLASSES)
         self._engine.checkpoint_engine = self._files
         self._engine._copy_recovery_script = lambda save_path: None  # a program has no place in a checkpoint
         self._fp16 = config.deepspeed.dtype == "fp16"
@@ -190,7 +190,7 @@ class Engine:
         scale = self.mesh.data.size / tokens  # DeepSpeed averages over ranks
         loss_sum, norm = torch.zeros((), device=self.device), None
         self._engine.train()
-        scaler = self.held_state().scaler_numbers() if self._fp16 else {}
+        scaler = self.local_optimizer_state().scaler_numbers() if self._fp16 else {}
         self._lacked_memory = False
         for batch in batches:
             loss = self._forward(batch)
@@ -261,7 +261,7 @@ class Engine:
             if self._fp16:
                 bad = broken
                 if bad:  # the loss is not scaled: no smaller scale would have helped
-                    self.held_state().set_scaler(scaler)
+                    self.local_optimizer_state().set_scaler(scaler)
         norm = self._engine.get_global_grad_norm() if own_norm is None else own_norm
         return StepResult(loss_sum, tokens, norm, skipped, bad and not lacked, lacked)
 
@@ -302,7 +302,7 @@ class Engine:
         """The rate of the first parameter group."""
         return self._engine.optimizer.param_groups[0]["lr"]
 
-    def snapshot(self, tag: str, copies: HostCopies | None = None) -> Snapshot:
+    def snapshot(self, tag: str, copies: StagingBuffers | None = None) -> CheckpointSnapshot:
         """The engine's state (master weights, moments, loss scale) as it is now, to be written to folder/tag.
 
         copies: where the state is copied to, so that it can be written while training goes on; without them it must be
@@ -310,16 +310,16 @@ class Engine:
         the state itself: every rank then calls `write` in the thread of its collectives.
         """
         if not self.can_move:
-            size = self.weight_bytes() + self.held_state().optimizer_bytes()
-            return Snapshot(size, lambda folder: self._save_pickled(folder, tag))
-        fragments = self.held_state().fragments()
-        size = fragments.bytes
-        fragments, rank = fragments.on_host(copies), dist.get_rank()
-        return Snapshot(size, lambda folder: fragments.write(folder / tag, rank))
+            size = self.weight_bytes() + self.local_optimizer_state().optimizer_bytes()
+            return CheckpointSnapshot(size, lambda folder: self._save_pickled(folder, tag))
+        shard = self.local_optimizer_state().shard()
+        size = shard.bytes
+        shard, rank = shard.on_host(copies), dist.get_rank()
+        return CheckpointSnapshot(size, lambda folder: shard.write(folder / tag, rank))
 
     def state_bytes(self) -> int:
         """Of what `snapshot` would copy."""
-        return self.held_state().fragments().bytes if self.can_move else 0
+        return self.local_optimizer_state().shard().bytes if self.can_move else 0
 
     def save(self, folder: Path, tag: str) -> None:
         """Write the state now. Every rank calls it."""
@@ -334,14 +334,14 @@ class Engine:
 
     def load(self, folder: Path, tag: str) -> None:
         """Read what a snapshot wrote; what DeepSpeed wrote, under the same layout only. Every rank calls it."""
-        if saved := SavedFragments(folder / tag):
-            self.held_state().load(saved)
+        if saved := SavedOptimizerShards(folder / tag):
+            self.local_optimizer_state().load(saved)
         elif self._engine.load_checkpoint(str(folder), tag=tag)[0] is None:
             raise FileNotFoundError(f"{folder}/{tag} holds no DeepSpeed checkpoint.")
 
-    def held_state(self) -> HeldState:
+    def local_optimizer_state(self) -> LocalOptimizerState:
         """What this rank holds of the optimizer's state."""
-        return HeldState(self._engine.module.model, self._engine.optimizer, self.mesh)
+        return LocalOptimizerState(self._engine.module.model, self._engine.optimizer, self.mesh)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Whole weights in the training dtype, on the first rank (elsewhere empty). Every rank calls it."""

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from megatronish import __version__
 from megatronish.checkpoint.paths import TOKENIZER_RECORD_FILE
 from megatronish.checkpoint.run_lock import hold_run_dir
-from megatronish.checkpoint.saver import Saver, Snapshot
-from megatronish.checkpoint.staging import HostCopies
+from megatronish.checkpoint.saver import CheckpointSnapshot, Saver
+from megatronish.checkpoint.staging import StagingBuffers
 from megatronish.checkpoint.store import ENGINE_TAG, RUN_FILE, CheckpointStore
 from megatronish.checkpoint.train_state import LAYOUT, TrainState, load_streams, save_streams
 from megatronish.checkpoint.weights import WEIGHTS_FILE, save_model
@@ -30,10 +30,10 @@ from megatronish.data.samples.dataset import Dataset
 from megatronish.data.samples.sampler import MicroBatchSampler
 from megatronish.data.training_data import TrainingData
 from megatronish.errors import UserError
-from megatronish.launch.consensus import Decisions
-from megatronish.launch.exit import INTERRUPTED_SECONDS, SAVED, SHUTDOWN_SECONDS, end_within
+from megatronish.launch.consensus import Consensus
+from megatronish.launch.exit import EXIT_SAVED, INTERRUPTED_SECONDS, SHUTDOWN_SECONDS, exit_within
 from megatronish.launch.process import Rank, has_gpu
-from megatronish.launch.rendezvous import Meeting, meet_by_environment
+from megatronish.launch.rendezvous import Rendezvous, join_rendezvous_from_env
 from megatronish.launch.watchdog import Watchdog
 from megatronish.model.accounting import flops_per_token
 from megatronish.ops.dtypes import DTYPES
@@ -62,14 +62,14 @@ from megatronish.training.schedules import learning_rate_multiplier
 from megatronish.training.setup.announcement import announce
 from megatronish.training.setup.construction import build_model
 from megatronish.training.setup.preparation import Prepared, prepare
-from megatronish.training.setup.resume_point import settle_resume
+from megatronish.training.setup.resume_point import choose_resume_point
 from megatronish.training.step import Batch, StepResult
 from megatronish.training.step_agreement import StepAgreement, StepRecord
 from megatronish.training.stopping import StopRequests, seconds_left
 
 
 def pretrain(config: RunConfig, rank: Rank) -> int:
-    """Train the run to its last step; returns the exit status: 0, or SAVED if it was asked to stop. Every rank calls it.
+    """Train the run to its last step; returns the exit status: 0, or EXIT_SAVED if it was asked to stop. Every rank calls it.
 
     Raises UserError for whatever the user can mend, before the ranks meet wherever it can be known by then.
     """
@@ -77,30 +77,30 @@ def pretrain(config: RunConfig, rank: Rank) -> int:
     stops = StopRequests(seconds_left(train.time_limit, os.environ))
     with hold_run_dir(Path(train.save_dir), rank.is_first):
         run = prepare(config, rank)
-        meeting = meet_by_environment(train.start_timeout, what_ranks_share(config))
-        run = settle_resume(run, meeting)
+        rendezvous = join_rendezvous_from_env(train.start_timeout, what_ranks_share(config))
+        run = choose_resume_point(run, rendezvous)
         if run.state.step < train.steps:
-            return train_together(run, rank, meeting, stops)
+            return train_together(run, rank, rendezvous, stops)
         if rank.is_first:
             print(f"{run.resume_from} is already at step {run.state.step}: nothing left to train. Raise --train.steps.")
     return 0
 
 
-def train_together(run: Prepared, rank: Rank, meeting: Meeting, stops: StopRequests) -> int:
-    """Train with the ranks of the meeting, and leave them in bounded time whatever comes; returns the exit status."""
+def train_together(run: Prepared, rank: Rank, rendezvous: Rendezvous, stops: StopRequests) -> int:
+    """Train with the ranks of the rendezvous, and leave them in bounded time whatever comes; returns the exit status."""
     train = run.config.megatronish.train
     try:
-        with start_watchdog(meeting, run.config) as watchdog:
-            start_process_group(collective_minutes(train.hang_timeout), meeting)
-            stopped_by = Trainer(run, rank, watchdog, stops, meeting).train()
+        with start_watchdog(rendezvous, run.config) as watchdog:
+            start_process_group(collective_minutes(train.hang_timeout), rendezvous)
+            stopped_by = Trainer(run, rank, watchdog, stops, rendezvous).train()
     except BaseException as error:
         # Peers may wait for this rank in a collective: the launcher ends them.
         interrupted = isinstance(error, KeyboardInterrupt)
         status = 130 if interrupted else 2 if isinstance(error, UserError) else 1
-        end_within(INTERRUPTED_SECONDS if interrupted else SHUTDOWN_SECONDS, status)
+        exit_within(INTERRUPTED_SECONDS if interrupted else SHUTDOWN_SECONDS, status)
         raise
     stop_process_group()
-    return SAVED if stopped_by else 0
+    return EXIT_SAVED if stopped_by else 0
 
 
 def what_ranks_share(config: RunConfig) -> dict[str, str]:
@@ -109,7 +109,7 @@ def what_ranks_share(config: RunConfig) -> dict[str, str]:
     return {"configuration": digest[:12], "megatronish_version": __version__, "torch_version": torch.__version__}
 
 
-def start_watchdog(meeting: Meeting, config: RunConfig) -> AbstractContextManager[Watchdog | None]:
+def start_watchdog(rendezvous: Rendezvous, config: RunConfig) -> AbstractContextManager[Watchdog | None]:
     """Watch this rank and the run, unless train.hang_timeout is 0."""
     train, on_cpu = config.megatronish.train, not has_gpu()
     if not train.hang_timeout:
@@ -117,7 +117,7 @@ def start_watchdog(meeting: Meeting, config: RunConfig) -> AbstractContextManage
     compare = (
         on_cpu and config.megatronish.parallel.pipeline == 1
     )  # pipeline stages wait for one another by their nature
-    return Watchdog(meeting, train.hang_timeout, Path(train.save_dir), count_cpu=on_cpu, compare=compare)
+    return Watchdog(rendezvous, train.hang_timeout, Path(train.save_dir), count_cpu=on_cpu, compare=compare)
 
 
 def collective_minutes(hang_timeout: float) -> float:
@@ -129,7 +129,7 @@ class Trainer:
     """The loop of one rank."""
 
     def __init__(
-        self, run: Prepared, rank: Rank, watchdog: Watchdog | None, stops: StopRequests, meeting: Meeting
+        self, run: Prepared, rank: Rank, watchdog: Watchdog | None, stops: StopRequests, rendezvous: Rendezvous
     ) -> None:
         self._watchdog, self._stops = watchdog, stops
         ours = run.config.megatronish
@@ -138,10 +138,10 @@ class Trainer:
         self.dtype = DTYPES[run.config.deepspeed.dtype]
         self.flops = flops_per_token(ours.model).train
         self.store = CheckpointStore(run.run_dir, ours.train.keep_last, ours.train.keep_every)
-        self.copies = HostCopies()
+        self.copies = StagingBuffers()
         self.saver = Saver(
             self.store,
-            Decisions(meeting, "checkpoints"),
+            Consensus(rendezvous, "checkpoints"),
             background=ours.train.async_save,
             stop_on_error=ours.train.on_save_error == "stop",
             tell=self._say,
@@ -430,7 +430,7 @@ class Trainer:
         if self.monitor:
             self.monitor.pause_ends(seconds)
 
-    def _snapshot(self, in_background: bool) -> Snapshot:
+    def _snapshot(self, in_background: bool) -> CheckpointSnapshot:
         """What this rank writes of the state as it is now; copied, if training goes on before it is written."""
         copies = self.copies if in_background else None
         engine, weights = self.engine.snapshot(ENGINE_TAG, copies), self.engine.weights()
@@ -451,7 +451,7 @@ class Trainer:
                 written.append(folder / WEIGHTS_FILE)
             return written
 
-        return Snapshot(engine.bytes + sum(tensor.nbytes for tensor in weights.values()), write)
+        return CheckpointSnapshot(engine.bytes + sum(tensor.nbytes for tensor in weights.values()), write)
 
 
 def _kept(box: Path | None) -> str:

@@ -23,13 +23,13 @@ import psutil
 
 from megatronish.checkpoint.paths import CHECKPOINTS, LATEST
 from megatronish.errors import ConfigError
-from megatronish.launch.exit import SAVED, STATUS_FILE
+from megatronish.launch.exit import EXIT_SAVED, STATUS_FILE
 
 CTRL_C = 130
 FINAL = {
     0: "done",
     2: "something for the user to mend",
-    SAVED: "asked to stop, saved",
+    EXIT_SAVED: "asked to stop, saved",
     CTRL_C: "stopped by Ctrl-C",
 }
 RANK_NAMES = ("RANK", "OMPI_COMM_WORLD_RANK")  # in the environment of a rank, and of no launcher

@@ -12,13 +12,13 @@ from megatronish.config.base import merge
 from megatronish.config.run import BLOCK, RunConfig
 from megatronish.errors import ConfigError
 from megatronish.launch.process import Rank
-from megatronish.launch.rendezvous import meet_by_environment
+from megatronish.launch.rendezvous import join_rendezvous_from_env
 from megatronish.training.engine import start_process_group, stop_process_group
 from megatronish.training.loop import Trainer
 from megatronish.training.monitoring.black_box import CHECKPOINT, BlackBoxEvent, batches_equal, read_event, read_rank
 from megatronish.training.monitoring.diagnosis import Diagnosis, diagnose_step, weight_norms
 from megatronish.training.setup.preparation import prepare
-from megatronish.training.setup.resume_point import settle_resume
+from megatronish.training.setup.resume_point import choose_resume_point
 from megatronish.training.stopping import StopRequests
 
 
@@ -56,10 +56,10 @@ def replay(box: Path, rank: Rank) -> Replayed:
     with tempfile.TemporaryDirectory() as scratch:
         config = replay_config(event, box, Path(scratch))
         run = prepare(config, rank)
-        meeting = meet_by_environment(config.megatronish.train.start_timeout)
-        run = settle_resume(run, meeting)
-        start_process_group(meeting=meeting)
-        trainer = Trainer(run, rank, None, StopRequests(), meeting)
+        rendezvous = join_rendezvous_from_env(config.megatronish.train.start_timeout)
+        run = choose_resume_point(run, rendezvous)
+        start_process_group(rendezvous=rendezvous)
+        trainer = Trainer(run, rank, None, StopRequests(), rendezvous)
         before = trainer.state.step
         while trainer.state.step < event.step - 1:
             trainer.next_step(trainer.next_batches())

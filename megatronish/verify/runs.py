@@ -200,7 +200,7 @@ class GradientCount:
             hook.remove()
 
     def _count(self) -> None:
-        self.most = max(self.most, self._engine.held_state().gradient_bytes())
+        self.most = max(self.most, self._engine.local_optimizer_state().gradient_bytes())
 
 
 def layout_trace(config: RunConfig, layout: Layout, leg: Leg | None = None) -> Trace:
@@ -234,7 +234,7 @@ def layout_trace(config: RunConfig, layout: Layout, leg: Leg | None = None) -> T
         norms.append(float(result.grad_norm))
     if leg.save is not None:
         engine.save(leg.save, STATE)
-    held = RankBytes(engine.weight_bytes(), gradients.most, engine.held_state().optimizer_bytes())
+    held = RankBytes(engine.weight_bytes(), gradients.most, engine.local_optimizer_state().optimizer_bytes())
     weights = {name: value.float().cpu() for name, value in engine.weights().items()}
     return Trace(losses, norms, weights, held, expected_bytes(config, mesh), slack(config, mesh))
 

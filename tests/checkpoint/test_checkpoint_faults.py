@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from megatronish.checkpoint.manifest import MANIFEST_FILE, DamagedError, read_manifest, seal
+from megatronish.checkpoint.manifest import MANIFEST_FILE, DamagedCheckpointError, read_manifest, write_manifest
 from megatronish.checkpoint.store import CheckpointStore
 from megatronish.config.run import RunConfig
 from megatronish.errors import ConfigError, UserError
 from megatronish.inference.load import load_for_inference
 from megatronish.launch.process import Rank
-from megatronish.launch.rendezvous import meet, meet_by_environment
+from megatronish.launch.rendezvous import join_rendezvous, join_rendezvous_from_env
 from megatronish.training.monitoring.incidents import newest_before
 from megatronish.training.setup.resume_point import choose_checkpoint, shares
 from megatronish.verify.resume import checkpoint_digests
@@ -61,7 +61,7 @@ def files_of(checkpoint: Path) -> list[str]:
 
 
 def choose(run_dir: Path, resume: str = "auto") -> Path | None:
-    return choose_checkpoint(CheckpointStore(run_dir, 2), resume, meet(0, 1, "", 0, 1.0))
+    return choose_checkpoint(CheckpointStore(run_dir, 2), resume, join_rendezvous(0, 1, "", 0, 1.0))
 
 
 def falls_back(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -91,8 +91,8 @@ def tenths(whole: bytes) -> list[bytes]:
 
 def flipped(whole: bytes) -> list[bytes]:
     """A bit in the middle, in the first and in the last byte."""
-    places = {0, len(whole) // 2, len(whole) - 1}
-    return [whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :] for at in places]
+    offsets = {0, len(whole) // 2, len(whole) - 1}
+    return [whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :] for at in offsets]
 
 
 @pytest.mark.parametrize("change", [tenths, flipped])
@@ -133,7 +133,7 @@ def test_no_manifest(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert folder.exists()
     with pytest.raises(UserError, match=r"no manifest.json.*--adopt"):
         load_for_inference(folder)
-    seal(folder, 4)
+    write_manifest(folder, 4)
     assert choose(run_dir) == folder
 
 
@@ -199,7 +199,7 @@ def test_a_rollback_passes_over_a_damaged_one(run_dir: Path) -> None:
 
 
 def choose_on_rank(rank: int, run_dir: Path) -> Path | None:
-    return choose_checkpoint(CheckpointStore(run_dir, 2), "auto", meet_by_environment(60.0))
+    return choose_checkpoint(CheckpointStore(run_dir, 2), "auto", join_rendezvous_from_env(60.0))
 
 
 @pytest.mark.distributed
@@ -227,7 +227,7 @@ def test_a_manifest_that_leads_outside(name: str, run_dir: Path, capsys: pytest.
     forged = type(manifest)(4, {**manifest.files, name: manifest.files["state.json"]})
     (folder / MANIFEST_FILE).write_text(forged.to_text())
     assert f"names {name!r}, which is outside its folder" in falls_back(run_dir, capsys)
-    with pytest.raises(DamagedError, match="outside its folder"):
+    with pytest.raises(DamagedCheckpointError, match="outside its folder"):
         load_for_inference(folder)
 
 

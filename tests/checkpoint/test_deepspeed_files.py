@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatronish.checkpoint.deepspeed_files import PickledState
-from megatronish.checkpoint.manifest import seal
+from megatronish.checkpoint.deepspeed_files import DeepSpeedFiles
+from megatronish.checkpoint.manifest import write_manifest
 from megatronish.config.run import RunConfig
 from megatronish.errors import ConfigError, UserError
 from megatronish.launch.process import Rank
@@ -34,7 +34,7 @@ class Stage(Enum):
 def test_enums_are_read_again_whatever_python_wrote_them(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     torch.save({"stage": Stage.ONE}, path)
-    state = PickledState([Stage])
+    state = DeepSpeedFiles([Stage])
     with pytest.raises(ConfigError, match="getattr"):
         state.load(str(path))
     state.save({"stage": Stage.ONE}, str(path))
@@ -79,12 +79,12 @@ def test_a_malicious_pickle_in_a_checkpoint(tmp_path: Path) -> None:
     for path in files:
         whole = path.read_bytes()
         torch.save({"module": Malicious(trace)}, path)
-        seal(checkpoint, 1)
+        write_manifest(checkpoint, 1)
         (said,) = run_ranks(1, pretrain_rank, config(2), group=False)
         assert said.startswith(f"{path} was refused: it is torn, or holds what no checkpoint of megatronish does"), said
         assert not trace.exists()
         path.write_bytes(whole)
-    seal(checkpoint, 1)
+    write_manifest(checkpoint, 1)
     assert run_ranks(1, pretrain_rank, config(2), group=False) == [""]
     with pytest.raises(FileExistsError):  # the pickle does what it is meant to do, where it is opened without care
         trace.mkdir()
@@ -93,7 +93,7 @@ def test_a_malicious_pickle_in_a_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("write", [torch.save, lambda value, path: Path(path).write_bytes(pickle.dumps(value))])
 def test_only_plain_values_are_made(write: Any, tmp_path: Path) -> None:
-    files, path, trace = PickledState([]), tmp_path / "x.pt", tmp_path / "was here"
+    files, path, trace = DeepSpeedFiles([]), tmp_path / "x.pt", tmp_path / "was here"
     write([Malicious(trace)], str(path))
     with pytest.raises(ConfigError, match=r"x.pt was refused.*Use a checkpoint of your own"):
         files.load(str(path))
@@ -105,7 +105,7 @@ def test_only_plain_values_are_made(write: Any, tmp_path: Path) -> None:
 
 def test_a_disk_error_waits_for_the_collectives(tmp_path: Path) -> None:
     """Raised at once, it would leave the other ranks alone in one."""
-    files = PickledState([])
+    files = DeepSpeedFiles([])
     files.save({}, str(tmp_path / "none" / "x.pt"))
     files.save({}, str(tmp_path / "y.pt"))
     assert isinstance(files.error, OSError) and "none" in str(files.error)

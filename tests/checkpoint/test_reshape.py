@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatronish.checkpoint.optimizer_shards import MASTER, Extent, Fragments, SavedFragments
+from megatronish.checkpoint.optimizer_shards import MASTER, Extent, OptimizerShard, SavedOptimizerShards
 from megatronish.checkpoint.train_state import TrainState, save_streams
 from megatronish.config.model import ModelConfig
 from megatronish.config.run import RunConfig
@@ -56,10 +56,10 @@ def data_size(layout: str) -> int:
 
 def whole_state(folder: Path, model: ModelConfig) -> dict[str, Tensor]:
     """Every number of a saved state, as flat whole tensors."""
-    saved = SavedFragments(folder)
+    saved = SavedOptimizerShards(folder)
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in Transformer(model, seed=None).named_parameters()}
-    saved.check_whole(shapes)
+    saved.check_complete(shapes)
     whole = {name: Extent(name, shape, None, 0, shape.numel()) for name, shape in to_sizes(shapes).items()}
     return {
         f"{kind} {name}": saved.read(kind, extent)
@@ -143,11 +143,11 @@ def test_the_loss_scale_of_fp16_moves(tmp_path: Path, monkeypatch: pytest.Monkey
     fp16 = {"fp16": {"enabled": True, "initial_scale_power": 24, "hysteresis": 1}}
     first = layout_run(data, "unused", "dp2 zero1", fp16, steps=8)
     run_ranks(2, train_and_save, first, 2, tmp_path / "0")
-    saved = SavedFragments(tmp_path / "0" / "engine").scalars
+    saved = SavedOptimizerShards(tmp_path / "0" / "engine").scalars
     assert saved["cur_scale"] < 2**24 and saved["cur_iter"] == 8 and 0 < saved["step"] < 8
     config = layout_run(data, "unused", "dp1 zero0", {"fp16": {**fp16["fp16"], "loss_scale_window": 7}}, steps=2)
     run_ranks(1, take_up, config, 1, tmp_path / "0", tmp_path / "1")
-    found = SavedFragments(tmp_path / "1" / "engine").scalars
+    found = SavedOptimizerShards(tmp_path / "1" / "engine").scalars
     assert found.keys() >= {"cur_scale", "cur_iter", "last_overflow_iter", "step"}
     assert found == {key: saved[key] for key in found}
 
@@ -188,7 +188,7 @@ def run_of(data: str, folder: Path, layout: str, stop: int) -> RunConfig:
 
 @pytest.mark.distributed
 def test_muon_stays_where_it_is(tmp_path: Path) -> None:
-    """Its momentum is laid out by DeepSpeed, rank by rank: another layout is refused before the ranks meet."""
+    """Its momentum is laid out by DeepSpeed, rank by rank: another layout is refused before the rendezvous."""
     data = make_dataset(tmp_path)
     muon = {"optimizer": MUON, "gradient_clipping": 0.0}
     run_ranks(1, pretrain_rank, layout_run(data, tmp_path / "run", "dp1 zero0", muon, steps=1), 1, group=False)
@@ -215,14 +215,14 @@ def parts(rows: int, columns: int) -> tuple[Tensor, dict[int, list[tuple[Extent,
 def write(folder: Path) -> Tensor:
     whole, held = parts(8, 5)
     for rank, runs in held.items():
-        Fragments({"w": (runs[0][0], {MASTER: runs[0][1], "m": -runs[0][1]})}, {"step": 3.0}).write(folder, rank)
+        OptimizerShard({"w": (runs[0][0], {MASTER: runs[0][1], "m": -runs[0][1]})}, {"step": 3.0}).write(folder, rank)
     return whole
 
 
 def test_any_cut_is_put_together(tmp_path: Path) -> None:
     whole = write(tmp_path)
-    saved = SavedFragments(tmp_path)
-    saved.check_whole(["w"])
+    saved = SavedOptimizerShards(tmp_path)
+    saved.check_complete(["w"])
     assert saved.moments == ["m"] and saved.scalars == {"step": 3.0} and "w" in saved and "v" not in saved
     assert torch.equal(saved.read(MASTER, Extent("w", (8, 5), None, 0, 40)).view(8, 5), whole)
     assert torch.equal(saved.read("m", Extent("w", (8, 5), None, 7, 19)), -whole.flatten()[7:19])
@@ -237,20 +237,20 @@ def test_any_cut_is_put_together(tmp_path: Path) -> None:
 
 def test_missing_and_torn_files(tmp_path: Path) -> None:
     write(tmp_path)
-    assert not SavedFragments(tmp_path / "nothing")
+    assert not SavedOptimizerShards(tmp_path / "nothing")
     one = tmp_path / "state-rank-00002.safetensors"
     kept = one.read_bytes()
     one.unlink()
     with pytest.raises(ConfigError, match=r"holds 34 numbers of w, not 40: a rank's file is missing"):
-        SavedFragments(tmp_path).check_whole(["w"])
+        SavedOptimizerShards(tmp_path).check_complete(["w"])
     with pytest.raises(ConfigError, match=r"holds 0 numbers of v, not all"):
-        SavedFragments(tmp_path).check_whole(["v"])
+        SavedOptimizerShards(tmp_path).check_complete(["v"])
     for torn in (b"", kept[:20], kept[:-8]):
         one.write_bytes(torn)
         with pytest.raises(
             ConfigError, match=r"state-rank-00002.safetensors: cannot be read .*use an older checkpoint"
         ):
-            SavedFragments(tmp_path)
+            SavedOptimizerShards(tmp_path)
 
 
 def test_streamed_text_is_not_divided_anew(tmp_path: Path) -> None:

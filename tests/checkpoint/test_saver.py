@@ -25,14 +25,14 @@ import torch.distributed as dist
 from megatronish.checkpoint import run_lock
 from megatronish.checkpoint.manifest import read_manifest
 from megatronish.checkpoint.run_lock import hold_run_dir
-from megatronish.checkpoint.saver import SaveFailed, Saver
-from megatronish.checkpoint.staging import HostCopies
+from megatronish.checkpoint.saver import SaveFailedError, Saver
+from megatronish.checkpoint.staging import StagingBuffers
 from megatronish.checkpoint.store import CheckpointStore, faults_of
 from megatronish.config.run import RunConfig
-from megatronish.errors import ConfigError, explained
-from megatronish.launch.consensus import Decisions
+from megatronish.errors import ConfigError, exit_on_user_error
+from megatronish.launch.consensus import Consensus
 from megatronish.launch.process import Rank
-from megatronish.launch.rendezvous import Meeting, Place
+from megatronish.launch.rendezvous import RankProcess, Rendezvous
 from tests.launch.faulty_ranks import start_ranks
 from tests.runs import make_dataset, small_run
 from tests.saves import lone_saver, save_alone, snapshot
@@ -46,11 +46,11 @@ def on_ranks(
     world_size: int, folder: Path, function: Callable[[Saver], Any], told: list[str], **options: Any
 ) -> list[Any]:
     """What `function` gives on each of so many ranks, threads that share a store; `told`: what the first says."""
-    shared, places = dist.HashStore(), tuple(Place.here(rank) for rank in range(world_size))
+    shared, processes = dist.HashStore(), tuple(RankProcess.here(rank) for rank in range(world_size))
 
     def on_rank(rank: int) -> Any:
-        decisions = Decisions(Meeting(shared, "", rank, places), "checkpoints")
-        saver = Saver(CheckpointStore(folder, 2), decisions, background=True, tell=told.append, **options)
+        consensus = Consensus(Rendezvous(shared, "", rank, processes), "checkpoints")
+        saver = Saver(CheckpointStore(folder, 2), consensus, background=True, tell=told.append, **options)
         saver.rank = rank  # type: ignore[attr-defined]
         return function(saver)
 
@@ -93,7 +93,7 @@ class TestBackground:
         assert len(store.complete()) == 3
 
     def test_copies_are_of_the_moment_and_their_memory_is_kept(self) -> None:
-        copies, tensor = HostCopies(), torch.arange(6.0)
+        copies, tensor = StagingBuffers(), torch.arange(6.0)
         taken = copies.take("a", tensor[2:])
         tensor.zero_()
         assert taken.tolist() == [2.0, 3.0, 4.0, 5.0] and copies.bytes == 16
@@ -212,7 +212,7 @@ class TestRanks:
 
         def run(saver: Any) -> str:
             saver.save(5, lambda _: SimpleNamespace(bytes=1, write=lambda folder: []))
-            with pytest.raises(SaveFailed) as error:
+            with pytest.raises(SaveFailedError) as error:
                 saver.save(10, lambda _: SimpleNamespace(bytes=1, write=lambda folder: []))
             return str(error.value)
 
@@ -237,7 +237,7 @@ def train_with_limit(rank: int, config: RunConfig, saves: int) -> int:
         return begin(self, step, size)
 
     CheckpointStore.begin = begin_with_limit  # type: ignore[method-assign]  # in this child only
-    with explained(rank == 0):
+    with exit_on_user_error(rank == 0):
         pretrain(config, Rank(rank, 2, rank, 2, "test"))
     return 0
 

@@ -10,7 +10,7 @@ import pytest
 from megatronish import errors
 from megatronish.config.deepspeed_json import OURS, load_json
 from megatronish.config.run import BatchPlan, RunConfig
-from megatronish.errors import ConfigError, did_you_mean, explained
+from megatronish.errors import ConfigError, did_you_mean, exit_on_user_error
 from tests.config.raw import ABSENT, SMALLEST, changed, read
 
 
@@ -394,10 +394,10 @@ def test_a_user_error_ends_the_program_without_a_traceback(
     """The first rank speaks at once; another waits to be ended by the launcher, then says what it alone met with."""
     waits: list[float] = []
     monkeypatch.setattr(errors.time, "sleep", waits.append)
-    with pytest.raises(SystemExit) as ended, explained(is_first, "rank 3 (node)"):
+    with pytest.raises(SystemExit) as ended, exit_on_user_error(is_first, "rank 3 (node)"):
         raise ConfigError("the words")
     assert ended.value.code == 2
     assert capsys.readouterr() == ("", "error: the words\n" if is_first else "error: rank 3 (node): the words\n")
-    assert waits == ([] if is_first else [errors.SECOND_VOICE_SECONDS])
-    with pytest.raises(KeyError), explained():
+    assert waits == ([] if is_first else [errors.OTHER_RANK_DELAY_SECONDS])
+    with pytest.raises(KeyError), exit_on_user_error():
         raise KeyError("a bug of ours is not dressed up as the user's error")

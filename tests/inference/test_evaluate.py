@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatronish.checkpoint.manifest import seal
+from megatronish.checkpoint.manifest import write_manifest
 from megatronish.data.samples.splits import split_documents
 from megatronish.errors import UserError
 from megatronish.inference.evaluate import (
@@ -188,12 +188,12 @@ def test_what_is_refused(run, tmp_path):
     folder = tmp_path / "moved"
     shutil.copytree(run.folder / "checkpoints" / "step-00000002", folder)
     (folder / "run.json").unlink()
-    seal(folder, 2)
+    write_manifest(folder, 2)
     refused("run.json is missing, so the data set is not known: name it with --data", folder=folder)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, "data_identity": "another"}))
     shutil.copy(run.folder / "checkpoints" / "step-00000002" / "run.json", folder)
-    seal(folder, 2)
+    write_manifest(folder, 2)
     refused("is not the data set that this run trained on", folder=folder)
     other = make_dataset(tmp_path, documents=5)
     path = next(tmp_path.glob("set*.manifest.json"))

@@ -1,4 +1,4 @@
-"""Ranks agree over the store of their meeting, from any thread."""
+"""Ranks agree over the store of their rendezvous, from any thread."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatronish.launch.consensus import DecisionBroken, Decisions
-from megatronish.launch.rendezvous import Meeting, Place
+from megatronish.launch.consensus import Consensus, ConsensusError
+from megatronish.launch.rendezvous import RankProcess, Rendezvous
 
 
-def together(world_size: int, function: Callable[[Decisions], Any]) -> list[Any]:
+def together(world_size: int, function: Callable[[Consensus], Any]) -> list[Any]:
     """What `function` returns or raises on each of so many ranks, which are threads."""
-    store, places = dist.HashStore(), tuple(Place.here(rank) for rank in range(world_size))
+    store, processes = dist.HashStore(), tuple(RankProcess.here(rank) for rank in range(world_size))
 
     def on_rank(rank: int) -> Any:
         try:
-            return function(Decisions(Meeting(store, "", rank, places), "test"))
+            return function(Consensus(Rendezvous(store, "", rank, processes), "test"))
         except Exception as error:
             return error
 
@@ -32,14 +32,14 @@ def together(world_size: int, function: Callable[[Decisions], Any]) -> list[Any]
 def test_every_rank_hears_what_the_first_makes_of_all(world_size: int) -> None:
     """Many decisions in a row: values of one never count in the next."""
 
-    def decide(decisions: Decisions) -> list[Any]:
+    def decide(consensus: Consensus) -> list[Any]:
         heard = [
-            decisions.agree(
-                {"rank": decisions.rank, "n": n}, lambda all_values: [v["rank"] * 10 + v["n"] for v in all_values]
+            consensus.agree(
+                {"rank": consensus.rank, "n": n}, lambda all_values: [v["rank"] * 10 + v["n"] for v in all_values]
             )
             for n in range(20)
         ]
-        decisions.leave()
+        consensus.leave()
         return heard
 
     expected = [[rank * 10 + n for rank in range(world_size)] for n in range(20)]
@@ -50,13 +50,13 @@ def test_nobody_waits_for_a_decision_that_failed() -> None:
     def refuse(values: list[Any]) -> None:
         raise ValueError(f"{values}")
 
-    first, *others = together(3, lambda decisions: decisions.agree(decisions.rank, refuse))
+    first, *others = together(3, lambda consensus: consensus.agree(consensus.rank, refuse))
     assert isinstance(first, ValueError) and str(first) == "[0, 1, 2]"
     assert [str(other) for other in others] == ["rank 0 failed: ValueError: [0, 1, 2]"] * 2
 
 
 def test_a_rank_that_is_told_to_stop_waits_no_longer() -> None:
-    decisions = Decisions(Meeting(dist.HashStore(), "", 1, (Place.here(0), Place.here(1))), "test")
-    threading.Timer(0.05, decisions.stop).start()
-    with pytest.raises(DecisionBroken, match="this rank ends"):
-        decisions.agree(1, lambda values: values)
+    consensus = Consensus(Rendezvous(dist.HashStore(), "", 1, (RankProcess.here(0), RankProcess.here(1))), "test")
+    threading.Timer(0.05, consensus.stop).start()
+    with pytest.raises(ConsensusError, match="this rank ends"):
+        consensus.agree(1, lambda values: values)

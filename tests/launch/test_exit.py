@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatronish.launch.exit import STOPPED
+from megatronish.launch.exit import EXIT_STOPPED
 
 BEFORE = """
 import atexit, os, sys, threading, time
@@ -34,8 +34,8 @@ def end_of(body: str, before: str = "") -> subprocess.CompletedProcess[str]:
         ("sys.exit()", 0, ""),
         ("raise KeyError('lost')", 1, "KeyError: 'lost'"),
         ("threading.Thread(target=time.sleep, args=(1000,)).start(); return 0", 0, ""),
-        ("exit_module.end_now(exit_module.STOPPED)", STOPPED, ""),
-        ("exit_module.end_within(0.1, 5); time.sleep(1000)", 5, ""),
+        ("exit_module.exit_now(exit_module.EXIT_STOPPED)", EXIT_STOPPED, ""),
+        ("exit_module.exit_within(0.1, 5); time.sleep(1000)", 5, ""),
         ("atexit.register(print, 'a library says goodbye'); return 0", 0, ""),
     ],
 )
@@ -58,6 +58,6 @@ read, write = os.pipe()
 sys.stdout = os.fdopen(write, "w", 1)
 threading.Thread(target=print, args=("x" * 1_000_000,), daemon=True).start()
 time.sleep(0.2)
-exit_module.end_now(6)
+exit_module.exit_now(6)
 """
     assert end_of(body).returncode == 6

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from megatronish.launch import failure_messages
-from megatronish.launch.rank_status import Standing
-from megatronish.launch.rendezvous import Place
+from megatronish.launch.rank_status import RankStatus
+from megatronish.launch.rendezvous import RankProcess
 
-PLACES = [Place(rank, f"node{rank // 2}", 100 + rank, "space") for rank in range(4)]
+PLACES = [RankProcess(rank, f"node{rank // 2}", 100 + rank, "space") for rank in range(4)]
 
 
-def at(collective: str = "", place: str = "engine.py:9 (train_step)", step: int = 7, **more: int) -> Standing:
-    return Standing(step, "training", collective, place, 60.0, **more)
+def at(collective: str = "", place: str = "engine.py:9 (train_step)", step: int = 7, **more: int) -> RankStatus:
+    return RankStatus(step, "training", collective, place, 60.0, **more)
 
 
 WAITING = at("all_reduce")
@@ -38,16 +38,18 @@ STUCK = [
 ]
 
 
-@pytest.mark.parametrize(("standings", "head"), STUCK)
-def test_nothing_moves(standings: dict[int, Standing], head: str) -> None:
-    first, *where, cause = failure_messages.stuck(PLACES, 60.0, standings).splitlines()
+@pytest.mark.parametrize(("rank_statuses", "head"), STUCK)
+def test_nothing_moves(rank_statuses: dict[int, RankStatus], head: str) -> None:
+    first, *where, cause = failure_messages.no_progress(PLACES, 60.0, rank_statuses).splitlines()
     assert first.startswith(head)
     assert cause.startswith("Likely cause: ")
-    assert len(where) == len({(s.step, s.collective, s.place) for s in standings.values()}), "equal ones share a line"
+    assert len(where) == len({(s.step, s.collective, s.place) for s in rank_statuses.values()}), (
+        "equal ones share a line"
+    )
 
 
 def test_several_silent_ranks() -> None:
-    text = failure_messages.silent(PLACES[1:3], 300.0, {0: WAITING, 1: at(), 3: WAITING})
+    text = failure_messages.no_heartbeat(PLACES[1:3], 300.0, {0: WAITING, 1: at(), 3: WAITING})
     head, where, _ = text.splitlines()
     assert head.startswith(
         "ranks 1-2, first rank 1 (node0, pid 101), have sent no heartbeat for 300 s (last seen engine.py:9"
@@ -56,23 +58,25 @@ def test_several_silent_ranks() -> None:
 
 
 def test_a_rank_that_never_sent_a_heartbeat() -> None:
-    assert failure_messages.ended(PLACES[3], {}).startswith("rank 3 (node1, pid 103) has ended without a word\n")
+    assert failure_messages.process_ended(PLACES[3], {}).startswith(
+        "rank 3 (node1, pid 103) has ended without a word\n"
+    )
 
 
 def test_thousands_of_places_are_not_all_told() -> None:
-    text = failure_messages.ended(PLACES[0], {rank: at(place=f"x.py:{rank} (f)") for rank in range(1, 1000)})
-    assert text.count("\n") == failure_messages.MOST_GROUPS + 2 and "  and 991 more places" in text
+    text = failure_messages.process_ended(PLACES[0], {rank: at(place=f"x.py:{rank} (f)") for rank in range(1, 1000)})
+    assert text.count("\n") == failure_messages.MOST_GROUPS + 2 and "  and 991 more processes" in text
 
 
 def test_a_slow_rank_waits_least() -> None:
     """Shares of the samples between two moments, not since the start."""
     before = {rank: at(waits=90, samples=100) for rank in range(4)}
     now = {rank: at(waits=90 + (0 if rank == 2 else 35), samples=200) for rank in range(4)}
-    (note,) = failure_messages.slow(PLACES, before, now, enough=100).values()
+    (note,) = failure_messages.slow_ranks(PLACES, before, now, enough=100).values()
     assert note.startswith(
         "rank 2 (node1, pid 102) is slow: it waits for others 0% of the time, they wait 35% of theirs."
     )
-    assert failure_messages.slow(PLACES, before, now, enough=101) == {}, "too few samples"
+    assert failure_messages.slow_ranks(PLACES, before, now, enough=101) == {}, "too few samples"
     even = {rank: at(waits=90 + 35 + rank, samples=200) for rank in range(4)}
-    assert failure_messages.slow(PLACES, before, even, enough=100) == {}
-    assert failure_messages.slow(PLACES, {}, {0: at(waits=0, samples=500)}, enough=100) == {}, "alone"
+    assert failure_messages.slow_ranks(PLACES, before, even, enough=100) == {}
+    assert failure_messages.slow_ranks(PLACES, {}, {0: at(waits=0, samples=500)}, enough=100) == {}, "alone"

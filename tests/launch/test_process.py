@@ -205,16 +205,16 @@ def test_a_launcher_that_cannot_be_seen(monkeypatch: pytest.MonkeyPatch) -> None
 
 PROGRAM = """
 import json, os, sys
-from megatronish.launch.process import settle_process
-rank = settle_process()
-assert not {"torch", "deepspeed", "numpy"} & sys.modules.keys(), "settle_process must come before torch is loaded"
+from megatronish.launch.process import initialize_process
+rank = initialize_process()
+assert not {"torch", "deepspeed", "numpy"} & sys.modules.keys(), "initialize_process must come before torch is loaded"
 names = ["OMP_WAIT_POLICY", "OMP_NUM_THREADS", "DS_ACCELERATOR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"]
 print(json.dumps({name: os.environ.get(name) for name in names} | {"cores": len(os.sched_getaffinity(0))}))
 """
 
 
 def settled(**env: str) -> dict[str, str]:
-    """The environment after settle_process in a process that starts with `env`."""
+    """The environment after initialize_process in a process that starts with `env`."""
     clean = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=clean | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

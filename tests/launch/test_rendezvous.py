@@ -1,4 +1,4 @@
-"""The ranks meet, or every one of them is told within bounded time who is missing or differs."""
+"""Ranks join the rendezvous, or each fails within bounded time with a message that names who is missing or differs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatronish import errors
-from megatronish.errors import explained
+from megatronish.errors import exit_on_user_error
 from megatronish.launch.process import LaunchError, free_port
-from megatronish.launch.rendezvous import meet, meet_by_environment, ranks_text
+from megatronish.launch.rendezvous import join_rendezvous, join_rendezvous_from_env, ranks_text
 from tests.launch.faulty_ranks import start_ranks
 
 SECONDS = 1.5  # that the others are waited for, where one never comes
@@ -19,13 +19,13 @@ SECONDS = 1.5  # that the others are waited for, where one never comes
 
 def meet_all(world_size: int, told: dict[int, dict[str, str]], ranks: list[int], seconds: float) -> dict[int, str]:
     """Each of `ranks` meets in a thread; what each got: "met" or the error's text."""
-    port, results, meetings = free_port(), {}, []
+    port, results, joined = free_port(), {}, []
 
     def one(rank: int, place: int) -> None:
         try:
-            meeting = meet(rank, world_size, "127.0.0.1", port, seconds, told.get(rank))
-            meetings.append(meeting)  # rank 0's holds the store for the others
-            results[place] = f"met {meeting.world_size}"
+            rendezvous = join_rendezvous(rank, world_size, "127.0.0.1", port, seconds, told.get(rank))
+            joined.append(rendezvous)  # rank 0's holds the store for the others
+            results[place] = f"met {rendezvous.world_size}"
         except LaunchError as error:
             results[place] = str(error)
 
@@ -44,7 +44,7 @@ def test_all_come() -> None:
 
 
 def test_one_alone_needs_no_port() -> None:
-    assert meet(0, 1, "no such host", 1, 1.0).world_size == 1
+    assert join_rendezvous(0, 1, "no such host", 1, 1.0).world_size == 1
 
 
 def test_ranks_that_do_not_come() -> None:
@@ -64,7 +64,7 @@ def test_rank_0_does_not_come() -> None:
 
 def test_an_address_that_is_none() -> None:
     with pytest.raises(LaunchError, match=r"finds no rank 0 at no-such-host.invalid:29 within 0.5 s \(.+\)"):
-        meet(1, 2, "no-such-host.invalid", 29, 0.5)
+        join_rendezvous(1, 2, "no-such-host.invalid", 29, 0.5)
 
 
 def test_a_rank_that_comes_twice() -> None:
@@ -90,7 +90,7 @@ def test_two_sizes_of_the_world() -> None:
 
     def one(rank: int, size: int) -> None:
         with pytest.raises(LaunchError) as refused:
-            meet(rank, size, "127.0.0.1", port, 600)
+            join_rendezvous(rank, size, "127.0.0.1", port, 600)
         results.append(str(refused.value))
 
     threads = [threading.Thread(target=one, args=pair) for pair in ((0, 2), (1, 4))]
@@ -108,26 +108,28 @@ def test_a_taken_port() -> None:
 
     def wait_in_vain() -> None:
         with pytest.raises(LaunchError, match="rank 1 is missing"):
-            meet(0, 2, "127.0.0.1", port, 1.5)
+            join_rendezvous(0, 2, "127.0.0.1", port, 1.5)
 
     first = threading.Thread(target=wait_in_vain)
     first.start()
     time.sleep(0.5)
-    with pytest.raises(LaunchError, match=r"cannot meet the others at 127.0.0.1:\d+: .*EADDRINUSE(.|\n)*--master_port"):
-        meet(0, 2, "127.0.0.1", port, 1.5)
+    with pytest.raises(
+        LaunchError, match=r"cannot join the rendezvous at 127.0.0.1:\d+: .*EADDRINUSE(.|\n)*--master_port"
+    ):
+        join_rendezvous(0, 2, "127.0.0.1", port, 1.5)
     first.join(60)
 
 
 def meet_and_leave(rank: int) -> None:
-    with explained(rank == 0, f"rank {rank}"):
-        meet_by_environment(SECONDS)
+    with exit_on_user_error(rank == 0, f"rank {rank}"):
+        join_rendezvous_from_env(SECONDS)
 
 
 @pytest.mark.distributed
 def test_one_message_for_all_ranks(tmp_path: Path) -> None:
-    """In processes, as launched: rank 0 says who is missing, status 2 everywhere; the other's voice comes later."""
+    """In real processes, as launched: rank 0 says who is missing, status 2 everywhere; the other's voice comes later."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(errors, "SECOND_VOICE_SECONDS", 1.0)
+        patch.setattr(errors, "OTHER_RANK_DELAY_SECONDS", 1.0)
         ranks = start_ranks(3, tmp_path, meet_and_leave, ranks=[0, 2])
         try:
             assert ranks.wait() == {0: 2, 2: 2}

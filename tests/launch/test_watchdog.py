@@ -18,10 +18,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatronish.errors import UserError, explained
+from megatronish.errors import UserError, exit_on_user_error
 from megatronish.launch import watchdog
-from megatronish.launch.exit import STOPPED
-from megatronish.launch.rendezvous import meet_by_environment
+from megatronish.launch.exit import EXIT_STOPPED
+from megatronish.launch.rendezvous import join_rendezvous_from_env
 from megatronish.launch.watchdog import Watchdog
 from tests.launch.faulty_ranks import FaultyRanks, start_ranks
 
@@ -35,16 +35,16 @@ def watched(folder: Path) -> Iterator[Watchdog]:
     """A rank as the training loop makes it: met, watched, in a process group."""
     from megatronish.training.engine import start_process_group, stop_process_group
 
-    meeting = meet_by_environment(60.0)
-    with Watchdog(meeting, TIMEOUT, folder, count_cpu=True, compare=True) as watch:
-        start_process_group(meeting=meeting)
+    rendezvous = join_rendezvous_from_env(60.0)
+    with Watchdog(rendezvous, TIMEOUT, folder, count_cpu=True, compare=True) as watch:
+        start_process_group(rendezvous=rendezvous)
         yield watch
     stop_process_group()
 
 
 def steps(rank: int, folder: Path, fault: Callable[[int, int], Any]) -> int:
     """All-reduces in a loop; `fault(rank, step)` comes before each."""
-    with explained(rank == 0), watched(folder) as watch:
+    with exit_on_user_error(rank == 0), watched(folder) as watch:
         for step in range(LAST_STEP):
             watch.mark("training", step)
             if fault(rank, step):
@@ -99,7 +99,7 @@ def test_a_rank_that_is_killed(start: Callable[..., FaultyRanks], victim: int) -
     os.kill(ranks.pids[victim], signal.SIGKILL)
     statuses = ranks.wait()
     assert statuses.pop(victim) == -signal.SIGKILL
-    assert set(statuses.values()) == {STOPPED}, [ranks.said(rank) for rank in ranks.pids]
+    assert set(statuses.values()) == {EXIT_STOPPED}, [ranks.said(rank) for rank in ranks.pids]
     (message,) = errors(ranks) or [str([ranks.said(rank) for rank in ranks.pids])]
     assert (
         message.startswith(f"error: rank {victim} (")
@@ -122,8 +122,8 @@ def test_a_rank_that_is_stopped(start: Callable[..., FaultyRanks], victim: int, 
     statuses = ranks.wait()
     assert time.monotonic() - begin > TIMEOUT / 2, "not before the timeout"
     stacks = (tmp_path / "stacks" / f"rank-{victim:05d}.txt").read_text()
-    assert statuses.pop(victim) in (-signal.SIGKILL, STOPPED if victim else None), stacks
-    assert set(statuses.values()) == {STOPPED}, [ranks.said(rank) for rank in ranks.pids]
+    assert statuses.pop(victim) in (-signal.SIGKILL, EXIT_STOPPED if victim else None), stacks
+    assert set(statuses.values()) == {EXIT_STOPPED}, [ranks.said(rank) for rank in ranks.pids]
     (message,) = errors(ranks) or [str([ranks.said(rank) for rank in ranks.pids])]
     assert message.startswith(f"error: rank {victim} (") and "has sent no heartbeat for 4 s" in message
     speaker = ranks.said(1 if victim == 0 else 0)
@@ -140,7 +140,9 @@ def test_a_rank_that_holds_the_interpreter(start: Callable[..., FaultyRanks], tm
             ctypes.PyDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
 
     ranks = start(hold)
-    assert ranks.wait() == {0: STOPPED, 1: -signal.SIGKILL, 2: STOPPED}, [ranks.said(rank) for rank in ranks.pids]
+    assert ranks.wait() == {0: EXIT_STOPPED, 1: -signal.SIGKILL, 2: EXIT_STOPPED}, [
+        ranks.said(rank) for rank in ranks.pids
+    ]
     assert "in hold" in (tmp_path / "stacks" / "rank-00001.txt").read_text()
 
 
@@ -174,7 +176,9 @@ def test_a_rank_that_does_not_come_to_a_collective(start: Callable[..., FaultyRa
             time.sleep(1000)
 
     ranks = start(wander)
-    assert ranks.wait() == {0: STOPPED, 1: STOPPED, 2: STOPPED}, [ranks.said(rank) for rank in ranks.pids]
+    assert ranks.wait() == {0: EXIT_STOPPED, 1: EXIT_STOPPED, 2: EXIT_STOPPED}, [
+        ranks.said(rank) for rank in ranks.pids
+    ]
     (message,) = errors(ranks) or [str([ranks.said(rank) for rank in ranks.pids])]
     assert "error: rank 1 (" in message
     assert "has not come to all_reduce at step 5, where ranks 0, 2 wait; nothing has moved for" in message
@@ -190,7 +194,7 @@ def test_a_rank_with_an_error_of_its_own(start: Callable[..., FaultyRanks]) -> N
             raise KeyError("no such thing")
 
     ranks = start(raise_error)
-    assert ranks.wait() == {0: STOPPED, 1: STOPPED, 2: 1}, [ranks.said(rank) for rank in ranks.pids]
+    assert ranks.wait() == {0: EXIT_STOPPED, 1: EXIT_STOPPED, 2: 1}, [ranks.said(rank) for rank in ranks.pids]
     (message,) = errors(ranks) or [str([ranks.said(rank) for rank in ranks.pids])]
     assert message.startswith("error: rank 2 (") and message.endswith(" failed at step 5 (training):")
     assert "KeyError: 'no such thing'" in ranks.said(0) and "in raise_error" in ranks.said(0)

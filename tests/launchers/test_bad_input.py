@@ -14,7 +14,7 @@ import pytest
 
 from launchers import pretrain
 from megatronish import errors
-from megatronish.checkpoint.manifest import seal
+from megatronish.checkpoint.manifest import write_manifest
 from megatronish.checkpoint.train_state import TrainState
 from megatronish.checkpoint.weights import CONFIG_FILE
 from tests.config.raw import read
@@ -39,8 +39,8 @@ def refused(
     def met(*arguments: object) -> None:
         raise AssertionError("the ranks meet, though everything here can be known before")
 
-    monkeypatch.setattr(loop, "meet_by_environment", met)
-    monkeypatch.setattr(errors, "SECOND_VOICE_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "join_rendezvous_from_env", met)
+    monkeypatch.setattr(errors, "OTHER_RANK_DELAY_SECONDS", 0.0)
     before = dict(os.environ)
 
     def launch(*words: str, rank: int = 0, ranks: int = 1, config: Path | None = None, lines: int = 1) -> str:
@@ -125,7 +125,7 @@ def saved_run(folder: Path, data: str, model: dict[str, Any] | None = None, **st
     copy_tokenizer(open_dataset(data), checkpoint)
     fresh = TrainState.start(read(), read().batch_plan(1), open_dataset(data).fingerprint)
     TrainState(**{**fresh.__dict__, "step": 2, **state}).save(checkpoint)
-    seal(checkpoint, 2)
+    write_manifest(checkpoint, 2)
     return checkpoint
 
 
@@ -164,18 +164,18 @@ def test_torn_checkpoints(refused: Launch, data: str, tmp_path: Path) -> None:
     checkpoint = saved_run(tmp_path, data)
     (checkpoint / "state.json").write_text('{"step": 2')
     assert f"{checkpoint}: state.json has 10 bytes, not " in refused(lines=3)
-    seal(checkpoint, 2)  # who changes a file and seals it is told what the file lacks
+    write_manifest(checkpoint, 2)  # who changes a file and seals it is told what the file lacks
     assert "state.json: cannot be read" in refused()
     (checkpoint / CONFIG_FILE).unlink()
     assert f"{CONFIG_FILE} is missing" in refused(lines=3)
-    seal(checkpoint, 2)
+    write_manifest(checkpoint, 2)
     assert f"{CONFIG_FILE} does not exist" in refused()
 
 
 def test_a_copy_of_a_checkpoint_without_training_state(refused: Launch, data: str, tmp_path: Path) -> None:
     checkpoint = saved_run(tmp_path, data)
     shutil.rmtree(checkpoint / "engine")
-    seal(checkpoint, 2)
+    write_manifest(checkpoint, 2)
     assert f"{checkpoint}/engine holds no training state" in refused()
 
 
@@ -185,12 +185,12 @@ def test_another_tokenizer_than_the_checkpoints(refused: Launch, data: str, tmp_
     record = checkpoint / "tokenizer_record.json"
     known = json.loads(record.read_text())
     record.write_text(json.dumps({**known, "sha256": "0123456789abcdef"}))
-    seal(checkpoint, 2)
+    write_manifest(checkpoint, 2)
     message = refused()
     assert f"{data} was made with another tokenizer (SHA-256 {known['sha256'][:12]}...)" in message
     assert "(0123456789ab...); prepare the data with the model's tokenizer (--tokenizer-model)" in message
     record.write_text("{")
-    seal(checkpoint, 2)
+    write_manifest(checkpoint, 2)
     assert "tokenizer_record.json: cannot be read" in refused()
 
 

@@ -141,7 +141,7 @@ def steps_in_fp16(rank: int, config: RunConfig) -> list[tuple[bool, bool, float]
         if step == 5 and rank == RANKS - 1:
             break_loss(engine.module.model, math.nan)
         result = engine.train_step([next(loader) for _ in range(plan.accumulation)], 1.0)
-        told.append((result.bad, result.skipped, engine.held_state().scaler_numbers()["cur_scale"]))
+        told.append((result.bad, result.skipped, engine.local_optimizer_state().scaler_numbers()["cur_scale"]))
     return told
 
 

@@ -54,7 +54,7 @@ def run_config(data: str, folder: Path, layout: str, micro: int, train: dict[str
 
 def pretrain_short_of_memory(rank: int, config: RunConfig, step: int) -> int:
     """Train; rank 1 has no memory for the second micro batch of the step after `step` steps, the first time."""
-    from megatronish.errors import explained
+    from megatronish.errors import exit_on_user_error
     from megatronish.training.engine import Engine
     from megatronish.training.loop import pretrain
 
@@ -73,9 +73,9 @@ def pretrain_short_of_memory(rank: int, config: RunConfig, step: int) -> int:
         return whole(self, batch)
 
     Engine._forward = short  # type: ignore[method-assign]  # of a forked rank, which ends with the test
-    with explained(rank == 0, f"rank {rank}"):
+    with exit_on_user_error(rank == 0, f"rank {rank}"):
         return pretrain(config, Rank(rank, 2, rank, 2, "test"))
-    raise AssertionError("explained() swallows nothing")
+    raise AssertionError("exit_on_user_error() swallows nothing")
 
 
 def same_weights(one: Path, other: Path, step: int = 6) -> bool:

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megatronish.config.run import RunConfig
-from megatronish.launch.exit import SAVED
+from megatronish.launch.exit import EXIT_SAVED
 from megatronish.launch.process import Rank
 from megatronish.training.stopping import OUT_OF_TIME, StopRequests, seconds_left
 from tests.distributed import run_ranks
@@ -45,14 +45,14 @@ def send(number: signal.Signals) -> Any:
 
 def pretrain_rank(rank: int, world: int, config: RunConfig, asked: int, number: signal.Signals, times: int = 1) -> int:
     """Train; rank `asked` is sent the signal in step 3, `times` times."""
-    from megatronish.errors import explained
+    from megatronish.errors import exit_on_user_error
     from megatronish.training.loop import pretrain
 
     if rank == asked:
         at_step(2, lambda: [send(number)() for _ in range(times)])
-    with explained(rank == 0, f"rank {rank}"):
+    with exit_on_user_error(rank == 0, f"rank {rank}"):
         return pretrain(config, Rank(rank, world, rank, world, "test"))
-    raise AssertionError("explained() swallows nothing")
+    raise AssertionError("exit_on_user_error() swallows nothing")
 
 
 def run_config(folder: Path, name: str, changes: dict[str, Any] | None = None) -> RunConfig:
@@ -68,7 +68,7 @@ def test_one_rank_is_asked_and_all_save_and_stop(number: signal.Signals, tmp_pat
     """Rank 1 alone hears the signal in step 3: both save after it, end with 76, and the run goes on to the same bits."""
     stopped = run_config(tmp_path, "stopped")
     ranks = start_ranks(2, tmp_path, pretrain_rank, 2, stopped, 1, number)
-    assert ranks.wait() == {0: SAVED, 1: SAVED}, ranks.said(0) + ranks.said(1)
+    assert ranks.wait() == {0: EXIT_SAVED, 1: EXIT_SAVED}, ranks.said(0) + ranks.said(1)
     assert f"stopped by {number.name} after step 3, saved; the same command goes on from here" in ranks.said(0)
     checkpoints = Path(stopped.megatronish.train.save_dir) / "checkpoints"
     assert json.loads((checkpoints / "step-00000003" / "state.json").read_text())["step"] == 3
@@ -106,7 +106,7 @@ def test_the_time_limit_saves_before_it(tmp_path: Path) -> None:
     raw = config.to_json()
     raw["megatronish"]["train"]["time_limit"] = 1e-6
     ranks = start_ranks(1, tmp_path, pretrain_rank, 1, RunConfig.from_dict(raw, "test"), -1, signal.SIGTERM)
-    assert ranks.wait() == {0: SAVED}, ranks.said(0)
+    assert ranks.wait() == {0: EXIT_SAVED}, ranks.said(0)
     assert f"stopped by {OUT_OF_TIME} after step 1, saved" in ranks.said(0)
 
 

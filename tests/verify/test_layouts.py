@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatronish.checkpoint.optimizer_shards import SavedFragments
+from megatronish.checkpoint.optimizer_shards import SavedOptimizerShards
 from megatronish.errors import ConfigError
 from megatronish.parallel import layers
 from megatronish.verify.layout_report import Distance, Verdict, Verification, first_deviation, measure
@@ -63,9 +63,9 @@ def test_moved_checkpoints_are_found_right(monkeypatch: pytest.MonkeyPatch) -> N
     there, back = verdicts(moves=("tp2", "pp2"), layers=2)
     assert (there.layout, back.layout) == ("tp2 > pp2", "pp2 > tp2")
     assert there.problem == back.problem == "" and there.distance is not None and there.distance.loss > 0
-    read = SavedFragments.read
+    read = SavedOptimizerShards.read
     monkeypatch.setattr(
-        SavedFragments, "read", lambda self, kind, wanted: read(self, kind, wanted) * (kind != "exp_avg_sq")
+        SavedOptimizerShards, "read", lambda self, kind, wanted: read(self, kind, wanted) * (kind != "exp_avg_sq")
     )
     there, back = verdicts(moves=("tp2", "pp2"), layers=2)
     assert "of step 3 is" in there.problem and "of step 3 is" in back.problem
@@ -140,7 +140,7 @@ def test_bad_input(
     words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["verify_parallel.py", *words])
-    monkeypatch.setattr(verify_parallel, "settle_process", lambda: None)
+    monkeypatch.setattr(verify_parallel, "initialize_process", lambda: None)
     with pytest.raises(SystemExit) as ended:
         verify_parallel.main()
     assert ended.value.code == 2
@@ -153,7 +153,7 @@ def test_the_tool_tells_and_its_status_says_it(
 ) -> None:
     words = ["--layouts", "tp2", "--steps", "2", "--ties", "tied", "--json", str(tmp_path / "table.json")]
     monkeypatch.setattr("sys.argv", ["verify_parallel.py", *words, "--model.num_layers", "1"])
-    monkeypatch.setattr(verify_parallel, "settle_process", lambda: None)
+    monkeypatch.setattr(verify_parallel, "initialize_process", lambda: None)
     assert verify_parallel.main() == 0
     told = capsys.readouterr()
     assert "1 of 1 runs train as one process does" in told.out and "1/1 tp2 on 2 ranks" in told.err

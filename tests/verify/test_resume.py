@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatronish.checkpoint.optimizer_shards import MASTER
-from megatronish.checkpoint.zero_state import HeldState
+from megatronish.checkpoint.zero_state import LocalOptimizerState
 from megatronish.verify import resume
 from megatronish.verify.attempts import digest_of
 from megatronish.verify.kills import KINDS, Kill, plan_kills
@@ -37,14 +37,14 @@ def test_a_kill_of_each_kind(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_moment_that_is_not_restored_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Children are forked, so they load as this process would."""
-    load = HeldState.load
+    load = LocalOptimizerState.load
 
-    def forgetful(self: HeldState, saved: Any) -> None:
+    def forgetful(self: LocalOptimizerState, saved: Any) -> None:
         load(self, saved)
         for _, place in self._places():
             place.of(self._torch.state[place.flat]["exp_avg_sq"]).mul_(2.0)
 
-    monkeypatch.setattr(HeldState, "load", forgetful)
+    monkeypatch.setattr(LocalOptimizerState, "load", forgetful)
     # The fifth step begins when the checkpoint of the second is there: that of the fourth has waited for it.
     monkeypatch.setattr(resume, "plan_kills", lambda *_: [Kill("step", 0, 4.0, 0.0)])
     proof, _ = prove(tmp_path, 1)

@@ -23,8 +23,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from a checkout that is not installed
 
 from megatronish.config.cli import parse_options
-from megatronish.errors import ConfigError, explained
-from megatronish.launch.process import free_port, settle_process
+from megatronish.errors import ConfigError, exit_on_user_error
+from megatronish.launch.process import free_port, initialize_process
 
 HEADER = (
     f"{'model':<16}{'MB':>9}{'sync stall':>12}{'async stall':>13}{'the first':>11}{'written in':>12}{'hashing':>9}"
@@ -40,8 +40,8 @@ def main() -> int:
     parser.add_argument("--saves", type=int, default=5, help="of each kind (5)")
     parser.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
     arguments, rest = parser.parse_known_args()
-    with explained():
-        settle_process()
+    with exit_on_user_error():
+        initialize_process()
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
@@ -63,14 +63,14 @@ def measure(preset: str, overrides: dict[str, Any], saves: int, folder: Path) ->
     """The line of one model."""
     from megatronish.checkpoint.manifest import hash_file, read_manifest
     from megatronish.checkpoint.saver import Saver
-    from megatronish.checkpoint.staging import HostCopies
+    from megatronish.checkpoint.staging import StagingBuffers
     from megatronish.checkpoint.store import CheckpointStore
-    from megatronish.launch.consensus import Decisions
-    from megatronish.launch.rendezvous import meet
+    from megatronish.launch.consensus import Consensus
+    from megatronish.launch.rendezvous import join_rendezvous
 
-    step, take = trainer(preset, overrides, HostCopies())
+    step, take = trainer(preset, overrides, StagingBuffers())
     store = CheckpointStore(folder, 1)
-    saver = Saver(store, Decisions(meet(0, 1, "", 0, 1.0), "bench"), background=True, tell=lambda line: None)
+    saver = Saver(store, Consensus(join_rendezvous(0, 1, "", 0, 1.0), "bench"), background=True, tell=lambda line: None)
     stalls: dict[str, list[float]] = {"sync": [], "async": []}
     written, peace, beside = [], [timed(step) for _ in range(3)], []
     for number in range(saves):
@@ -102,7 +102,7 @@ def trainer(preset: str, overrides: dict[str, Any], copies: Any) -> tuple[Callab
     """A function that does one step, and one that gives what the loop would write (but for the smallest files)."""
     import torch
 
-    from megatronish.checkpoint.saver import Snapshot
+    from megatronish.checkpoint.saver import CheckpointSnapshot
     from megatronish.checkpoint.weights import WEIGHTS_FILE, save_model
     from megatronish.config.base import merge
     from megatronish.config.run import BLOCK, RunConfig
@@ -126,7 +126,7 @@ def trainer(preset: str, overrides: dict[str, Any], copies: Any) -> tuple[Callab
     tokens = torch.randint(model.vocab_size, (plan.micro, model.seq_length), device=engine.device)
     batches = [{"tokens": tokens, "labels": tokens}] * plan.accumulation
 
-    def take(in_background: bool) -> Snapshot:
+    def take(in_background: bool) -> CheckpointSnapshot:
         state = engine.snapshot("engine", copies if in_background else None)
         weights = engine.weights()
         if in_background:
@@ -138,7 +138,7 @@ def trainer(preset: str, overrides: dict[str, Any], copies: Any) -> tuple[Callab
             save_model(folder, weights, model)
             return [*written, folder / WEIGHTS_FILE]
 
-        return Snapshot(state.bytes, write)
+        return CheckpointSnapshot(state.bytes, write)
 
     return lambda: engine.train_step(batches, 1.0), take
 

@@ -18,7 +18,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[2])
 )  # the root of the checkout: `tools.bench` is no installed package
 
-from megatronish.launch.process import settle_process
+from megatronish.launch.process import initialize_process
 
 
 def main() -> int:
@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--elements", type=int, default=50_000_000, help="parameters of the flat tensor (50,000,000)")
     parser.add_argument("--repeats", type=int, default=9, help="timed steps of each (9)")
     arguments = parser.parse_args()
-    settle_process()
+    initialize_process()
     import torch
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.utils import logger

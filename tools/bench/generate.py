@@ -25,9 +25,9 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[2])
 )  # the root of the checkout: `tools.bench` is no installed package
 
-from megatronish.launch.process import settle_process, tune_allocator
+from megatronish.launch.process import initialize_process, tune_allocator
 
-settle_process()
+initialize_process()
 tune_allocator()
 
 import torch  # noqa: E402
@@ -35,7 +35,7 @@ from torch import Tensor  # noqa: E402
 
 from megatronish.config.model import ModelConfig  # noqa: E402
 from megatronish.config.presets import resolve_model  # noqa: E402
-from megatronish.errors import UserError, explained  # noqa: E402
+from megatronish.errors import UserError, exit_on_user_error  # noqa: E402
 from megatronish.inference.batch import Batch, Request  # noqa: E402
 from megatronish.inference.quantize import quantize_model  # noqa: E402
 from megatronish.inference.sampling import GREEDY  # noqa: E402
@@ -242,7 +242,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    with explained():
+    with exit_on_user_error():
         if options.threads:
             torch.set_num_threads(options.threads)
         length = options.prompt_tokens + options.new_tokens + 1

@@ -22,7 +22,7 @@ sys.path.insert(
 )  # the root of the checkout: `tools.bench` is no installed package
 
 from megatronish.launch.exit import run_program
-from megatronish.launch.process import settle_process
+from megatronish.launch.process import initialize_process
 
 TURN_STEPS = 1
 MODELS = {  # a step of some tenths of a second on two cores, and one of some seconds
@@ -45,7 +45,7 @@ def main() -> int:
     parser.add_argument("--micro", type=int, default=4, help="micro batch [4]")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    rank = settle_process()
+    rank = initialize_process()
     bench = Bench(arguments.model, arguments.stage, arguments.micro)
     lines = bench.run(arguments.seconds)
     if rank.is_first:
@@ -76,7 +76,7 @@ class Bench:
         import torch
         import torch.distributed as dist
 
-        from megatronish.launch.rendezvous import meet_by_environment
+        from megatronish.launch.rendezvous import join_rendezvous_from_env
         from megatronish.parallel.mesh import build_mesh
         from megatronish.training import engine as engine_module
         from megatronish.training.setup.construction import build_model
@@ -85,8 +85,8 @@ class Bench:
 
         self._scratch = tempfile.TemporaryDirectory()
         config = run_config(model, stage, micro, self._scratch.name)
-        self.meeting = meet_by_environment(600.0, {})
-        engine_module.start_process_group(meeting=self.meeting)
+        self.rendezvous = join_rendezvous_from_env(600.0, {})
+        engine_module.start_process_group(rendezvous=self.rendezvous)
         mesh = build_mesh(config.megatronish.parallel, engine_module.device().type)
         plan = config.batch_plan(mesh.data.size)
         self.engine = engine_module.start_engine(build_model(config, plan, mesh), config, plan, mesh)
@@ -152,7 +152,7 @@ class Bench:
         from megatronish.launch.watchdog import Watchdog
 
         self.switch(on)
-        watchdog = Watchdog(self.meeting, 300.0, Path(self._scratch.name), True) if on and self._alone else None
+        watchdog = Watchdog(self.rendezvous, 300.0, Path(self._scratch.name), True) if on and self._alone else None
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(TURN_STEPS):
             (self.guarded if on else self.bare)()
@@ -191,7 +191,9 @@ class Bench:
 
     @property
     def _alone(self) -> bool:
-        return self.meeting.world_size == 1  # ranks that meet again in every turn would be timed with their meeting
+        return (
+            self.rendezvous.world_size == 1
+        )  # ranks that join the rendezvous again in every turn would be timed with their rendezvous
 
     def told_by_first(self, number: int) -> int:
         """The first rank's number, on every rank."""

@@ -17,7 +17,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[2])
 )  # the root of the checkout: `tools.bench` is no installed package
 
-from megatronish.launch.process import settle_process, tune_allocator
+from megatronish.launch.process import initialize_process, tune_allocator
 
 OPS = ["rms_norm", "add_rms_norm", "swiglu", "rope", "rope_qkv_", "qk_norm_rope", "cross_entropy"]
 
@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 1 where the fused operators are missing or wrong; a missed bar does not count."""
     options = parse(arguments)
-    settle_process()
+    initialize_process()
     tune_allocator()
     from tools.bench.operators.run import run  # loads torch, for which the process had to be settled
 

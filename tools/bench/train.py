@@ -29,9 +29,9 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[2])
 )  # the root of the checkout: `tools.bench` is no installed package
 
-from megatronish.launch.process import settle_process, tune_allocator
+from megatronish.launch.process import initialize_process, tune_allocator
 
-settle_process()
+initialize_process()
 tune_allocator()
 
 import torch  # noqa: E402

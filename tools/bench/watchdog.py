@@ -24,7 +24,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[2])
 )  # the root of the checkout: `tools.bench` is no installed package
 
-from megatronish.launch.process import settle_process
+from megatronish.launch.process import initialize_process
 
 
 def main() -> int:
@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--ranks", default="2,64,512", help="numbers of ranks (2,64,512)")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    settle_process()
+    initialize_process()
     step = small_training_step()
     for ranks in map(int, arguments.ranks.split(",")):
         thread_share(ranks, arguments.seconds, step)
@@ -71,7 +71,7 @@ def small_training_step() -> Any:
 
 
 class Shelf:
-    """A store of this process, for a meeting of ranks that do not exist."""
+    """A store of this process, for a rendezvous of ranks that do not exist."""
 
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
@@ -85,15 +85,15 @@ class Shelf:
 
 def thread_share(ranks: int, seconds: float, step: Any) -> None:
     """Print the share of a core that rank 0's watchdog takes while the main thread trains."""
-    from megatronish.launch.rendezvous import Meeting, Place
+    from megatronish.launch.rendezvous import RankProcess, Rendezvous
     from megatronish.launch.watchdog import Watchdog
 
     store: Any = Shelf()
-    here = Place.here(0)
-    places = tuple(Place(rank, here.host, here.pid, here.processes) for rank in range(ranks))
+    here = RankProcess.here(0)
+    processes = tuple(RankProcess(rank, here.host, here.pid, here.pid_namespace) for rank in range(ranks))
     with tempfile.TemporaryDirectory() as folder:
-        watchdog = Watchdog(Meeting(store, "127.0.0.1", 0, places), 300.0, Path(folder), count_cpu=True)
-        others = other_ranks(store, places, watchdog.beat_seconds)
+        watchdog = Watchdog(Rendezvous(store, "127.0.0.1", 0, processes), 300.0, Path(folder), count_cpu=True)
+        others = other_ranks(store, processes, watchdog.beat_seconds)
         clock = time.pthread_getcpuclockid(watchdog.thread_ident)
         run_steps(step, 2.0, watchdog)
         begin, cpu = time.monotonic(), time.clock_gettime(clock)
@@ -107,22 +107,22 @@ def thread_share(ranks: int, seconds: float, step: Any) -> None:
     )
 
 
-def other_ranks(store: Any, places: Any, beat_seconds: float) -> int:
-    """A process that holds the links of all ranks but the first and sends their heartbeats until it is killed; its pid."""
-    from megatronish.launch.rank_status import Standing
-    from megatronish.launch.rendezvous import Meeting
-    from megatronish.launch.sockets import Links
+def other_ranks(store: Any, processes: Any, beat_seconds: float) -> int:
+    """A process that holds the sockets of all ranks but the first and sends their heartbeats until it is killed; its pid."""
+    from megatronish.launch.rank_status import RankStatus
+    from megatronish.launch.rendezvous import Rendezvous
+    from megatronish.launch.sockets import RankSockets
 
     pid = os.fork()
     if pid:
         return pid
-    links = [Links(Meeting(store, "127.0.0.1", rank, places)) for rank in range(1, len(places))]
-    standing = Standing(512, "training", "all_reduce", "training/engine.py:131 (train_step)", 0.25, 100, 1000)
+    sockets = [RankSockets(Rendezvous(store, "127.0.0.1", rank, processes)) for rank in range(1, len(processes))]
+    rank_status = RankStatus(512, "training", "all_reduce", "training/engine.py:131 (train_step)", 0.25, 100, 1000)
     while True:
-        for link in links:
-            link.send(0, {"beat": astuple(standing)})
+        for link in sockets:
+            link.send(0, {"beat": astuple(rank_status)})
             link.receive(0.0)
-            time.sleep(beat_seconds / len(links))
+            time.sleep(beat_seconds / len(sockets))
 
 
 def run_steps(step: Any, seconds: float, watchdog: Any) -> int:
@@ -138,14 +138,16 @@ def run_steps(step: Any, seconds: float, watchdog: Any) -> int:
 
 def step_times(seconds: float, step: Any) -> None:
     """Print the CPU time of a step in turns with a watchdog and without, all its threads together, and their ratio."""
-    from megatronish.launch.rendezvous import meet
+    from megatronish.launch.rendezvous import join_rendezvous
     from megatronish.launch.watchdog import Watchdog
 
     times: dict[bool, list[float]] = {True: [], False: []}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(2 * max(2, round(seconds / 2))):
             watched = turn % 4 in (1, 2)  # off, on, on, off: a machine that slows down slows both
-            watchdog = Watchdog(meet(0, 1, "", 0, 1.0), 300.0, Path(folder), count_cpu=True) if watched else None
+            watchdog = (
+                Watchdog(join_rendezvous(0, 1, "", 0, 1.0), 300.0, Path(folder), count_cpu=True) if watched else None
+            )
             begin = time.process_time()
             steps = run_steps(step, 2.0, watchdog)
             times[watched].append((time.process_time() - begin) / steps)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatronish.errors import DataError
-from megatronish.files import is_inner
+from megatronish.files import is_inside_folder
 
 FORMAT = "megatronish-dataset"
 VERSION = 2
@@ -126,7 +126,7 @@ def _parse(path: Path, content: Any) -> DatasetManifest:
             if not isinstance(record.get("xxh3", record.get("sha256")), str):
                 raise KeyError("a file without its hash")
         for name in (*content["files"], values["tokenizer"].file or "none"):
-            if not is_inner(name):
+            if not is_inside_folder(name):
                 raise DataError(f"{path}: names {name!r}, which is outside its folder; nothing of it is read")
         return DatasetManifest(**values)
     except (KeyError, TypeError, AttributeError) as error:

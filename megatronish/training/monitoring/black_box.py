@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatronish.errors import ConfigError
-from megatronish.files import write_whole
+from megatronish.files import write_atomic
 from megatronish.training.monitoring.diagnosis import Diagnosis
 from megatronish.training.step import Batch
 
@@ -87,7 +87,7 @@ def write_rank(folder: Path, rank: int, trained: TrainedStep, diagnosis: Diagnos
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     save_file(tensors, folder / (RANK_FILE.format(rank) + ".safetensors"))
     told = {"loss_sum": float(trained.loss_sum).hex(), "seed": trained.seed, **asdict(diagnosis)}
-    write_whole(folder / (RANK_FILE.format(rank) + ".json"), json.dumps(told, indent=1) + "\n")
+    write_atomic(folder / (RANK_FILE.format(rank) + ".json"), json.dumps(told, indent=1) + "\n")
 
 
 def write_event(folder: Path, event: BlackBoxEvent, checkpoint: Path | None) -> None:
@@ -96,7 +96,7 @@ def write_event(folder: Path, event: BlackBoxEvent, checkpoint: Path | None) -> 
     if checkpoint is not None:
         shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
         shutil.copytree(checkpoint, folder / CHECKPOINT, copy_function=_link)
-    write_whole(folder / EVENT_FILE, json.dumps(asdict(event), indent=1) + "\n")
+    write_atomic(folder / EVENT_FILE, json.dumps(asdict(event), indent=1) + "\n")
 
 
 def _link(source: str, target: str) -> str:

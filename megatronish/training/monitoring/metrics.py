@@ -14,7 +14,7 @@ import torch
 
 from megatronish.config.run import RunConfig
 from megatronish.errors import ConfigError
-from megatronish.files import write_whole
+from megatronish.files import write_atomic
 from megatronish.training.monitoring.mfu import Peak
 
 METRICS_FILE = "metrics.jsonl"
@@ -36,7 +36,7 @@ class JsonLines:
     def __init__(self, path: Path, resumed_step: int) -> None:
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
-            write_whole(path, "".join(line + "\n" for line in kept))
+            write_atomic(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatronish.checkpoint.optimizer_shards import SavedFragments
+from megatronish.checkpoint.optimizer_shards import SavedOptimizerShards
 from megatronish.checkpoint.paths import TOKENIZER_RECORD_FILE
 from megatronish.checkpoint.store import ENGINE_TAG, CheckpointStore, check_writable, faults_of, none_good
 from megatronish.checkpoint.train_state import TrainState, load_streams
@@ -43,7 +43,7 @@ class Prepared:
 def prepare(config: RunConfig, rank: Rank) -> Prepared:
     """Check data, batch arithmetic, folder and checkpoint before any process group exists. Raises UserError.
 
-    The checkpoint is the first that looks good; its files are read by `resume.settle_resume`, when the ranks have met.
+    The checkpoint is the first that looks good; its files are read by `resume.choose_resume_point`, when the ranks have met.
     """
     ours = config.megatronish
     plan = config.batch_plan(ours.parallel.data_size(rank.world_size))
@@ -133,9 +133,9 @@ def check_engine_state(checkpoint: Path, model: ModelConfig) -> bool:
     Raises ConfigError where there is none, as in a copy made for inference, or not all of it.
     """
     folder = checkpoint / ENGINE_TAG
-    if saved := SavedFragments(folder):
+    if saved := SavedOptimizerShards(folder):
         with torch.device("meta"):
-            saved.check_whole(name for name, _ in Transformer(model, seed=None).named_parameters())
+            saved.check_complete(name for name, _ in Transformer(model, seed=None).named_parameters())
         return True
     if not any(folder.glob("*.pt")):
         raise ConfigError(

@@ -12,49 +12,49 @@ from pathlib import Path
 from typing import Any
 
 from megatronish.checkpoint.manifest import (
-    DamagedError,
+    DamagedCheckpointError,
     FileRecord,
     certainly_damaged,
     content_faults,
     listed,
-    outer_faults,
     read_manifest,
+    size_faults,
 )
 from megatronish.checkpoint.store import DAMAGED, CheckpointStore, none_good, step_of
-from megatronish.launch.consensus import Decisions
-from megatronish.launch.rendezvous import Meeting
+from megatronish.launch.consensus import Consensus
+from megatronish.launch.rendezvous import Rendezvous
 from megatronish.training.setup.preparation import Prepared, continue_from
 
 TELL_BYTES = 5_000_000_000  # more than these take several seconds to read
 
 
-def settle_resume(run: Prepared, meeting: Meeting) -> Prepared:
-    """The run as every rank of the meeting goes on with it. Raises UserError as `choose_checkpoint` and `continue_from` do."""
+def choose_resume_point(run: Prepared, rendezvous: Rendezvous) -> Prepared:
+    """The run as every rank of the rendezvous goes on with it. Raises UserError as `choose_checkpoint` and `continue_from` do."""
     train = run.config.megatronish.train
-    chosen = choose_checkpoint(CheckpointStore(run.run_dir, train.keep_last), train.resume, meeting)
+    chosen = choose_checkpoint(CheckpointStore(run.run_dir, train.keep_last), train.resume, rendezvous)
     return run if chosen is None or chosen == run.resume_from else continue_from(run, chosen)
 
 
-def choose_checkpoint(store: CheckpointStore, resume: str, meeting: Meeting) -> Path | None:
-    """The checkpoint to go on from, None to begin afresh. Every rank of the meeting calls it; store: of the run.
+def choose_checkpoint(store: CheckpointStore, resume: str, rendezvous: Rendezvous) -> Path | None:
+    """The checkpoint to go on from, None to begin afresh. Every rank of the rendezvous calls it; store: of the run.
 
     resume: as `store.wanted` takes it. Raises ConfigError, with every checkpoint and what is wrong with it, when there are
     some and none is good.
     """
-    decisions = Decisions(meeting, "resume")
-    wanted = [str(path) for path in store.wanted(resume)] if meeting.rank == 0 else []
+    consensus = Consensus(rendezvous, "resume")
+    wanted = [str(path) for path in store.wanted(resume)] if rendezvous.rank == 0 else []
     refused: dict[str, list[str]] = {}
     chosen: Path | None = None
-    for candidate in map(Path, decisions.agree(wanted, lambda lists: lists[0])):
-        faults = decisions.agree(_own_share(candidate, meeting), _join)
+    for candidate in map(Path, consensus.agree(wanted, lambda lists: lists[0])):
+        faults = consensus.agree(_own_share(candidate, rendezvous), _join)
         if not faults:
             chosen = candidate
             break
         refused[str(candidate)] = faults
-    decisions.leave()
+    consensus.leave()
     if refused and chosen is None:
         raise none_good(refused)
-    if chosen is not None and refused and meeting.rank == 0:
+    if chosen is not None and refused and rendezvous.rank == 0:
         _tell(refused, chosen, store)
     return chosen
 
@@ -70,16 +70,16 @@ def shares(files: Mapping[str, FileRecord], count: int) -> list[list[str]]:
     return taken
 
 
-def _own_share(candidate: Path, meeting: Meeting) -> list[str]:
+def _own_share(candidate: Path, rendezvous: Rendezvous) -> list[str]:
     """What this rank finds wrong: with the folder, and in the files of its share."""
     try:
         manifest = read_manifest(candidate)
-    except DamagedError as error:
+    except DamagedCheckpointError as error:
         return [str(error)]
-    faults = outer_faults(candidate, manifest)
-    if not faults and meeting.rank == 0 and manifest.bytes > TELL_BYTES:
+    faults = size_faults(candidate, manifest)
+    if not faults and rendezvous.rank == 0 and manifest.bytes > TELL_BYTES:
         print(f"checking {candidate}: {manifest.bytes / 1e9:.1f} GB", flush=True)
-    return faults or content_faults(candidate, manifest, shares(manifest.files, meeting.world_size)[meeting.rank])
+    return faults or content_faults(candidate, manifest, shares(manifest.files, rendezvous.world_size)[rendezvous.rank])
 
 
 def _join(found: list[Any]) -> list[str]:

@@ -45,7 +45,7 @@ def run_config(data: str, folder: Path, train: dict[str, Any], changes: dict[str
 
 def pretrain_with(rank: int, config: RunConfig, faults: dict[int, str], left_out: list[list[int]]) -> int:
     """Train on two ranks with a fault of rank 1's engine, or all ranks', in some steps (from 0), by its name."""
-    from megatronish.errors import explained
+    from megatronish.errors import exit_on_user_error
     from megatronish.training.loop import Trainer, pretrain
     from megatronish.training.setup import preparation
 
@@ -63,9 +63,9 @@ def pretrain_with(rank: int, config: RunConfig, faults: dict[int, str], left_out
     Trainer.next_step = faulty  # type: ignore[method-assign]  # of a forked rank, which ends with the test
     start = preparation.TrainState.start
     preparation.TrainState.start = lambda *args: dataclasses.replace(start(*args), left_out=left_out)  # type: ignore
-    with explained(rank == 0, f"rank {rank}"):
+    with exit_on_user_error(rank == 0, f"rank {rank}"):
         return pretrain(config, Rank(rank, 2, rank, 2, "test"))
-    raise AssertionError("explained() swallows nothing")
+    raise AssertionError("exit_on_user_error() swallows nothing")
 
 
 def weights_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
