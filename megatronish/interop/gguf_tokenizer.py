@@ -7,7 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from megatronish.data.tokenizers.tokenizer import BPE_PATTERN, HuggingFaceTokenizer
+from megatronish.data.tokenizers.formats import BPE_PATTERN
+from megatronish.data.tokenizers.tokenizer import HuggingFaceTokenizer
 from megatronish.errors import UserError
 from megatronish.interop.tokenizer_files import ORIGIN_FILE, chat_template, recorded_tokenizer
 

@@ -11,12 +11,11 @@ from typing import Any
 
 from megatronish.checkpoint.paths import RUN_FILE, TOKENIZER_RECORD_FILE
 from megatronish.config.huggingface import CONFIG_JSON
+from megatronish.data.tokenizers.formats import EOD_TOKEN, byte_alphabet
 from megatronish.data.tokenizers.tokenizer import (
-    EOD_TOKEN,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
-    byte_alphabet,
     load_tokenizer,
 )
 from megatronish.errors import UserError

@@ -21,8 +21,7 @@ from megatronish.data.readers.documents import SKIP_HINT, DocumentReader
 from megatronish.data.readers.inputs import Source, check_keys, file_source, find_inputs, is_remote, mapping_of
 from megatronish.data.readers.records import RecordReader
 from megatronish.data.tokenizers.backends import choose_encoder
-from megatronish.data.tokenizers.formats import gpt2_tokenizer
-from megatronish.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from megatronish.data.tokenizers.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe
 from megatronish.errors import DataError
 from megatronish.files import write_atomic
 from megatronish.preprocessing.corpus import default_corpus, default_corpus_description

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from megatronish.checkpoint.paths import RUN_FILE, TOKENIZER_RECORD_FILE
 from megatronish.checkpoint.weights import save_model
 from megatronish.config.model import ModelConfig
-from megatronish.data.tokenizers.tokenizer import EOD_TOKEN, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from megatronish.data.tokenizers.formats import EOD_TOKEN
+from megatronish.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from megatronish.errors import UserError
 from megatronish.inference.generate import generate
 from megatronish.inference.load import load_for_inference

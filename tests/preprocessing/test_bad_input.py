@@ -15,7 +15,8 @@ import pytest
 import zstandard
 
 from megatronish.data.samples.dataset import Dataset, open_dataset
-from megatronish.data.tokenizers.tokenizer import EOD_TOKEN, train_bpe
+from megatronish.data.tokenizers.formats import EOD_TOKEN
+from megatronish.data.tokenizers.tokenizer import train_bpe
 from megatronish.errors import DataError
 from megatronish.preprocessing.options import PreprocessOptions
 from megatronish.preprocessing.preprocess import preprocess

@@ -17,7 +17,8 @@ from megatronish.data.readers.inputs import Source
 from megatronish.data.samples.dataset import open_dataset
 from megatronish.data.tokenizers import backends
 from megatronish.data.tokenizers.backends import GigatokenEncoder, NativeEncoder, TiktokenEncoder, choose_encoder
-from megatronish.data.tokenizers.tokenizer import EOD_TOKEN, load_tokenizer, train_bpe, train_unigram
+from megatronish.data.tokenizers.formats import EOD_TOKEN
+from megatronish.data.tokenizers.tokenizer import load_tokenizer, train_bpe, train_unigram
 from megatronish.errors import DataError
 from megatronish.preprocessing import encoding
 from megatronish.preprocessing.encoding import split_text

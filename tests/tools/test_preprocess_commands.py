@@ -13,7 +13,8 @@ import pytest
 from megatronish.data.indexed.builder import IndexedWriter
 from megatronish.data.indexed.format import IndexedReader
 from megatronish.data.samples.dataset import open_dataset
-from megatronish.data.tokenizers.tokenizer import byte_alphabet, load_tokenizer, train_bpe
+from megatronish.data.tokenizers.formats import byte_alphabet
+from megatronish.data.tokenizers.tokenizer import load_tokenizer, train_bpe
 from tests.data.streams.shard_server import shard_server
 from tests.data.streams.text_shards import hub_answers
 

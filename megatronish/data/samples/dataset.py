@@ -14,7 +14,7 @@ import numpy as np
 from megatronish.data.indexed.format import IndexedReader, bin_path, idx_path
 from megatronish.data.indexed.manifest import DatasetManifest, TokenizerRecord, manifest_path, read_manifest
 from megatronish.data.samples.packing import join_pieces
-from megatronish.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megatronish.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_at
 from megatronish.errors import DataError
 
 if TYPE_CHECKING:
@@ -131,15 +131,6 @@ def _open_foreign(name: str, unit: Literal["document", "sequence"], tokenizer: s
                 "tokenizer": {"bytes": 0, "sha256": made_with.fingerprint},
             },
         ),
-    )
-
-
-def tokenizer_file_at(path: Path) -> Path:
-    """The tokenizer file that a path names, itself or in the folder that it is."""
-    if not path.is_dir():
-        return path
-    return next(
-        path / name for name in ("tokenizer.json", "tokenizer.model", "spiece.model") if (path / name).is_file()
     )
 
 

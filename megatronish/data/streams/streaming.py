@@ -30,11 +30,10 @@ from megatronish.data.indexed.manifest import TokenizerRecord
 from megatronish.data.readers.remote import Retry
 from megatronish.data.readers.shards import Fields, Place, Shard, ShardReader
 from megatronish.data.readers.sources import Location, resolve
-from megatronish.data.samples.dataset import tokenizer_file_at
 from megatronish.data.samples.permutation import keyed_permutation
 from megatronish.data.samples.sample import Sample
 from megatronish.data.tokenizers.backends import Encoder, choose_encoder
-from megatronish.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megatronish.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_at
 from megatronish.errors import DataError
 
 BUFFER_BYTES = 64_000_000

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megatronish.data.tokenizers.formats import GPT2_PATTERN
+from megatronish.data.tokenizers.formats import split_pattern
 from megatronish.data.tokenizers.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from megatronish.errors import DataError
 
@@ -81,7 +81,7 @@ class TiktokenEncoder(Encoder):
         super().__init__(reference)
         import tiktoken
 
-        pattern = _split_pattern(reference.spec)
+        pattern = split_pattern(reference.spec)
         ranks = reference.byte_ranks()
         if pattern is None or ranks is None:
             raise DataError("it is not a byte-level BPE with one split pattern, which is what tiktoken reads")
@@ -193,22 +193,6 @@ def _resident_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
-
-
-def _split_pattern(spec: dict[str, Any]) -> str | None:
-    """The regular expression by which a tokenizer cuts text into words, if it is one."""
-    steps = spec.get("pre_tokenizer") or {}
-    parts = steps.get("pretokenizers", [steps])
-    patterns = []
-    for part in parts:
-        if part.get("type") == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
-            patterns.append((part.get("pattern") or {}).get("Regex"))
-        elif part.get("type") == "ByteLevel" and not part.get("add_prefix_space"):
-            if part.get("use_regex", True):
-                patterns.append(GPT2_PATTERN)
-        else:
-            return None
-    return patterns[0] if len(patterns) == 1 else None
 
 
 def choose_encoder(name: str, tokenizer: Tokenizer, sample: Sequence[str], say: Callable[[str], None]) -> Encoder:

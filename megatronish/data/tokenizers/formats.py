@@ -1,4 +1,5 @@
-"""Tokenizers from other files: GPT-2's vocab.json with merges.txt, and .tiktoken rank files, as `tokenizers` JSON."""
+"""What `tokenizers` JSON holds: properties read from it, and GPT-2's vocab.json with merges.txt and .tiktoken rank files
+converted to it. Nothing here knows the Tokenizer classes."""
 
 from __future__ import annotations
 
@@ -9,9 +10,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatronish.data.tokenizers.tokenizer import BPE_PATTERN, EOD_TOKEN, HuggingFaceTokenizer, byte_alphabet
 from megatronish.errors import DataError
 
+EOD_TOKEN = "<|endoftext|>"
+# Names under which published tokenizers keep their end-of-text token, tried in this order when no configuration says.
+KNOWN_EOD_TOKENS = (EOD_TOKEN, "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")
+# What one token may span before merges are learnt, as in GPT-4 and Llama 3 (so that fast back ends know it): an English
+# contraction, a word with one leading character, up to three digits, a run of punctuation with the line breaks after it,
+# line breaks, other white space (the last blank goes to the next word).
+BPE_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -36,8 +43,11 @@ TIKTOKEN_ENCODINGS = {
 }
 
 
-def gpt2_tokenizer(vocab_file: str, merge_file: str, eod_token: str | None = None) -> HuggingFaceTokenizer:
-    """GPT-2's two files (Megatron's --vocab-file and --merge-file). Raises DataError for files of another kind."""
+def gpt2_json(vocab_file: str, merge_file: str, eod_token: str | None = None) -> str:
+    """GPT-2's two files (Megatron's --vocab-file and --merge-file) as `tokenizers` JSON.
+
+    Raises DataError for files of another kind.
+    """
     try:
         vocabulary = json.loads(Path(vocab_file).read_bytes())
         lines = Path(merge_file).read_text(encoding="utf-8").splitlines()
@@ -52,12 +62,14 @@ def gpt2_tokenizer(vocab_file: str, merge_file: str, eod_token: str | None = Non
         raise DataError(f"--vocab-file {vocab_file}, --merge-file {merge_file}: not a vocab.json and a merges.txt")
     end = eod_token or EOD_TOKEN
     added = {end: vocabulary[end]} if end in vocabulary else {}
-    spec = _bpe_spec(vocabulary, merges, None, added)
-    return HuggingFaceTokenizer(json.dumps(spec, ensure_ascii=False), eod_token=eod_token, name=vocab_file)
+    return _bpe_json(vocabulary, merges, None, added)
 
 
-def tiktoken_tokenizer(path: str | os.PathLike[str], eod_token: str | None = None) -> HuggingFaceTokenizer:
-    """A .tiktoken file named after a published encoding. Raises DataError for other names or contents."""
+def tiktoken_json(path: str | os.PathLike[str]) -> str:
+    """A .tiktoken file named after a published encoding as `tokenizers` JSON.
+
+    Raises DataError for other names or contents.
+    """
     name = Path(path).name.removesuffix(".tiktoken")
     if name not in TIKTOKEN_ENCODINGS:
         known = ", ".join(f"{known}.tiktoken" for known in TIKTOKEN_ENCODINGS)
@@ -83,8 +95,7 @@ def tiktoken_tokenizer(path: str | os.PathLike[str], eod_token: str | None = Non
             left, right = _last_merge(ranks, token, path)
             merges.append(["".join(letters[b] for b in part) for part in (left, right)])
     vocabulary[EOD_TOKEN] = end  # its id may leave a gap, which an added token alone would not keep
-    spec = _bpe_spec(vocabulary, merges, pattern, {EOD_TOKEN: end})
-    return HuggingFaceTokenizer(json.dumps(spec, ensure_ascii=False), eod_token=eod_token, name=str(path))
+    return _bpe_json(vocabulary, merges, pattern, {EOD_TOKEN: end})
 
 
 def _last_merge(ranks: dict[bytes, int], token: bytes, path: str | os.PathLike[str]) -> tuple[bytes, bytes]:
@@ -100,15 +111,13 @@ def _last_merge(ranks: dict[bytes, int], token: bytes, path: str | os.PathLike[s
     return parts[0], parts[1]
 
 
-def _bpe_spec(
-    vocabulary: dict[str, int], merges: list[list[str]], pattern: str | None, added: dict[str, int]
-) -> dict[str, Any]:
+def _bpe_json(vocabulary: dict[str, int], merges: list[list[str]], pattern: str | None, added: dict[str, int]) -> str:
     """`tokenizers` JSON of a byte-level BPE; a pattern of None is GPT-2's."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern is None}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     steps = byte_level if pattern is None else {"type": "Sequence", "pretokenizers": [split, byte_level]}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
+    spec = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -130,3 +139,59 @@ def _bpe_spec(
             "merges": merges,
         },
     }
+    return json.dumps(spec, ensure_ascii=False)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Character to byte as in GPT-2: printable Latin-1 stands for itself, the other bytes for U+0100 onwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def is_byte_level(spec: dict[str, Any], vocabulary: dict[str, int]) -> bool:
+    """Whether every token is a string over a complete byte alphabet and nothing alters the text on its way to ids."""
+    strips = any(token["lstrip"] or token["rstrip"] for token in spec.get("added_tokens") or [] if not token["special"])
+    if spec.get("normalizer") is not None or strips or not all(c in vocabulary for c in byte_alphabet()):
+        return False
+    decoder = spec.get("decoder") or {}
+    steps = spec.get("pre_tokenizer") or {}
+    parts = steps.get("pretokenizers", [steps])
+    byte_level = [part for part in parts if part.get("type") == "ByteLevel"]
+    keeps_text = all(
+        part.get("type") in ("ByteLevel", "Digits")
+        or (part.get("type") == "Split" and part.get("behavior") != "Removed")
+        for part in parts
+    )
+    prefix_space = any(part.get("add_prefix_space") for part in byte_level)
+    return decoder.get("type") == "ByteLevel" and bool(byte_level) and keeps_text and not prefix_space
+
+
+def split_pattern(spec: dict[str, Any]) -> str | None:
+    """The regular expression by which a tokenizer cuts text into words, if it is one."""
+    steps = spec.get("pre_tokenizer") or {}
+    parts = steps.get("pretokenizers", [steps])
+    patterns = []
+    for part in parts:
+        if part.get("type") == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
+            patterns.append((part.get("pattern") or {}).get("Regex"))
+        elif part.get("type") == "ByteLevel" and not part.get("add_prefix_space"):
+            if part.get("use_regex", True):
+                patterns.append(GPT2_PATTERN)
+        else:
+            return None
+    return patterns[0] if len(patterns) == 1 else None
+
+
+def byte_table(vocabulary: dict[str, int], added: dict[int, Any], special: set[int]) -> dict[int, bytes]:
+    """Bytes of each id that is not special; added tokens are literal text."""
+    alphabet = byte_alphabet()
+    table = {}
+    for token, i in vocabulary.items():
+        if i in special:
+            continue
+        if i in added:
+            table[i] = added[i].content.encode("utf-8")
+        else:
+            table[i] = bytes(alphabet[c] for c in token) if all(c in alphabet for c in token) else token.encode("utf-8")
+    return table

@@ -17,15 +17,20 @@ from typing import Any
 import numpy as np
 import orjson
 
+from megatronish.data.tokenizers.formats import (
+    BPE_PATTERN,
+    EOD_TOKEN,
+    KNOWN_EOD_TOKENS,
+    byte_alphabet,
+    byte_table,
+    gpt2_json,
+    is_byte_level,
+    tiktoken_json,
+)
 from megatronish.errors import DataError
 
-EOD_TOKEN = "<|endoftext|>"
-# Names under which published tokenizers keep their end-of-text token, tried in this order when no configuration says.
-KNOWN_EOD_TOKENS = (EOD_TOKEN, "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")
-# What one token may span before merges are learnt, as in GPT-4 and Llama 3 (so that fast back ends know it): an English
-# contraction, a word with one leading character, up to three digits, a run of punctuation with the line breaks after it,
-# line breaks, other white space (the last blank goes to the next word).
-BPE_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# The files that load_tokenizer looks for in a folder, in this order.
+FILE_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model")
 
 
 class Tokenizer(ABC):
@@ -143,7 +148,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._special_ids: set[int] = {i for i, token in added.items() if token.special}
         if self.eod_id is not None:
             self._special_ids.add(self.eod_id)
-        self.lossless = _is_byte_level(spec, vocabulary)
+        self.lossless = is_byte_level(spec, vocabulary)
         self._added = added
         self._token_bytes: dict[int, bytes] | None = None
 
@@ -193,7 +198,7 @@ class HuggingFaceTokenizer(Tokenizer):
             self._token_bytes is None
         ):  # made when first needed: encoding, which starts many processes, has no use for it
             vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-            self._token_bytes = _byte_table(vocabulary, self._added, self._special_ids)
+            self._token_bytes = byte_table(vocabulary, self._added, self._special_ids)
         table = self._token_bytes
         return b"".join([table.get(i, b"") for i in array.tolist()])
 
@@ -262,15 +267,12 @@ def load_tokenizer(
     """
     name = os.fspath(source)
     if name.endswith(".tiktoken"):
-        from megatronish.data.tokenizers.formats import tiktoken_tokenizer
-
-        return tiktoken_tokenizer(name, eod_token=eod_token)
+        return HuggingFaceTokenizer(tiktoken_json(name), eod_token=eod_token, name=name)
     if name == "bytes":
         return ByteTokenizer()
-    path = Path(name)
-    if path.is_dir():
-        path, folder_eod = _find_in_folder(path)
-        eod_token = eod_token or folder_eod
+    path = tokenizer_file_at(Path(name))
+    if path != Path(name):
+        eod_token = eod_token or _eos_token_of(Path(name))
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -292,6 +294,11 @@ def load_tokenizer(
             raise DataError(f"{path}: the vocabulary has no token {eod_token!r} to end documents with")
         tokenizer.eod_id = int(piece)
     return tokenizer
+
+
+def gpt2_tokenizer(vocab_file: str, merge_file: str, eod_token: str | None = None) -> HuggingFaceTokenizer:
+    """Opens GPT-2's vocab.json and merges.txt. Raises DataError for files of another kind."""
+    return HuggingFaceTokenizer(gpt2_json(vocab_file, merge_file, eod_token), eod_token=eod_token, name=vocab_file)
 
 
 def train_bpe(texts: Iterable[str | list[str]], vocab_size: int) -> HuggingFaceTokenizer:
@@ -343,21 +350,26 @@ def _trained(model: Any, trainer: Any, texts: Iterable[str | list[str]], vocab_s
     return HuggingFaceTokenizer(raw.to_str(), eod_token=EOD_TOKEN, name="trained tokenizer")
 
 
-def _find_in_folder(folder: Path) -> tuple[Path, str | None]:
-    """The tokenizer file of a folder and the end-of-text token that its tokenizer_config.json names, if any."""
-    for name in ("tokenizer.json", "tokenizer.model", "spiece.model"):
-        if (folder / name).is_file():
-            break
-    else:
-        raise DataError(f"{folder}: no tokenizer.json, tokenizer.model or spiece.model in this folder")
+def tokenizer_file_at(path: Path) -> Path:
+    """The tokenizer file of a path: itself, or the one in the folder that it is. Raises DataError for a folder without one."""
+    if not path.is_dir():
+        return path
+    for name in FILE_NAMES:
+        if (path / name).is_file():
+            return path / name
+    raise DataError(f"{path}: no {', '.join(FILE_NAMES[:-1])} or {FILE_NAMES[-1]} in this folder")
+
+
+def _eos_token_of(folder: Path) -> str | None:
+    """The end-of-text token that a folder's tokenizer_config.json names, if any."""
     config = folder / "tokenizer_config.json"
     if not config.is_file():
-        return folder / name, None
+        return None
     try:
         eos = json.loads(config.read_bytes()).get("eos_token")
     except (ValueError, AttributeError) as error:
         raise DataError(f"{config}: not a JSON object: {error}") from None
-    return folder / name, eos.get("content") if isinstance(eos, dict) else eos
+    return eos.get("content") if isinstance(eos, dict) else eos
 
 
 def _find_eod(vocabulary: dict[str, int], eod_token: str | None, name: str) -> int | None:
@@ -372,42 +384,3 @@ def _find_unknown(model: dict[str, Any], vocabulary: dict[str, int]) -> int | No
     """A Unigram model names its unknown token by id, the others by text."""
     by_id = model.get("unk_id")
     return by_id if by_id is not None else vocabulary.get(model.get("unk_token") or "")
-
-
-def _is_byte_level(spec: dict[str, Any], vocabulary: dict[str, int]) -> bool:
-    """Whether every token is a string over a complete byte alphabet and nothing alters the text on its way to ids."""
-    strips = any(token["lstrip"] or token["rstrip"] for token in spec.get("added_tokens") or [] if not token["special"])
-    if spec.get("normalizer") is not None or strips or not all(c in vocabulary for c in byte_alphabet()):
-        return False
-    decoder = spec.get("decoder") or {}
-    steps = spec.get("pre_tokenizer") or {}
-    parts = steps.get("pretokenizers", [steps])
-    byte_level = [part for part in parts if part.get("type") == "ByteLevel"]
-    keeps_text = all(
-        part.get("type") in ("ByteLevel", "Digits")
-        or (part.get("type") == "Split" and part.get("behavior") != "Removed")
-        for part in parts
-    )
-    prefix_space = any(part.get("add_prefix_space") for part in byte_level)
-    return decoder.get("type") == "ByteLevel" and bool(byte_level) and keeps_text and not prefix_space
-
-
-def byte_alphabet() -> dict[str, int]:
-    """Character to byte as in GPT-2: printable Latin-1 stands for itself, the other bytes for U+0100 onwards."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-def _byte_table(vocabulary: dict[str, int], added: dict[int, Any], special: set[int]) -> dict[int, bytes]:
-    """Bytes of each id that is not special; added tokens are literal text."""
-    alphabet = byte_alphabet()
-    table = {}
-    for token, i in vocabulary.items():
-        if i in special:
-            continue
-        if i in added:
-            table[i] = added[i].content.encode("utf-8")
-        else:
-            table[i] = bytes(alphabet[c] for c in token) if all(c in alphabet for c in token) else token.encode("utf-8")
-    return table

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatronish.data.tokenizers.tokenizer import EOD_TOKEN, ByteTokenizer, load_tokenizer, train_bpe
+from megatronish.data.tokenizers.formats import EOD_TOKEN
+from megatronish.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from megatronish.errors import DataError
 
 SAMPLE = [
