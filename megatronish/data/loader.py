@@ -1,4 +1,4 @@
-"""Batches as tensors, with prefetching. What is in a batch: batches.py."""
+"""Batches as tensors, with prefetching. What a batch contains: samples/rows.py."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, get_worker_info
-from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from megatronish.data.samples.batches import batch_of
-from megatronish.data.samples.blend import Blend
-from megatronish.data.samples.sample import SampleSource, StreamReader, StreamSource
 from megatronish.data.samples.sampler import MicroBatchSampler
+from megatronish.data.samples.source import SampleSource
 from megatronish.errors import DataError
 
 Batch = dict[str, Any]
-# Key of a batch under which a loader process sends home where its streams stand.
+# Key of a batch under which a loader process returns the state of its streams.
 _STREAMS = "stream states"
 
 
@@ -29,75 +26,49 @@ def to_tensors(batch: Mapping[str, Any]) -> Batch:
     return {key: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for key, v in batch.items()}
 
 
-class _Batches(TorchDataset[Batch]):
-    """Batches by arrays of sample numbers, for DataLoader's processes."""
+class _Batches(Dataset[Batch]):
+    """Batches by arrays of sample numbers, as one process of a rank reads them.
 
-    def __init__(self, source: SampleSource | Blend, document_mask: bool, streams: _StreamParts) -> None:
-        self._source = source
-        self._document_mask = document_mask
-        self._streams = streams
-        self._readers: dict[int, StreamReader] | None = None
-        self._part = 0
-
-    def __getitem__(self, numbers: np.ndarray) -> Batch:
-        if not isinstance(self._source, Blend) or not self._streams.sources:
-            return to_tensors(batch_of(self._source.rows(numbers), self._document_mask))
-        if self._readers is None:
-            self._part, self._readers = self._streams.open()
-        batch = to_tensors(batch_of(self._source.rows(numbers, self._readers), self._document_mask))
-        states = {str(i): reader.state() for i, reader in self._readers.items()}
-        return {**batch, _STREAMS: (self._part, states)}
-
-    def close(self) -> None:
-        """Closes the readers of this process."""
-        for reader in (self._readers or {}).values():
-            reader.close()
-        self._readers = None
-
-
-class _StreamParts:
-    """Which part of the streams each process of a rank reads, so that a resumed run goes on with the same parts.
-
-    Micro batch m of a rank is made by its process m % workers in an unbroken run; a run that goes on at micro batch m
-    starts with process 0, which therefore takes part m % workers.
+    Each process reads a part of its own of what is streamed, and a resumed run continues with the same parts: micro batch m
+    of a rank is made by its process m % workers in an uninterrupted run; a run that resumes at micro batch m starts with
+    process 0, which therefore takes part m % workers.
     """
 
     def __init__(
-        self, source: SampleSource | Blend, sampler: MicroBatchSampler, workers: int, states: Mapping[str, Any] | None
+        self,
+        source: SampleSource,
+        sampler: MicroBatchSampler,
+        workers: int,
+        document_mask: bool,
+        states: dict[int, Any],
     ) -> None:
-        sources = source.sources if isinstance(source, Blend) else []
-        self.sources: dict[int, StreamSource] = {i: s for i, s in enumerate(sources) if not isinstance(s, SampleSource)}
-        self.workers = max(workers, 1)
-        self.rank, self.ranks = sampler.dp_rank, sampler.dp_size
-        self.first_process = sampler.consumed_samples // sampler.samples_per_micro_step
-        self.states: dict[int, dict[str, Any]] = {}
-        if states is not None and self.sources:
-            if (states["workers"], states["ranks"]) != (self.workers, self.ranks):
-                raise DataError(
-                    f"the streams were read by {states['ranks']} ranks x {states['workers']} loader processes, this run has "
-                    f"{self.ranks} x {self.workers}: each reads a part of its own, so only the same numbers can go on. Set "
-                    f"--data.num_workers {states['workers']} and start {states['ranks']} ranks."
-                )
-            self.states = {int(part): state for part, state in states["parts"].items()}
+        self._source = source
+        self._document_mask = document_mask
+        self._workers, self._rank, self._ranks = workers, sampler.dp_rank, sampler.dp_size
+        self._first_part = sampler.consumed_samples // sampler.samples_per_micro_step
+        self._states = states
+        self._part = 0
+        self._opened: SampleSource | None = None
 
-    def open(self) -> tuple[int, dict[int, StreamReader]]:
-        """This process's part of the rank's parts, and a reader of each stream by its place among the sources."""
-        info = get_worker_info()
-        part = (self.first_process + (info.id if info else 0)) % self.workers
-        states = self.states.get(part, {})
-        whole = self.rank * self.workers + part, self.ranks * self.workers
-        return part, {i: source.open(*whole, states.get(str(i))) for i, source in self.sources.items()}
+    def __getitem__(self, numbers: np.ndarray) -> Batch:
+        if self._opened is None:
+            info = get_worker_info()
+            self._part = (self._first_part + (info.id if info else 0)) % self._workers
+            part, parts = self._rank * self._workers + self._part, self._ranks * self._workers
+            self._opened = self._source.open(part, parts, self._states.get(self._part))
+        batch = to_tensors(self._opened.batch(numbers, self._document_mask))
+        state = self._opened.state()
+        return batch if state is None else {**batch, _STREAMS: (self._part, state)}
 
-    def saved(self) -> dict[str, Any] | None:
-        """JSON value that makes a later run go on here; None without streams."""
-        if not self.sources:
-            return None
-        parts = {str(part): state for part, state in sorted(self.states.items())}
-        return {"workers": self.workers, "ranks": self.ranks, "parts": parts}
+    def close(self) -> None:
+        """Closes what this process has opened."""
+        if self._opened is not None:
+            self._opened.close()
+        self._opened = None
 
 
-def _hear_no_signals(worker: int) -> None:
-    """In a loader process: a signal to stop is for its rank, which ends it when it has saved."""
+def _ignore_signals(worker: int) -> None:
+    """In a loader process: a signal to stop is for its rank, which stops the process after it has saved."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -105,17 +76,17 @@ def _hear_no_signals(worker: int) -> None:
 class MicroBatchLoader:
     """Endless iterator over one rank's micro batches, starting at the sampler's `consumed_samples`.
 
-    num_workers: 0 reads in this process (with `prefetch` > 0 in a background thread that keeps so many batches ready),
-    more reads in that many persistent processes, `prefetch` batches each. The batches are the same either way, streams
-    apart: each process reads a part of its own.
-    pin_memory: page-locked tensors for asynchronous copies to a GPU. stream_states: what `stream_states` gave, to go on.
-    `consumed_samples` counts what was handed out over all ranks, not what was prefetched: save it, and give it to the
-    sampler to go on. Use as a context manager or call `close`.
+    num_workers: 0 reads in this process (with `prefetch` > 0 in a background thread that keeps that many batches ready),
+    more reads in that many persistent processes, `prefetch` batches each. The batches are the same either way, except those
+    of streams, of which each process reads its own part.
+    pin_memory: page-locked tensors for asynchronous copies to a GPU. stream_states: what `stream_states` returned, to resume.
+    `consumed_samples` counts the samples returned over all ranks, not those prefetched: save it, and pass it to the sampler
+    to resume. Use as a context manager or call `close`.
     """
 
     def __init__(
         self,
-        dataset: SampleSource | Blend,
+        dataset: SampleSource,
         sampler: MicroBatchSampler,
         *,
         document_mask: bool = False,
@@ -129,23 +100,25 @@ class MicroBatchLoader:
         self.dataset = dataset
         self.sampler = sampler
         self.consumed_samples = sampler.consumed_samples
-        self._streams = _StreamParts(dataset, sampler, num_workers, stream_states)
-        self._batches = _Batches(dataset, document_mask, self._streams)
+        self._workers = max(num_workers, 1)
+        self._states = self._checked_states(stream_states)
+        self._batches = _Batches(dataset, sampler, self._workers, document_mask, dict(self._states))
         self._pin_memory = pin_memory
         self._thread: _PrefetchThread | None = None
         self._source: Iterator[Batch]
         if num_workers > 0:
-            self._warm()
+            if not dataset.streamed:  # computes the first epoch's order here, so that forked processes share its memory
+                dataset.batch(next(iter(sampler)), document_mask)
             self._source = iter(
                 DataLoader(
                     self._batches,
                     batch_size=None,
-                    sampler=sampler,  # yields arrays of numbers, one a batch
+                    sampler=sampler,  # yields one array of numbers per batch
                     num_workers=num_workers,
                     prefetch_factor=max(prefetch, 1),
                     persistent_workers=True,
                     pin_memory=pin_memory,
-                    worker_init_fn=_hear_no_signals,
+                    worker_init_fn=_ignore_signals,
                 )
             )
         elif prefetch > 0:
@@ -153,11 +126,18 @@ class MicroBatchLoader:
         else:
             self._source = self._inline()
 
-    def _warm(self) -> None:
-        """Lays out the first epoch here, so that forked processes share its memory instead of making their own."""
-        if not self._streams.sources:
-            self.dataset.lengths(next(iter(self.sampler)))
-            self.dataset.rows(next(iter(self.sampler)))
+    def _checked_states(self, saved: Mapping[str, Any] | None) -> dict[int, Any]:
+        """Saved states by part of this rank. Raises DataError if another number of processes saved them."""
+        if saved is None or not self.dataset.streamed:
+            return {}
+        ranks = self.sampler.dp_size
+        if (saved["workers"], saved["ranks"]) != (self._workers, ranks):
+            raise DataError(
+                f"the streams were read by {saved['ranks']} ranks x {saved['workers']} loader processes, this run has "
+                f"{ranks} x {self._workers}: each reads its own part, so a run resumes only with the same numbers. Set "
+                f"--data.num_workers {saved['workers']} and start {saved['ranks']} ranks."
+            )
+        return {int(part): state for part, state in saved["parts"].items()}
 
     def _inline(self) -> Iterator[Batch]:
         for numbers in self.sampler:
@@ -172,14 +152,17 @@ class MicroBatchLoader:
     def __next__(self) -> Batch:
         batch = next(self._source)
         if (streams := batch.pop(_STREAMS, None)) is not None:
-            part, states = streams
-            self._streams.states[part] = states
+            part, state = streams
+            self._states[part] = state
         self.consumed_samples += self.sampler.samples_per_micro_step
         return batch
 
     def stream_states(self) -> dict[str, Any] | None:
-        """Where this rank's streams stand behind the batches handed out, as JSON values; None without streams."""
-        return self._streams.saved()
+        """State of this rank's streams after the batches returned, as JSON values; None if nothing is streamed."""
+        if not self.dataset.streamed:
+            return None
+        parts = {str(part): state for part, state in sorted(self._states.items())}
+        return {"workers": self._workers, "ranks": self.sampler.dp_size, "parts": parts}
 
     def close(self) -> None:
         """Stops the background thread or processes."""
@@ -196,7 +179,7 @@ class MicroBatchLoader:
 
 
 class _PrefetchThread(Iterator[Batch]):
-    """Runs an endless iterator ahead in a thread, by at most `depth` batches; its failure is raised at `next`."""
+    """Prefetches from an endless iterator in a thread, at most `depth` batches; its exception is raised by `next`."""
 
     def __init__(self, source: Iterator[Batch], depth: int) -> None:
         self._source = source
@@ -210,7 +193,7 @@ class _PrefetchThread(Iterator[Batch]):
             item: Batch | BaseException
             try:
                 item = next(self._source)
-            except BaseException as error:  # handed to the consumer, who raises it
+            except BaseException as error:  # the consumer raises it
                 item = error
             while not self._stopping.is_set():
                 try:
@@ -231,6 +214,6 @@ class _PrefetchThread(Iterator[Batch]):
         return item
 
     def stop(self) -> None:
-        """Ends the thread; batches not taken are dropped."""
+        """Stops the thread; prefetched batches are dropped."""
         self._stopping.set()
         self._thread.join(timeout=5.0)

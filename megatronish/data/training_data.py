@@ -9,24 +9,27 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from megatronish.config.data import DataConfig
 from megatronish.data.indexed.manifest import TokenizerRecord
 from megatronish.data.loader import Batch
 from megatronish.data.readers.sources import is_stream
-from megatronish.data.samples.blend import Blend, apportion
-from megatronish.data.samples.bucketing import Bucketed, DocumentSamples
+from megatronish.data.samples.blend import BlendedDataset, apportion
+from megatronish.data.samples.bucketing import BucketedDataset, UnpackedDataset
 from megatronish.data.samples.dataset import (
-    Dataset,
+    IndexedDataset,
     check_dataset_fits,
     check_tokenizer_fits,
     combined_fingerprint,
     open_dataset,
 )
-from megatronish.data.samples.megatron_order import DEFAULT_SPLIT, MegatronBlend, MegatronSamples, wanted_samples
+from megatronish.data.samples.megatron_order import (
+    DEFAULT_SPLIT,
+    MegatronBlendedDataset,
+    MegatronDataset,
+    wanted_samples,
+)
 from megatronish.data.samples.packing import PackedDataset
-from megatronish.data.samples.sample import SampleSource
+from megatronish.data.samples.source import SampleSource
 from megatronish.data.samples.splits import Split, split_documents, split_in_order
 from megatronish.data.samples.validation import ValidationLoader
 from megatronish.data.streams.streaming import DocumentStream, StreamOptions, open_stream
@@ -36,69 +39,45 @@ from megatronish.errors import DataError
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What `open_training_data` gives. `sources` are samples of the data sets and streams, in the order of data.path, of
-    which `train` is made. Nothing is held out of a stream.
+    """What `open_training_data` returns. `sources` are samples of the data sets and streams, in the order of data.path;
+    `train` is made of them. No documents of a stream are held out. All data share one tokenizer; `tokenizer_file` is None
+    for the byte tokenizer.
 
-    `fingerprint` is the contents' hash, `order` names the settings that fix which samples a step takes: a run that is continued
+    `fingerprint` is the contents' hash, `order` names the settings that determine which samples a step takes: a resumed run
     must agree in both.
     """
 
-    datasets: tuple[Dataset, ...]
+    datasets: tuple[IndexedDataset, ...]
     splits: tuple[Split, ...]
-    sources: tuple[SampleSource | DocumentStream, ...]
-    train: SampleSource | Blend
+    sources: tuple[SampleSource, ...]
+    train: SampleSource
+    tokenizer_record: TokenizerRecord
+    tokenizer_file: Path | None
     fingerprint: str
     order: dict[str, str]
-
-    @property
-    def _tokenizer_of(self) -> Dataset | DocumentStream:
-        if self.datasets:
-            return self.datasets[0]
-        return next(source for source in self.sources if isinstance(source, DocumentStream))
-
-    @property
-    def tokenizer_record(self) -> TokenizerRecord:
-        """The tokenizer that all data share."""
-        return self._tokenizer_of.tokenizer_record
-
-    @property
-    def tokenizer_file(self) -> Path | None:
-        """Its file; None for the byte tokenizer."""
-        return self._tokenizer_of.tokenizer_file
 
     @property
     def num_held_out(self) -> int:
         """Documents held out for validation."""
         return sum(len(split.validation) for split in self.splits)
 
-    def tokens_of(self, first: int, count: int) -> int:
-        """Input tokens of samples first .. first + count - 1."""
-        if not isinstance(self.train, Bucketed):
-            return count * self.train.seq_length
-        numbers = np.arange(first, first + count, dtype=np.int64)
-        return int(self.train.lengths(numbers).sum()) - count
-
     def describe(self, samples: int) -> list[str]:
-        """Lines that tell, for a run of so many samples, each data set's size, and how often it is read."""
+        """Lines with each data set's size and how often a run of this many samples reads it."""
         splits = iter(self.splits)
-        if len(self.sources) == 1:
-            return [f"data {self.sources[0].name}: {_size_of(self.sources[0], splits, samples)}", *self._stream_notes()]
-        assert isinstance(self.blend, Blend)
-        lines = [f"data: {samples:,} samples from {len(self.sources)} data sets"]
+        sizes = [
+            "streamed; nothing held out"
+            if source.streamed
+            else f"{source.tokens_per_epoch:,} training tokens, {count / source.samples_per_epoch:.2f} epochs in {count:,} "
+            f"samples; {len(next(splits).validation):,} documents held out"
+            for source, count in zip(self.sources, self.train.counts(samples), strict=True)
+        ]
+        if len(sizes) == 1:
+            return [f"data {self.sources[0].name}: {sizes[0]}", *self.train.describe()]
+        lines = [f"data: {samples:,} samples from {len(sizes)} data sets"]
         width = max(len(source.name) for source in self.sources)
-        for source, count in zip(self.sources, self.blend.counts(samples), strict=True):
-            share = f"{count / max(samples, 1):7.2%} of the samples"
-            lines.append(f"  {source.name:{width}}  {share}, {_size_of(source, splits, count)}")
-        return lines + self._stream_notes()
-
-    def _stream_notes(self) -> list[str]:
-        return [line for source in self.sources if isinstance(source, DocumentStream) for line in source.describe()]
-
-    @property
-    def blend(self) -> Blend | None:
-        """The blend of several data sets, also where its samples are sorted by length."""
-        inner = self.train.source if isinstance(self.train, Bucketed) else self.train
-        return inner if isinstance(inner, Blend) else None
+        for source, count, size in zip(self.sources, self.train.counts(samples), sizes, strict=True):
+            lines.append(f"  {source.name:{width}}  {count / max(samples, 1):7.2%} of the samples, {size}")
+        return lines + self.train.describe()
 
     def validation_batches(
         self, micro_batch_size: int, rank: int, size: int, document_mask: bool, max_windows: int | None
@@ -112,7 +91,7 @@ class TrainingData:
         parts = [part for part, count in zip(parts, tokens, strict=True) if count]
         limits: list[int | None] = [None] * len(parts)
         if max_windows is not None and parts:
-            shares = shares_of([count for count in tokens if count])
+            shares = [Fraction(count, sum(tokens)) for count in tokens if count]
             limits = [max(1, count) for count in apportion(max_windows, shares)]
         for (dataset, ids), limit in zip(parts, limits, strict=True):
             yield from ValidationLoader(
@@ -137,8 +116,8 @@ def open_training_data(
     length-sorted batches). Raises DataError for data that are missing, damaged, too few, or of different tokenizers.
     """
     unit: Literal["document", "sequence"] = "sequence" if config.order == "megatron" else "document"
-    indexed = [corpus.path for corpus in config.corpora if not is_stream(corpus.path)]
-    datasets = [open_dataset(path, unit, config.tokenizer) for path in indexed]
+    prefixes = [corpus.path for corpus in config.corpora if not is_stream(corpus.path)]
+    datasets = [open_dataset(path, unit, config.tokenizer) for path in prefixes]
     for dataset in datasets:
         check_dataset_fits(dataset.manifest, vocab_size, place=dataset.prefix)
         if dataset.manifest.tokenizer.sha256 != datasets[0].manifest.tokenizer.sha256:
@@ -149,29 +128,26 @@ def open_training_data(
     streams = _streams(config, datasets, seq_length, vocab_size, seed)
     splits = [split_of(config, dataset.reader.num_documents) for dataset in datasets]
     weights = [corpus.weight for corpus in config.corpora if corpus.weight is not None] or None
-    build = _megatron if config.order == "megatron" else _shuffled
-    sources: list[SampleSource | DocumentStream] = []
-    train: SampleSource | Blend | None = None
-    if datasets:
-        own_weights = None if streams else weights
-        indexed_sources, train = build(config, datasets, splits, own_weights, seq_length, seed, samples, group)
-        sources.extend(indexed_sources)
-    for place, stream in streams.items():  # rising places: each lands where data.path has it
-        sources.insert(place, stream)
-    if streams or train is None:
-        train = Blend(sources, weights or [1], seed)
+    parts = list(zip(datasets, splits, strict=True))
+    if config.order == "megatron":
+        sources, train = _megatron_sources(parts, weights, seq_length, seed, samples)
+    else:
+        sources, train = _shuffled_sources(config, parts, streams, weights, seq_length, seed, group)
+    with_tokenizer = datasets[0] if datasets else streams[0]
     return TrainingData(
         datasets=tuple(datasets),
         splits=tuple(splits),
         sources=tuple(sources),
         train=train,
+        tokenizer_record=with_tokenizer.tokenizer_record,
+        tokenizer_file=with_tokenizer.tokenizer_file,
         fingerprint=combined_fingerprint([d.fingerprint for d in datasets] + [s.identity for s in streams.values()]),
         order=_order_settings(config, weights, samples, group),
     )
 
 
 def _streams(
-    config: DataConfig, datasets: list[Dataset], seq_length: int, vocab_size: int, seed: int
+    config: DataConfig, datasets: list[IndexedDataset], seq_length: int, vocab_size: int, seed: int
 ) -> dict[int, DocumentStream]:
     """The streamed text of data.path by its place there, with the data sets' tokenizer where there are any."""
     places = [place for place, corpus in enumerate(config.corpora) if is_stream(corpus.path)]
@@ -202,16 +178,6 @@ def _streams(
     return found
 
 
-def _size_of(source: SampleSource | DocumentStream, splits: Iterator[Split], samples: int) -> str:
-    """How large a source is and how often it is read; `splits` are of the indexed ones."""
-    if isinstance(source, DocumentStream):
-        return "streamed; nothing held out"
-    return (
-        f"{source.tokens_per_epoch:,} training tokens, {samples / source.samples_per_epoch:.2f} epochs in {samples:,} samples; "
-        f"{len(next(splits).validation):,} documents held out"
-    )
-
-
 def split_of(config: DataConfig, num_documents: int) -> Split:
     """The split of a data set of so many documents (sequences, in Megatron's order) under a run's settings."""
     ratios = config.split or (DEFAULT_SPLIT if config.order == "megatron" else None)
@@ -220,53 +186,39 @@ def split_of(config: DataConfig, num_documents: int) -> Split:
     return split_documents(num_documents, config.validation_fraction, config.test_fraction)
 
 
-def shares_of(counts: list[int]) -> list[Fraction]:
-    """Counts as exact fractions of their sum."""
-    return [Fraction(count, sum(counts)) for count in counts]
-
-
-def _shuffled(
+def _shuffled_sources(
     config: DataConfig,
-    datasets: list[Dataset],
-    splits: list[Split],
+    parts: list[tuple[IndexedDataset, Split]],
+    streams: dict[int, DocumentStream],
     weights: list[float] | None,
     seq_length: int,
     seed: int,
-    samples: int,
     group: int,
-) -> tuple[list[SampleSource], SampleSource | Blend]:
-    kind = PackedDataset if config.pack else DocumentSamples
-    sources: list[SampleSource] = [
-        kind(dataset.reader, split.train, seq_length, seed) for dataset, split in zip(datasets, splits, strict=True)
-    ]
-    train: SampleSource | Blend = sources[0]
-    if len(sources) > 1:
+) -> tuple[list[SampleSource], SampleSource]:
+    """The source of each location of data.path, and one of all of them."""
+    kind = PackedDataset if config.pack else UnpackedDataset
+    sources: list[SampleSource] = [kind(dataset.reader, split.train, seq_length, seed) for dataset, split in parts]
+    for index, stream in streams.items():  # in increasing order: each is inserted at its index in data.path
+        sources.insert(index, stream)
+    train = sources[0]
+    if streams or len(sources) > 1:
         # Of packed samples shares of samples are shares of tokens; unpacked ones have their documents' lengths.
         sizes = [s.tokens_per_epoch if config.pack else s.samples_per_epoch for s in sources]
-        train = Blend(sources, weights or sizes, seed)
-    if not config.pack:
-        train = Bucketed(train, group, config.pad_multiple, seed)
-    return sources, train
+        train = BlendedDataset(sources, weights or ([1] if streams else sizes), seed)
+    return sources, train if config.pack else BucketedDataset(train, group, config.pad_multiple, seed)
 
 
-def _megatron(
-    config: DataConfig,
-    datasets: list[Dataset],
-    splits: list[Split],
-    weights: list[float] | None,
-    seq_length: int,
-    seed: int,
-    samples: int,
-    group: int,
-) -> tuple[list[SampleSource], SampleSource | Blend]:
-    wanted = wanted_samples(weights, len(datasets), samples)
+def _megatron_sources(
+    parts: list[tuple[IndexedDataset, Split]], weights: list[float] | None, seq_length: int, seed: int, samples: int
+) -> tuple[list[SampleSource], SampleSource]:
+    """The source of each data set in Megatron's order, and one of all of them."""
     sources = [
-        MegatronSamples(dataset.reader, split.train, seq_length, seed, count)
-        for dataset, split, count in zip(datasets, splits, wanted, strict=True)
+        MegatronDataset(dataset.reader, split.train, seq_length, seed, count)
+        for (dataset, split), count in zip(parts, wanted_samples(weights, len(parts), samples), strict=True)
     ]
     if len(sources) == 1 and weights is None:
         return list(sources), sources[0]
-    return list(sources), MegatronBlend(sources, weights, samples)
+    return list(sources), MegatronBlendedDataset(sources, weights, samples)
 
 
 def _order_settings(config: DataConfig, weights: list[float] | None, samples: int, group: int) -> dict[str, str]:

@@ -16,7 +16,7 @@ from megatronish.checkpoint.paths import EVALUATION_FILE, RUN_FILE
 from megatronish.config.data import DataConfig
 from megatronish.config.run import RunConfig
 from megatronish.data.readers.sources import is_stream
-from megatronish.data.samples.dataset import Dataset, check_dataset_fits, combined_fingerprint, open_dataset
+from megatronish.data.samples.dataset import IndexedDataset, check_dataset_fits, combined_fingerprint, open_dataset
 from megatronish.data.training_data import split_of
 from megatronish.errors import UserError
 from megatronish.inference.evaluate import ProgressLine, gzip_size, held_out_streams, score_streams, xz_size
@@ -170,7 +170,9 @@ def _run_config(info: CheckpointInfo, required: bool) -> RunConfig | None:
     return None
 
 
-def _documents(dataset: Dataset, info: CheckpointInfo, run: RunConfig | None, named: bool) -> tuple[np.ndarray, bool]:
+def _documents(
+    dataset: IndexedDataset, info: CheckpointInfo, run: RunConfig | None, named: bool
+) -> tuple[np.ndarray, bool]:
     """Which documents to evaluate on, and whether they are a run's held-out ones."""
     reader = dataset.reader
     if run is not None and info.data_identity in (reader.identity, dataset.fingerprint, _blend_identity(dataset, run)):
@@ -193,7 +195,7 @@ def _documents(dataset: Dataset, info: CheckpointInfo, run: RunConfig | None, na
     return np.arange(reader.num_documents), False
 
 
-def _open(prefix: str, run: RunConfig | None) -> Dataset:
+def _open(prefix: str, run: RunConfig | None) -> IndexedDataset:
     """The data set as the run opens it."""
     if run is None:
         return open_dataset(prefix)
@@ -214,7 +216,7 @@ def _only_corpus(settings: DataConfig) -> str:
     return names[0]
 
 
-def _blend_identity(dataset: Dataset, run: RunConfig) -> str | None:
+def _blend_identity(dataset: IndexedDataset, run: RunConfig) -> str | None:
     """Fingerprint of a run's data sets together, if this is one of several, else None."""
     names = [corpus.path for corpus in run.megatronish.data.corpora]
     if any(map(is_stream, names)):

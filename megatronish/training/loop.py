@@ -26,7 +26,7 @@ from megatronish.checkpoint.train_state import LAYOUT, TrainState, load_streams,
 from megatronish.checkpoint.weights import WEIGHTS_FILE, save_model
 from megatronish.config.run import RunConfig
 from megatronish.data.loader import MicroBatchLoader
-from megatronish.data.samples.dataset import Dataset
+from megatronish.data.samples.dataset import IndexedDataset
 from megatronish.data.samples.sampler import MicroBatchSampler
 from megatronish.data.training_data import TrainingData
 from megatronish.errors import UserError
@@ -263,7 +263,7 @@ class Trainer:
         )
         if result.out_of_memory:
             return result
-        tokens = self.run.data.tokens_of(self.state.samples, plan.samples)
+        tokens = self.run.data.train.num_inputs(self.state.samples, plan.samples)
         self.state = self.state.advance(plan.samples, tokens, updated=not result.bad)
         self.agreement.exchange(step + 1, result.loss_sum, result.tokens, self._stops.reason)
         self.last = TrainedStep(step + 1, batches, result.loss_sum, result.grad_norm, seed)
@@ -466,7 +466,7 @@ def to_device(batch: Batch, target: torch.device) -> Batch:
     }
 
 
-def copy_tokenizer(data: Dataset | TrainingData, folder: Path) -> None:
+def copy_tokenizer(data: IndexedDataset | TrainingData, folder: Path) -> None:
     """Put the data's tokenizer beside the weights, so that a checkpoint can be used alone."""
     record = data.tokenizer_record
     if (source := data.tokenizer_file) is not None:

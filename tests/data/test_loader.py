@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from megatronish.data.indexed.builder import IndexedWriter
 from megatronish.data.indexed.format import IndexedReader
 from megatronish.data.loader import MicroBatchLoader, to_tensors
-from megatronish.data.samples.batches import batch_of
 from megatronish.data.samples.packing import PackedDataset
-from megatronish.data.samples.sample import Rows
+from megatronish.data.samples.rows import SampleRows
 from megatronish.data.samples.sampler import MicroBatchSampler
 from megatronish.data.samples.validation import ValidationLoader
 from megatronish.data.tokenizers.tokenizer import ByteTokenizer
@@ -102,7 +101,7 @@ def test_resuming_on_another_number_of_ranks_covers_the_same_samples(dataset):
 def test_document_mask_by_hand():
     one = (np.array([1, 2, 9, 3, 4]), np.array([0, 3]))  # a document begins at input 3
     two = (np.array([5, 6, 7, 9, 8]), np.array([0, 4]))  # one begins at the last label only
-    batch = to_tensors(batch_of(Rows.of([one, two]), document_mask=True))
+    batch = to_tensors(SampleRows.of([one, two]).batch(document_mask=True))
     assert batch["tokens"].tolist() == [[1, 2, 9, 3], [5, 6, 7, 9]]
     assert batch["labels"].tolist() == [[2, 9, -100, 4], [6, 7, 9, -100]]
     assert batch["positions"].tolist() == [[0, 1, 2, 0], [0, 1, 2, 3]]
@@ -125,10 +124,10 @@ def test_document_mask_agrees_with_the_end_tokens(dataset):
 
 
 def test_failure_in_the_background_reaches_the_caller(dataset, monkeypatch):
-    def fail(numbers):
+    def fail(numbers, document_mask):
         raise OSError(f"disk gone at sample {numbers[0]}")
 
-    monkeypatch.setattr(dataset, "rows", fail)
+    monkeypatch.setattr(dataset, "batch", fail)
     with (
         MicroBatchLoader(dataset, MicroBatchSampler(0, 2, 2), prefetch=2) as loader,
         pytest.raises(OSError, match="disk gone at sample 0"),

@@ -8,8 +8,8 @@ import pytest
 from megatronish.config.data import DataConfig
 from megatronish.data.indexed.builder import IndexedWriter
 from megatronish.data.indexed.manifest import manifest_path
-from megatronish.data.samples.blend import Blend
-from megatronish.data.samples.bucketing import Bucketed
+from megatronish.data.samples.blend import BlendedDataset
+from megatronish.data.samples.bucketing import BucketedDataset
 from megatronish.data.samples.packing import PackedDataset
 from megatronish.data.samples.splits import split_documents
 from megatronish.data.training_data import TrainingData, open_training_data
@@ -35,14 +35,14 @@ def test_one_data_set_is_read_as_ever(sets):
     numbers = np.arange(200)
     assert data.train.rows(numbers).tokens.tolist() == expected.rows(numbers).tokens.tolist()
     assert data.fingerprint == data.datasets[0].fingerprint
-    assert data.tokens_of(30, 8) == 8 * 16
+    assert data.train.num_inputs(30, 8) == 8 * 16
     (line,) = data.describe(2 * expected.samples_per_epoch)
     assert f"{expected.tokens_per_epoch:,} training tokens, 2.00 epochs" in line and "6 documents held out" in line
 
 
 def test_several_data_sets_in_proportion_to_their_tokens(sets):
     data = opened(DataConfig(path=sets))
-    assert isinstance(data.train, Blend)
+    assert isinstance(data.train, BlendedDataset)
     tokens = [source.tokens_per_epoch for source in data.sources]
     assert [float(share) for share in data.train.shares] == pytest.approx([t / sum(tokens) for t in tokens], rel=1e-15)
     lines = data.describe(1024)
@@ -103,13 +103,13 @@ def test_nothing_held_out_gives_no_batches(sets):
 
 def test_without_packing_samples_are_documents_and_tokens_are_counted(sets):
     data = opened(DataConfig(path=sets[0], pack=False, pad_multiple=4))
-    assert isinstance(data.train, Bucketed)
+    assert isinstance(data.train, BucketedDataset)
     numbers = np.arange(40, 52)
     rows = data.train.rows(numbers)
-    known = rows.known if rows.known is not None else np.full(12, rows.tokens.shape[1])
-    assert data.tokens_of(40, 12) == int(known.sum()) - 12
+    known = rows.valid_lengths if rows.valid_lengths is not None else np.full(12, rows.tokens.shape[1])
+    assert data.train.num_inputs(40, 12) == int(known.sum()) - 12
     both = opened(DataConfig(path=sets, pack=False))
-    assert isinstance(both.train, Bucketed) and both.blend is both.train.source
+    assert isinstance(both.train, BucketedDataset) and isinstance(both.train.source, BlendedDataset)
     assert len(both.describe(100)) == 3
 
 

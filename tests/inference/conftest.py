@@ -13,7 +13,7 @@ from megatronish.checkpoint.store import CheckpointStore
 from megatronish.checkpoint.train_state import TrainState
 from megatronish.checkpoint.weights import save_model
 from megatronish.config.run import RunConfig
-from megatronish.data.samples.dataset import Dataset, open_dataset
+from megatronish.data.samples.dataset import IndexedDataset, open_dataset
 from megatronish.model.transformer import Transformer
 from megatronish.training.loop import copy_tokenizer
 from tests.runs import make_dataset, small_run
@@ -24,10 +24,12 @@ from tests.saves import save_alone
 class Run:
     folder: Path
     config: RunConfig
-    dataset: Dataset
+    dataset: IndexedDataset
 
 
-def save_checkpoint(run_dir: Path, config: RunConfig, dataset: Dataset, step: int, seed: int, best: bool) -> None:
+def save_checkpoint(
+    run_dir: Path, config: RunConfig, dataset: IndexedDataset, step: int, seed: int, best: bool
+) -> None:
     """A checkpoint of a model with weights drawn from `seed`, saved as the training loop saves one."""
     ours = config.megatronish
     state = TrainState.start(config, config.batch_plan(1), dataset.reader.identity)

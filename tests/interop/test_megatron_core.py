@@ -18,7 +18,7 @@ import pytest
 from megatronish.config.data import DataConfig
 from megatronish.data.indexed.builder import IndexedWriter
 from megatronish.data.indexed.format import IndexedReader
-from megatronish.data.samples.megatron_order import MegatronBlend, greedy_blend, normalized
+from megatronish.data.samples.megatron_order import MegatronBlendedDataset, greedy_blend, normalized
 from megatronish.data.training_data import open_training_data
 from megatronish.preprocessing.surgery import merge
 from tests.environments import make_environment
@@ -190,8 +190,8 @@ def test_order_and_counts_of_a_blend(peer: Path, number: int) -> None:
     weights = case["weights"]
     path = prefixes if weights is None else [{"path": p, "weight": w} for p, w in zip(prefixes, weights, strict=True)]
     rows, data = training_rows(peer, path, 5, 16, case["samples"], len(theirs["rows"]), split_of_blend(case))
-    assert isinstance(data.train, MegatronBlend)
-    source_of, number_of = data.train.places(np.arange(data.train.size))
+    assert isinstance(data.train, MegatronBlendedDataset)
+    source_of, number_of = data.train.locate(np.arange(data.train.size))
     assert source_of.tolist() == theirs["source_of"].tolist()
     assert number_of.tolist() == theirs["number_of"].tolist()
     assert np.array_equal(rows, theirs["rows"])

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import zstandard
 
-from megatronish.data.samples.dataset import Dataset, open_dataset
+from megatronish.data.samples.dataset import IndexedDataset, open_dataset
 from megatronish.data.tokenizers.formats import EOD_TOKEN
 from megatronish.data.tokenizers.tokenizer import train_bpe
 from megatronish.errors import DataError
@@ -84,7 +84,7 @@ def write(folder: Path, kind: str, records: list[Any], whole: bytes | None = Non
     return path
 
 
-def made(path: Path, said: list[str] | None = None, **options: Any) -> Dataset:
+def made(path: Path, said: list[str] | None = None, **options: Any) -> IndexedDataset:
     """The data set of one file, in units of a few records. `said` gathers what the tool says."""
     settings: dict[str, Any] = {"tokenizer_model": "bytes", "shard_size": 40, "workers": 1, "overwrite": True}
     separator = SEPARATOR if family(path.name.split(".", 1)[1]) == "txt" else None
@@ -97,7 +97,7 @@ def made(path: Path, said: list[str] | None = None, **options: Any) -> Dataset:
     return open_dataset(f"{prefix}_text_document")
 
 
-def texts(dataset: Dataset) -> list[str]:
+def texts(dataset: IndexedDataset) -> list[str]:
     return [raw.decode() for raw in dataset.document_bytes(range(dataset.reader.num_documents))]
 
 

@@ -1,4 +1,4 @@
-"""What tools/bench/data.py feeds its contestants: text, a tokenizer for it, and data sets of random tokens."""
+"""Inputs of tools/bench/data.py: text, a tokenizer for it, and data sets of random tokens."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ EOD_TOKEN = "<|endoftext|>"
 def documents(size: int) -> Iterator[str]:
     """About `size` bytes of text as documents of some 4 kB: sources and docs of this Python and of its packages.
 
-    They are cut between paragraphs. Where there is too little text it starts over. Documents that spell the end-of-document
-    token are left out: Megatron's tools make the token of it, ours text.
+    They are split between paragraphs, and repeated where there is too little text. Documents that contain the characters of
+    the end-of-document token are left out: Megatron's tools encode them as the token, ours as text.
     """
     folders = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")]
     produced = 0
@@ -49,7 +49,7 @@ def documents(size: int) -> Iterator[str]:
 
 
 def growing_documents(size: int) -> Iterator[str]:
-    """The same, each document with eight words behind it that occur nowhere else: what has been seen never stops growing."""
+    """The same, each document followed by eight words that occur nowhere else: the set of known words never stops growing."""
     draw = random.Random(0)
     produced = 0
     texts = itertools.cycle(documents(100_000_000))
@@ -61,7 +61,7 @@ def growing_documents(size: int) -> Iterator[str]:
 
 
 def write_corpus(path: Path, texts: Iterable[str]) -> int:
-    """Writes JSON lines; returns how many UTF-8 bytes the texts have."""
+    """Writes JSON lines; returns the UTF-8 bytes of the texts."""
     size = 0
     with open(path, "wb") as file:
         for text in texts:
@@ -71,7 +71,7 @@ def write_corpus(path: Path, texts: Iterable[str]) -> int:
 
 
 def paragraphs(text: str, size: int) -> Iterator[str]:
-    """Runs of whole paragraphs of at least `size` characters, the last one shorter."""
+    """Runs of full paragraphs of at least `size` characters, the last one shorter."""
     run = ""
     for paragraph in text.split("\n\n"):
         run += paragraph + "\n\n"
@@ -99,7 +99,7 @@ def train_tokenizer(texts: Iterator[str], folder: Path) -> None:
 
 
 def text_bytes(corpus: Path) -> int:
-    """UTF-8 bytes of the texts of a corpus: what every rate is counted in."""
+    """UTF-8 bytes of the texts of a corpus, of which all rates are."""
     with open(corpus, encoding="utf-8") as file:
         return sum(len(json.loads(text)["text"].encode("utf-8")) for text in file)
 
@@ -118,7 +118,7 @@ def random_tokens(prefix: Path, length: int, total: int) -> str:
 
 
 def many_documents(prefix: Path, count: int) -> str:
-    """An index of that many documents of about 100 tokens; the tokens themselves are a hole in the .bin."""
+    """An index of that many documents of about 100 tokens; the tokens are a hole in the .bin."""
     if not prefix.with_suffix(".idx").exists():
         lengths = np.random.default_rng(0).integers(20, 181, count).astype("<i4")
         offsets = np.zeros(count, dtype="<i8")

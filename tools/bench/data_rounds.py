@@ -1,316 +1,176 @@
-"""One contestant of tools/bench/data.py in a process of its own: sets up, then runs a round for every line on stdin.
+"""One round of a contestant of tools/bench/data.py: `data_rounds.py ROLE JSON_ARGUMENTS` prints what it measured as JSON.
 
-Usage: data_rounds.py ROLE JSON_ARGUMENTS. Prints {"ready": ...} after the set-up and one JSON object a round, each
-on a line of its own; the set-up (imports, opening, tokenizers) is never in a round's time. It imports what its role needs
-and nothing else, so that a peer's role runs in a Python without megatronish's dependencies.
+The set-up (imports, opening, tokenizers) is never in a round's time. A role imports what it needs and nothing else, so that
+a peer's role runs in a Python without megatronish's dependencies.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
-import os
 import random
-import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 BATCH_BYTES = 2_000_000
-Round = Callable[[], dict[str, Any]]
 
 
-def batches_of(corpus: str) -> tuple[list[list[str]], int]:
-    """The texts of a JSON-lines file in batches of about BATCH_BYTES characters, and their size in UTF-8 bytes."""
-    batches: list[list[str]] = [[]]
-    size = total = 0
-    with open(corpus, encoding="utf-8") as file:
-        for line in file:
-            text = json.loads(line)["text"]
-            total += len(text.encode("utf-8"))
-            batches[-1].append(text)
-            size += len(text)
-            if size >= BATCH_BYTES:
-                batches.append([])
-                size = 0
-    return [batch for batch in batches if batch], total
-
-
-def encode_hf(arguments: dict[str, Any]) -> Round:
-    """`encode_batch_fast` of Hugging Face tokenizers alone, on texts that lie in memory."""
+def encode_hf(corpus: str, tokenizer: str) -> dict[str, float]:
+    """`encode_batch_fast` of Hugging Face tokenizers alone, on texts in memory."""
     from tokenizers import Tokenizer
 
     def fresh() -> Callable[[list[str]], object]:
-        tokenizer = Tokenizer.from_file(f"{arguments['tokenizer']}/tokenizer.json")
-        return lambda texts: tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        raw = Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
+        return lambda texts: raw.encode_batch_fast(texts, add_special_tokens=False)
 
-    return _encoder(arguments["corpus"], fresh)
+    return _encode(corpus, fresh)
 
 
-def encode_gigatoken(arguments: dict[str, Any]) -> Round:
-    """gigatoken's `encode_batch` alone, on texts that lie in memory."""
+def encode_gigatoken(corpus: str, tokenizer: str) -> dict[str, float]:
+    """gigatoken's `encode_batch` alone, on texts in memory."""
     gigatoken = importlib.import_module("gigatoken")
 
     def fresh() -> Callable[[list[str]], object]:
-        tokenizer = gigatoken.Tokenizer(f"{arguments['tokenizer']}/tokenizer.json")
-        return lambda texts: tokenizer.encode_batch(texts, parallel=True)
+        raw = gigatoken.Tokenizer(f"{tokenizer}/tokenizer.json")
+        return lambda texts: raw.encode_batch(texts, parallel=True)
 
-    return _encoder(arguments["corpus"], fresh)
+    return _encode(corpus, fresh)
 
 
-def _encoder(corpus: str, fresh: Callable[[], Callable[[list[str]], object]]) -> Round:
-    """A round takes a tokenizer that is `fresh`: tokenizers remember words, and no run meets its corpus twice."""
-    batches, size = batches_of(corpus)
+def _encode(corpus: str, fresh: Callable[[], Callable[[list[str]], object]]) -> dict[str, float]:
+    """Seconds of a `fresh` tokenizer on the corpus in batches of BATCH_BYTES: tokenizers remember the words they have seen."""
+    batches: list[list[str]] = [[]]
+    size = 0
+    with open(corpus, encoding="utf-8") as file:
+        for line in file:
+            batches[-1].append(json.loads(line)["text"])
+            size += len(batches[-1][-1])
+            if size >= BATCH_BYTES:
+                batches.append([])
+                size = 0
     fresh()(batches[0])  # starts the threads
-
-    def go() -> dict[str, Any]:
-        encode = fresh()
-        start, used = time.perf_counter(), time.process_time()
-        for batch in batches:
-            encode(batch)
-        seconds = time.perf_counter() - start
-        return {"seconds": seconds, "cpu_seconds": time.process_time() - used, "bytes": size}
-
-    return go
+    encode = fresh()
+    start, used = time.perf_counter(), time.process_time()
+    for batch in batches:
+        encode(batch)
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - used}
 
 
-def reads_ours(arguments: dict[str, Any]) -> Round:
+def reads_ours(prefix: str, seq_length: int, mask: bool, samples: int, batch: int, **_: Any) -> dict[str, float]:
     """Packed samples as the tensors that training takes; with `mask` positions and cu_seqlens too."""
     import numpy as np
 
     from megatronish.data.indexed.format import IndexedReader
     from megatronish.data.loader import to_tensors
-    from megatronish.data.samples.batches import batch_of
     from megatronish.data.samples.packing import PackedDataset
 
-    reader = IndexedReader(arguments["prefix"])
-    dataset = PackedDataset(reader, np.arange(reader.num_documents), arguments["seq_length"], seed=1)
-    mask = arguments["mask"]
-
-    def read(numbers: list[int]) -> object:
-        return to_tensors(batch_of(dataset.rows(np.array(numbers)), mask))
-
-    return _reader(read, dataset.samples_per_epoch, arguments)
+    reader = IndexedReader(prefix)
+    dataset = PackedDataset(reader, np.arange(reader.num_documents), seq_length, seed=1)
+    return _reads(lambda numbers: to_tensors(dataset.batch(np.array(numbers), mask)), samples, batch)
 
 
-def reads_megatron(arguments: dict[str, Any]) -> Round:
+def reads_megatron(samples: int, batch: int, **arguments: Any) -> dict[str, float]:
     """`GPTDataset.__getitem__`; with `mask` positions and loss mask are reset at document ends."""
     from torch.utils.data import default_collate
 
-    dataset = _gpt_dataset(arguments)
+    dataset = _gpt_dataset(**arguments)
 
     def read(numbers: list[int]) -> object:
-        samples = [dataset[number] for number in numbers]
-        return default_collate(samples) if len(samples) > 1 else samples[0]
+        found = [dataset[number % len(dataset)] for number in numbers]
+        return default_collate(found) if len(found) > 1 else found[0]
 
-    return _reader(read, len(dataset), arguments)
+    return _reads(read, samples, batch)
 
 
-def _reader(read: Callable[[list[int]], object], samples: int, arguments: dict[str, Any]) -> Round:
-    """Samples a second of processor time: one thread that waits for nothing, so on an idle machine a second by the clock."""
-    state = {"next": 0}
+def _reads(read: Callable[[list[int]], object], samples: int, batch: int) -> dict[str, float]:
+    """Samples per second of processor time: one thread that waits for nothing, so on an idle machine the same by the clock."""
     read([0])
 
-    def rate(batch: int) -> float:
-        first, count = state["next"], arguments["samples"]
-        state["next"] += count
+    def rate(size: int) -> float:
         start = time.process_time()
-        for number in range(first, first + count, batch):
-            read([n % samples for n in range(number, number + batch)])
-        return count / (time.process_time() - start)
+        for number in range(0, samples, size):
+            read(list(range(number, number + size)))
+        return samples / (time.process_time() - start)
 
-    return lambda: {"alone": rate(1), "batch": rate(arguments["batch"])}
+    return {"alone": rate(1), "batch": rate(batch)}
 
 
-def index_ours(arguments: dict[str, Any]) -> Round:
+def index_ours(prefix: str, seq_length: int, **_: Any) -> dict[str, float]:
     """From the path to the first sample, then random samples of the epoch and the first of another epoch."""
     import numpy as np
 
     from megatronish.data.indexed.format import IndexedReader
     from megatronish.data.samples.packing import PackedDataset
 
-    def go() -> dict[str, Any]:
-        start = time.perf_counter()
-        reader = IndexedReader(arguments["prefix"])
-        opened = time.perf_counter()
-        dataset = PackedDataset(reader, np.arange(reader.num_documents), arguments["seq_length"], seed=1)
-        dataset.rows(np.zeros(1, dtype=np.int64))
-        built = time.perf_counter()
-        state = json.dumps({"consumed_samples": 2**62, "seed": 2**62, "data_identity": reader.identity})
-        seeks = []
-        for number in random.Random(0).sample(range(dataset.samples_per_epoch), 200):
-            before = time.perf_counter()
-            dataset.rows(np.array([number]))
-            seeks.append(time.perf_counter() - before)
+    start = time.perf_counter()
+    reader = IndexedReader(prefix)
+    dataset = PackedDataset(reader, np.arange(reader.num_documents), seq_length, seed=1)
+
+    def seek(number: int) -> float:
         before = time.perf_counter()
-        dataset.rows(np.array([7 * dataset.samples_per_epoch]))
-        other_epoch = time.perf_counter() - before
-        return {
-            "seconds": built - start,
-            "open_seconds": opened - start,
-            "worst_seek_seconds": max(seeks),
-            "other_epoch_seconds": other_epoch,
-            "state_bytes": len(state),
-        }
+        dataset.batch(np.array([number]), False)
+        return time.perf_counter() - before
 
-    return go
-
-
-def index_megatron(arguments: dict[str, Any]) -> Round:
-    """From the path to the first sample of GPTDataset with an empty cache folder, whose size is told too."""
-
-    def go() -> dict[str, Any]:
-        cache = Path(arguments["cache"])
-        shutil.rmtree(cache, ignore_errors=True)
-        start = time.perf_counter()
-        _gpt_dataset(arguments)[0]
-        seconds = time.perf_counter() - start
-        size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
-        return {"seconds": seconds, "cache_bytes": size}
-
-    _gpt_dataset(arguments)  # the modules that it imports on first use are set-up
-    return go
+    seek(0)
+    built = time.perf_counter() - start
+    state = json.dumps({"consumed_samples": 2**62, "seed": 2**62, "data_identity": reader.identity})
+    numbers = random.Random(0).sample(range(dataset.samples_per_epoch), 200)
+    worst, other = max(map(seek, numbers)), seek(7 * dataset.samples_per_epoch)
+    return {
+        "seconds": built,
+        "worst_seek_ms": 1e3 * worst,
+        "other_epoch_ms": 1e3 * other,
+        "state_bytes": len(state),
+    }
 
 
-def _gpt_dataset(arguments: dict[str, Any]) -> Any:
-    """One epoch of megatron-core's GPTDataset over a whole indexed data set."""
+def _gpt_dataset(cache: str, prefix: str, seq_length: int, eod: int, mask: bool = False) -> Any:
+    """One epoch of megatron-core's GPTDataset over all documents of an indexed data set."""
     import numpy as np
 
     gpt = importlib.import_module("megatron.core.datasets.gpt_dataset")
     utils = importlib.import_module("megatron.core.datasets.utils")
-    mask = arguments.get("mask", False)
-
-    vocabulary = SimpleNamespace(vocab_size=arguments["eod"] + 1, eod=arguments["eod"], pad=-1, unique_identifiers={})
     config = gpt.GPTDatasetConfig(
         random_seed=1,
-        sequence_length=arguments["seq_length"],
+        sequence_length=seq_length,
         split="100,0,0",
-        path_to_cache=arguments["cache"],
-        tokenizer=vocabulary,
+        path_to_cache=cache,
+        tokenizer=SimpleNamespace(vocab_size=eod + 1, eod=eod, pad=-1, unique_identifiers={}),
         reset_position_ids=mask,
         reset_attention_mask=mask,
         eod_mask_loss=mask,
         create_attention_mask=False,
     )
-    low_level = gpt.GPTDataset.build_low_level_dataset(arguments["prefix"], config)
+    low_level = gpt.GPTDataset.build_low_level_dataset(prefix, config)
     documents = np.arange(len(low_level.sequence_lengths), dtype=np.int32)
-    return gpt.GPTDataset(low_level, arguments["prefix"], documents, None, utils.Split.train, config)
+    return gpt.GPTDataset(low_level, prefix, documents, None, utils.Split.train, config)
 
 
-def hf_map(arguments: dict[str, Any]) -> Round:
-    """`datasets.map` with the same tokenizer to an Arrow data set on the disk: one round is the whole job."""
+def datasets_map(corpus: str, tokenizer: str, folder: str) -> dict[str, float]:
+    """`datasets.map` with the same tokenizer to an Arrow data set on the disk, with an empty cache."""
     from datasets import load_dataset
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(f"{arguments['tokenizer']}/tokenizer.json")
-    eod = tokenizer.get_vocab_size() - 1
+    raw = Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
+    eod = raw.get_vocab_size() - 1
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        encodings = tokenizer.encode_batch_fast(batch["text"], add_special_tokens=False)
+        encodings = raw.encode_batch_fast(batch["text"], add_special_tokens=False)
         return {"ids": [[*encoding.ids, eod] for encoding in encodings]}
 
-    def go() -> dict[str, Any]:
-        start = time.perf_counter()
-        data = load_dataset("json", data_files=arguments["corpus"], split="train", cache_dir=arguments["cache"])
-        data.map(encode, batched=True, remove_columns=data.column_names).save_to_disk(arguments["output"])
-        return {"seconds": time.perf_counter() - start}
-
-    return go
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        data = load_dataset("json", data_files=corpus, split="train", cache_dir=f"{place}/cache")
+        data.map(encode, batched=True, remove_columns=data.column_names).save_to_disk(f"{place}/tokens")
+    return {}
 
 
-def stream_ours(arguments: dict[str, Any]) -> Round:
-    """Packed samples straight from JSON lines by data/streams/streaming.py; every round goes on where the last one ended."""
-    from megatronish.data.streams.streaming import StreamOptions, open_stream
-
-    tokenizer = f"{arguments['tokenizer']}/tokenizer.json"
-    options = StreamOptions(tokenizer=tokenizer, seq_length=arguments["seq_length"], seed=1)
-    reader = open_stream(arguments["corpus"], options).open(0, 1)
-    return _stream(lambda: reader.next_sample()[0], arguments)
-
-
-def stream_datasets(arguments: dict[str, Any]) -> Round:
-    """The same work by `datasets`: streamed JSON, its shuffle buffer of as many documents, batched tokenising, packing."""
-    import numpy as np
-    from datasets import load_dataset
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(f"{arguments['tokenizer']}/tokenizer.json")
-    eod, length = tokenizer.get_vocab_size() - 1, arguments["seq_length"]
-
-    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        encodings = tokenizer.encode_batch_fast(batch["text"], add_special_tokens=False)
-        return {"ids": [[*encoding.ids, eod] for encoding in encodings]}
-
-    def samples() -> Iterator[Any]:
-        left: list[int] = []
-        while True:
-            data = load_dataset("json", data_files=arguments["corpus"], split="train", streaming=True)
-            data = data.shuffle(seed=1, buffer_size=10_000).map(
-                encode, batched=True, batch_size=32, remove_columns="text"
-            )
-            for row in data:
-                left += row["ids"]
-                while len(left) > length:
-                    yield np.array(left[: length + 1], dtype=np.int64)
-                    del left[:length]
-
-    return _stream(samples().__next__, arguments)
-
-
-def _stream(read: Callable[[], Any], arguments: dict[str, Any]) -> Round:
-    start = time.perf_counter()
-    read()
-    first = time.perf_counter() - start
-
-    def go() -> dict[str, Any]:
-        start = time.perf_counter()
-        for _ in range(arguments["samples"]):
-            read()
-        return {"samples_per_second": arguments["samples"] / (time.perf_counter() - start), "first_seconds": first}
-
-    return go
-
-
-ROLES: dict[str, Callable[[dict[str, Any]], Round]] = {
-    "encode_hf": encode_hf,
-    "encode_gigatoken": encode_gigatoken,
-    "reads_ours": reads_ours,
-    "reads_megatron": reads_megatron,
-    "index_ours": index_ours,
-    "index_megatron": index_megatron,
-    "hf_map": hf_map,
-    "stream_ours": stream_ours,
-    "stream_datasets": stream_datasets,
+ROLES: dict[str, Callable[..., dict[str, float]]] = {
+    role.__name__: role for role in (encode_hf, encode_gigatoken, reads_ours, reads_megatron, index_ours, datasets_map)
 }
 
-
-@contextlib.contextmanager
-def answers_only() -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that writes one JSON line to the real stdout; what libraries print goes to stderr."""
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def answer(content: dict[str, Any]) -> None:
-        channel.write(json.dumps(content) + "\n")
-        channel.flush()
-
-    with channel:
-        yield answer
-
-
-def main() -> int:
-    """Sets up the role and serves rounds until stdin ends."""
-    with answers_only() as answer:
-        go = ROLES[sys.argv[1]](json.loads(sys.argv[2]))
-        answer({"ready": sys.argv[1]})
-        for _ in sys.stdin:
-            answer(go())
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    print("\n" + json.dumps(ROLES[sys.argv[1]](**json.loads(sys.argv[2]))))

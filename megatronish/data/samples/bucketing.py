@@ -1,35 +1,37 @@
-"""Unpacked samples: a document each, those of like length together, so that little is padding.
+"""Unpacked samples: one document each, samples of similar length in one batch, so that little of it is padding.
 
 Documents come in permuted order, keyed by (seed, epoch, data set) as in packing.py. Then windows of consecutive samples are
 sorted by length and cut into groups of a global batch, and the groups of a window are permuted: all micro batches of an
-optimizer step hold samples of nearly one length, whatever the ranks and the micro batch size. (Sorting within windows is
-also known as bucketing or smart batching; fairseq and Hugging Face's `group_by_length` do alike.)
+optimizer step hold samples of similar length, for any number of ranks and micro batch size. (Sorting within windows is also
+known as bucketing or smart batching; fairseq and Hugging Face's `group_by_length` do the same.)
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from megatronish.data.indexed.format import IndexedReader
-from megatronish.data.samples.packing import KEPT_EPOCHS, DocumentTable, documents_at, join_pieces
+from megatronish.data.samples.packing import KEPT_EPOCHS, DocumentTable, documents_at
 from megatronish.data.samples.permutation import keyed_permutation
-from megatronish.data.samples.sample import Rows, SampleSource
+from megatronish.data.samples.rows import SampleRows, join_pieces
+from megatronish.data.samples.source import RecentValues, SampleSource, look_up
 from megatronish.errors import DataError
 
-GROUPS_A_WINDOW = 32
+GROUPS_PER_WINDOW = 32
 KEPT_WINDOWS = 2
 
 
-class DocumentSamples:
-    """Endless numbered samples of one document each (a SampleSource), rows padded with token 0 to the longest read together.
+class UnpackedDataset(SampleSource):
+    """Samples of one document each; rows are padded with token 0 to the longest that is read with them.
 
     A document of more than seq_length + 1 tokens becomes several samples that overlap by one token, so that each token but
-    the first is a label once. One of a single token has nothing to learn and is left out. Raises DataError if none is left.
+    the first is a label once. Documents of a single token have no label and are left out. Raises DataError if none is left.
     """
+
+    padded = True
 
     def __init__(self, reader: IndexedReader, document_ids: npt.ArrayLike, seq_length: int, seed: int) -> None:
         if seq_length < 1:
@@ -49,10 +51,7 @@ class DocumentSamples:
                 f"{reader.prefix}: none of its {len(self._documents):,} training documents has two tokens or more; "
                 "without packing, each needs a token to read and one to predict"
             )
-        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_orders": OrderedDict()}
+        self._orders: RecentValues[np.ndarray] = RecentValues(KEPT_EPOCHS)
 
     @property
     def identity(self) -> str:
@@ -60,50 +59,38 @@ class DocumentSamples:
         return self._documents.identity("documents", self.seq_length, self.seed)
 
     def _order(self, epoch: int) -> np.ndarray:
-        known = self._orders.get(epoch)
-        if known is None:
-            key = ("unpacked", self.seq_length, self.seed, epoch, self.reader.identity)
-            known = self._orders[epoch] = keyed_permutation(self.samples_per_epoch, *key)
-            while len(self._orders) > KEPT_EPOCHS:
-                self._orders.popitem(last=False)
-        return known
+        key = ("unpacked", self.seq_length, self.seed, epoch, self.reader.identity)
+        return self._orders.get_or(epoch, lambda _: keyed_permutation(self.samples_per_epoch, *key))
 
-    def _places(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where samples begin in the reader's tokens, and their tokens, int64[b] each."""
-        numbers = np.asarray(numbers, dtype=np.int64)
-        if len(numbers) and int(numbers.min()) < 0:
-            raise ValueError(f"sample number {int(numbers.min())} must not be negative")
-        epochs, places = np.divmod(numbers, self.samples_per_epoch)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            places[here] = self._order(epoch)[places[here]]
-        document = np.searchsorted(self._first_sample, places, side="right") - 1
-        skipped = (places - self._first_sample[document]) * self.seq_length
+    def _locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where samples begin in the reader's tokens, and their number of tokens, int64[b] each."""
+        ordinals = look_up(numbers, self.samples_per_epoch, self._order)
+        document = np.searchsorted(self._first_sample, ordinals, side="right") - 1
+        skipped = (ordinals - self._first_sample[document]) * self.seq_length
         lengths = np.minimum(self._documents.lengths[document] - skipped, self.seq_length + 1)
         return self._documents.starts[document] + skipped, lengths
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
-        """Real tokens of samples int64[b]: inputs and the one more."""
-        return self._places(numbers)[1]
+        """See SampleSource."""
+        return self._locate(numbers)[1]
 
-    def documents(self, number: int) -> list[int]:
-        """The data set's document of sample `number`."""
-        return documents_at(self.reader, self._places(np.array([number], dtype=np.int64))[0])
+    def documents(self, number: int) -> tuple[str, list[int] | None]:
+        """See SampleSource."""
+        return self.name, documents_at(self.reader, self._locate(np.array([number], dtype=np.int64))[0])
 
-    def rows(self, numbers: np.ndarray) -> Rows:
-        """Samples int64[b] of up to s + 1 tokens; see SampleSource."""
-        begins, lengths = self._places(numbers)
+    def rows(self, numbers: np.ndarray) -> SampleRows:
+        """See SampleSource."""
+        begins, lengths = self._locate(numbers)
         width = int(lengths.max(initial=2))
         tokens = np.zeros((len(begins), width), dtype=self.reader.dtype)
         tokens[np.arange(width) < lengths[:, None]] = join_pieces(self.reader.tokens_view, begins, lengths)
-        known = None if (lengths == width).all() else lengths
-        return Rows(tokens, np.arange(len(begins)) * width, known)
+        return SampleRows(tokens, np.arange(len(begins)) * width, None if (lengths == width).all() else lengths)
 
 
-class Bucketed:
-    """The samples of a source in windows sorted by length (a SampleSource). See the module.
+class BucketedDataset(SampleSource):
+    """The samples of a source in windows sorted by length, see the module.
 
-    group: samples of an optimizer step; the order depends on it. pad_multiple: rows are padded to a multiple of so many
+    group: samples per optimizer step; the order depends on it. pad_multiple: rows are padded to a multiple of this many
     inputs, at most seq_length, so that few shapes occur.
     """
 
@@ -118,46 +105,41 @@ class Bucketed:
         self.seq_length = source.seq_length
         self.samples_per_epoch = source.samples_per_epoch
         self.tokens_per_epoch = source.tokens_per_epoch
-        self.window = GROUPS_A_WINDOW * group
-        self._windows: OrderedDict[int, np.ndarray] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_windows": OrderedDict()}
+        self.padded = source.padded
+        self.window = GROUPS_PER_WINDOW * group
+        self._windows: RecentValues[np.ndarray] = RecentValues(KEPT_WINDOWS)
 
     @property
     def identity(self) -> str:
         """Hash of the source's identity, the group and the seed."""
         return hashlib.sha256(repr(("bucketed", self.source.identity, self.group, self.seed)).encode()).hexdigest()
 
-    def _window(self, window: int) -> np.ndarray:
-        known = self._windows.get(window)
-        if known is None:
-            numbers = np.arange(window * self.window, (window + 1) * self.window, dtype=np.int64)
-            by_length = numbers[np.argsort(self.source.lengths(numbers), kind="stable")]
-            order = keyed_permutation(GROUPS_A_WINDOW, "buckets", self.seed, window)
-            known = self._windows[window] = by_length.reshape(GROUPS_A_WINDOW, self.group)[order].reshape(-1)
-            while len(self._windows) > KEPT_WINDOWS:
-                self._windows.popitem(last=False)
-        return known
+    def _sorted(self, window: int) -> np.ndarray:
+        """The source's numbers of a window's samples."""
+        numbers = np.arange(window * self.window, (window + 1) * self.window, dtype=np.int64)
+        by_length = numbers[np.argsort(self.source.lengths(numbers), kind="stable")]
+        order = keyed_permutation(GROUPS_PER_WINDOW, "buckets", self.seed, window)
+        return by_length.reshape(GROUPS_PER_WINDOW, self.group)[order].reshape(-1)
 
-    def places(self, numbers: np.ndarray) -> np.ndarray:
+    def locate(self, numbers: np.ndarray) -> np.ndarray:
         """The source's numbers of samples int64[b]. Raises ValueError below 0."""
-        numbers = np.asarray(numbers, dtype=np.int64)
-        if len(numbers) and int(numbers.min()) < 0:
-            raise ValueError(f"sample number {int(numbers.min())} must not be negative")
-        windows, places = np.divmod(numbers, self.window)
-        for window in np.unique(windows).tolist():
-            here = windows == window
-            places[here] = self._window(window)[places[here]]
-        return places
+        return look_up(numbers, self.window, lambda window: self._windows.get_or(window, self._sorted))
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
-        """Real tokens of samples int64[b]: inputs and the one more."""
-        return self.source.lengths(self.places(numbers))
+        """See SampleSource."""
+        return self.source.lengths(self.locate(numbers))
 
-    def rows(self, numbers: np.ndarray) -> Rows:
-        """Samples int64[b], padded alike; see SampleSource."""
-        rows = self.source.rows(self.places(numbers))
+    def rows(self, numbers: np.ndarray) -> SampleRows:
+        """See SampleSource; all rows are padded to one length."""
+        rows = self.source.rows(self.locate(numbers))
         inputs = rows.tokens.shape[1] - 1
         rounded = -(-inputs // self.pad_multiple) * self.pad_multiple
         return rows.padded(1 + max(inputs, min(rounded, self.seq_length)))
+
+    def documents(self, number: int) -> tuple[str, list[int] | None]:
+        """See SampleSource."""
+        return self.source.documents(int(self.locate(np.array([number], dtype=np.int64))[0]))
+
+    def counts(self, total: int) -> list[int]:
+        """See SampleSource; exact at the end of a window."""
+        return self.source.counts(total)

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatronish.data.indexed.format import IndexedReader, bin_path, idx_path
 from megatronish.data.indexed.manifest import DatasetManifest, TokenizerRecord, manifest_path, read_manifest
-from megatronish.data.samples.packing import join_pieces
+from megatronish.data.samples.rows import join_pieces
 from megatronish.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_at
 from megatronish.errors import DataError
 
@@ -25,7 +25,7 @@ SAMPLES, SAMPLED_TOKENS = 256, 512
 
 
 @dataclass(frozen=True)
-class Dataset:
+class IndexedDataset:
     """What `open_dataset` gives. `prefix` is the path without suffix, such as data/default_text_document."""
 
     prefix: str
@@ -75,7 +75,7 @@ def open_dataset(
     prefix: str | os.PathLike[str],
     unit: Literal["document", "sequence"] = "document",
     tokenizer: str | os.PathLike[str] | None = None,
-) -> Dataset:
+) -> IndexedDataset:
     """Opens a committed data set; unit: see IndexedReader.
 
     tokenizer: of a data set without a manifest, as Megatron's own tools make it (`load_tokenizer`'s sources).
@@ -91,7 +91,7 @@ def open_dataset(
             f"{name}.idx describes {reader.num_tokens:,} {reader.dtype.name} tokens, its manifest {manifest.counts['tokens']:,} "
             f"{manifest.dtype}; make the data set again with --overwrite"
         )
-    return Dataset(name, reader, manifest)
+    return IndexedDataset(name, reader, manifest)
 
 
 def combined_fingerprint(fingerprints: Sequence[str]) -> str:
@@ -101,7 +101,9 @@ def combined_fingerprint(fingerprints: Sequence[str]) -> str:
     return hashlib.sha256(" ".join(fingerprints).encode()).hexdigest()
 
 
-def _open_foreign(name: str, unit: Literal["document", "sequence"], tokenizer: str | os.PathLike[str]) -> Dataset:
+def _open_foreign(
+    name: str, unit: Literal["document", "sequence"], tokenizer: str | os.PathLike[str]
+) -> IndexedDataset:
     """A data set of another tool: what a manifest would say, as far as the files and the tokenizer tell."""
     reader = IndexedReader(name, unit)
     made_with = load_tokenizer(tokenizer)
@@ -116,7 +118,7 @@ def _open_foreign(name: str, unit: Literal["document", "sequence"], tokenizer: s
             f"{bin_path(name)} holds token {largest}, the tokenizer {path} has {made_with.vocab_size:,} entries: it is another one's data"
         )
     content = hashlib.sha256(sample.data).hexdigest()
-    return Dataset(
+    return IndexedDataset(
         name,
         reader,
         DatasetManifest(

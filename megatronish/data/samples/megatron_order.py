@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from megatronish.data.indexed.format import IndexedReader
-from megatronish.data.samples.blend import Blend
-from megatronish.data.samples.packing import DocumentTable, TokenStream, documents_at
-from megatronish.data.samples.sample import Rows, Sample
+from megatronish.data.samples.blend import BlendedDataset
+from megatronish.data.samples.packing import DocumentTable, documents_at, samples_in
+from megatronish.data.samples.rows import SampleRows
+from megatronish.data.samples.source import SampleSource
+from megatronish.data.samples.token_stream import TokenStream
 from megatronish.errors import DataError
 
 DEFAULT_SPLIT = "969,30,1"
@@ -26,10 +29,10 @@ SEPARATE_SHARE = 0.80
 SURPLUS = 0.005
 
 
-class MegatronSamples:
-    """The samples of GPTDataset(indices=sequence_ids, num_samples=...) for training (a SampleSource that ends).
+class MegatronDataset(SampleSource):
+    """The samples of GPTDataset(indices=sequence_ids, num_samples=...) for training. They end.
 
-    reader: of unit "sequence"; sequence_ids: int64[k], rising; num_samples: how many are wanted, None: one epoch.
+    reader: of unit "sequence"; sequence_ids: int64[k], increasing; num_samples: how many are wanted, None: one epoch.
     `size` samples exist, at least as many. Raises DataError for a split too small for one sample.
     """
 
@@ -45,12 +48,7 @@ class MegatronSamples:
         self.num_samples = num_samples
         lengths = reader.sequence_lengths[sequence_ids]
         self.tokens_per_epoch = int(lengths.sum(dtype=np.int64))
-        self.samples_per_epoch = (self.tokens_per_epoch - 1) // seq_length
-        if self.samples_per_epoch < 1:
-            raise DataError(
-                f"{reader.prefix}: the {len(sequence_ids):,} training sequences hold {self.tokens_per_epoch:,} tokens, but one sample "
-                f"of sequence length {seq_length:,} needs {seq_length + 1:,}; shorten the sequence or prepare more text"
-            )
+        self.samples_per_epoch = samples_in(self.tokens_per_epoch, seq_length, len(sequence_ids), reader)
         self._sequence_ids = sequence_ids
         self._documents = DocumentTable(reader, sequence_ids, keep_empty=True)
         wanted = 1 if num_samples is None else num_samples * seq_length + 1
@@ -89,27 +87,26 @@ class MegatronSamples:
         """Hash of what the samples depend on, the number wanted among it."""
         return self._documents.identity("megatron", self.seq_length, self.seed, self.num_samples or 0)
 
-    def rows(self, numbers: np.ndarray) -> Rows:
-        """Samples int64[b] as tokens [b, s + 1]. Raises DataError behind the last one."""
-        numbers = np.asarray(numbers, dtype=np.int64)
+    def _begins(self, numbers: np.ndarray) -> list[int]:
+        """Where samples begin in the token stream. Raises DataError beyond the last one."""
         if len(numbers) and not (int(numbers.min()) >= 0 and int(numbers.max()) < self.size):
             raise DataError(
                 f"{self.name}: sample {int(numbers.max()):,} of {self.size:,}: in Megatron's order a run has as many samples as it asked for"
             )
-        return self._stream.windows((self._order[numbers] * self.seq_length).tolist(), self.seq_length + 1)
+        return (self._order[numbers] * self.seq_length).tolist()
 
-    def lengths(self, numbers: np.ndarray) -> np.ndarray:
-        """seq_length + 1 for every sample."""
-        return np.full(len(numbers), self.seq_length + 1, dtype=np.int64)
+    def batch(self, numbers: np.ndarray, document_mask: bool) -> dict[str, Any]:
+        """See SampleSource. Raises DataError beyond the last sample."""
+        return self._stream.batch(self._begins(numbers), self.seq_length, document_mask)
 
-    def sample(self, number: int) -> Sample:
-        """Tokens int[s + 1] of sample `number` and the offsets in 0..s at which documents (sequences) begin."""
-        return self.rows(np.array([number], dtype=np.int64)).sample(0)
+    def rows(self, numbers: np.ndarray) -> SampleRows:
+        """See SampleSource. Raises DataError beyond the last sample."""
+        return self._stream.rows(self._begins(numbers), self.seq_length + 1)
 
-    def documents(self, number: int) -> list[int]:
-        """The data set's sequences of which sample `number` has tokens, in order."""
-        begin = int(self._order[number]) * self.seq_length
-        return documents_at(self.reader, self._stream.sources(begin, self.seq_length + 1))
+    def documents(self, number: int) -> tuple[str, list[int] | None]:
+        """See SampleSource; the documents are the data set's sequences."""
+        (begin,) = self._begins(np.array([number]))
+        return self.name, documents_at(self.reader, self._stream.sources(begin, self.seq_length + 1))
 
 
 def wanted_samples(weights: Sequence[float] | None, corpora: int, total: int) -> list[int | None]:
@@ -125,14 +122,14 @@ def normalized(weights: Sequence[float]) -> list[float]:
     return (array / np.sum(array)).tolist()
 
 
-class MegatronBlend(Blend):
-    """The samples of BlendedDataset over MegatronSamples: at each step the data set that lags its weight most.
+class MegatronBlendedDataset(BlendedDataset):
+    """The samples of BlendedDataset over MegatronDataset: at each step the data set that lags its weight most.
 
     weights: as given by the user; None: in proportion to the data sets' sizes, one epoch. Memory: 10 bytes a sample, and about
     a microsecond a data set and sample to lay out. Raises DataError if the data hold fewer samples than the run wants.
     """
 
-    def __init__(self, sources: Sequence[MegatronSamples], weights: Sequence[float] | None, total: int) -> None:
+    def __init__(self, sources: Sequence[MegatronDataset], weights: Sequence[float] | None, total: int) -> None:
         sizes = [source.size for source in sources]
         super().__init__(sources, list(weights or sizes), seed=0)
         if weights is None:
@@ -154,15 +151,12 @@ class MegatronBlend(Blend):
                     'the weights ask for and stops here too; use order "shuffled"'
                 )
 
-    def __getstate__(self) -> dict[str, object]:
-        return dict(self.__dict__)
-
     def counts(self, total: int) -> list[int]:
         """How many of the first `total` samples come from each source."""
         return np.bincount(self._source_of[:total], minlength=len(self.sources)).tolist()
 
-    def places(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which source each sample comes from, and its number there. Raises DataError behind the last sample."""
+    def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which source each sample comes from, and its number there. Raises DataError beyond the last sample."""
         if len(numbers) and not (int(numbers.min()) >= 0 and int(numbers.max()) < self.size):
             raise DataError(f"sample {int(numbers.max()):,} of {self.size:,} of a blend in Megatron's order")
         return self._source_of[numbers].astype(np.int64), self._number_of[numbers]
@@ -175,10 +169,9 @@ def greedy_blend(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.nd
     """
     source_of, number_of = np.empty(size, dtype=np.int16), np.empty(size, dtype=np.int64)
     counts = [0] * len(weights)
-    places = range(len(weights))
     for n in range(size):
         reached = float(n or 1)
-        lags = [weights[i] * reached - counts[i] for i in places]
+        lags = [weights[i] * reached - counts[i] for i in range(len(weights))]
         chosen = lags.index(max(lags))
         source_of[n] = chosen
         number_of[n] = counts[chosen]

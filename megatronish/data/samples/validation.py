@@ -9,9 +9,8 @@ import numpy.typing as npt
 
 from megatronish.data.indexed.format import IndexedReader
 from megatronish.data.loader import Batch, to_tensors
-from megatronish.data.samples.batches import IGNORED_LABEL, batch_of
-from megatronish.data.samples.packing import TokenStream
-from megatronish.data.samples.sample import Rows
+from megatronish.data.samples.rows import IGNORED_LABEL, SampleRows
+from megatronish.data.samples.token_stream import TokenStream
 from megatronish.data.tokenizers.tokenizer import Tokenizer
 from megatronish.errors import DataError
 
@@ -78,7 +77,7 @@ class ValidationLoader:
             first = (batch * self.dp_size + self.dp_rank) * self.micro_batch_size
             numbers = self.window_numbers[first : first + self.micro_batch_size].tolist()
             rows = self._rows([*numbers, *[None] * (self.micro_batch_size - len(numbers))])
-            yield to_tensors(batch_of(rows, self.document_mask))
+            yield to_tensors(rows.batch(self.document_mask))
 
     @property
     def num_labels(self) -> int:
@@ -93,15 +92,15 @@ class ValidationLoader:
         return sum(len(tokenizer.decode_bytes(self._label_tokens(int(number)))) for number in self.window_numbers)
 
     def _label_tokens(self, number: int) -> np.ndarray:
-        labels = batch_of(self._rows([number]), self.document_mask)["labels"][0]
+        labels = self._rows([number]).batch(self.document_mask)["labels"][0]
         return labels[labels != IGNORED_LABEL]
 
-    def _rows(self, numbers: Sequence[int | None]) -> Rows:
+    def _rows(self, numbers: Sequence[int | None]) -> SampleRows:
         """Windows of these numbers, padded to s + 1 tokens; None is padding only."""
         windows = [self._window(number) for number in numbers]
-        known = np.array([known for _, _, known in windows])
-        rows = Rows.of([(tokens, starts) for tokens, starts, _ in windows])
-        return Rows(rows.tokens, rows.starts, known)
+        rows = SampleRows.of([(tokens, starts) for tokens, starts, _ in windows])
+        rows.valid_lengths = np.array([length for _, _, length in windows])
+        return rows
 
     def _window(self, number: int | None) -> tuple[np.ndarray, np.ndarray, int]:
         """Tokens int64[s + 1] padded, document starts, and how many tokens are real."""
@@ -110,7 +109,7 @@ class ValidationLoader:
         begin = number * self.seq_length
         length = min(self.seq_length + 1, self._total - begin)
         lead = self._lead[begin : begin + 1] if begin == 0 else self._lead[:0]
-        stored = self._stream.windows([max(begin - len(self._lead), 0)], length - len(lead))
+        stored = self._stream.rows([max(begin - len(self._lead), 0)], length - len(lead))
         tokens, starts = stored.sample(0)
         if len(lead):
             starts = np.concatenate(([0], starts[1:] + 1))  # the leading token counts to the first document

@@ -21,6 +21,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from megatronish.data.readers.remote import Retry
 from megatronish.data.readers.shards import Fields, Place, Shard, ShardReader
 from megatronish.data.readers.sources import Location, resolve
 from megatronish.data.samples.permutation import keyed_permutation
-from megatronish.data.samples.sample import Sample
+from megatronish.data.samples.rows import Sample, SampleRows
+from megatronish.data.samples.source import SampleSource
 from megatronish.data.tokenizers.backends import Encoder, choose_encoder
 from megatronish.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_at
 from megatronish.errors import DataError
@@ -67,12 +69,14 @@ class StreamOptions:
             raise DataError(f"data.on_error {self.on_error!r}: choose fail or skip")
 
 
-class DocumentStream:
-    """A source of samples without numbers (`StreamSource`): each part of it is read in order by a `StreamReader`.
+class DocumentStream(SampleSource):
+    """A source of which each part is read in order, by the PackedReader that `open` returns.
 
     identity: hash of URLs or of names and sizes of local shards, commit, tokenizer and options. `tokenizer_record` and
-    `tokenizer_file` describe the tokenizer as those of a Dataset do.
+    `tokenizer_file` describe the tokenizer as those of an IndexedDataset do.
     """
+
+    streamed = True
 
     def __init__(self, location: Location, options: StreamOptions) -> None:
         tokenizer = load_tokenizer(options.tokenizer, eod_id=options.eod_id)
@@ -91,11 +95,12 @@ class DocumentStream:
             tokenizer.kind, name, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id
         )
         self.fields = Fields((options.text_key,) if options.text_key else location.keys, options.on_error)
-        self.identity = self._identity()
         order = keyed_permutation(len(location.shards), "shards", options.seed, self.identity)
         self.shards = tuple(location.shards[number] for number in order)
 
-    def _identity(self) -> str:
+    @cached_property
+    def identity(self) -> str:
+        """See SampleSource."""
         options, location = self.options, self.location
         digest = hashlib.sha256()
         for shard in location.shards:  # a folder may be moved: of local shards names and sizes count
@@ -113,6 +118,14 @@ class DocumentStream:
         if self.location.licence:
             lines.append(f"{self.name}: licence: {self.location.licence}")
         return lines
+
+    def rows(self, numbers: np.ndarray) -> SampleRows:
+        """Not for a stream: its samples have no numbers. `open` returns a reader of them."""
+        raise TypeError(f"{self.name}: streamed samples are read from a part that `open` returns")
+
+    def documents(self, number: int) -> tuple[str, list[int] | None]:
+        """See SampleSource."""
+        return self.name, None
 
     def open(self, part: int, parts: int, state: dict[str, Any] | None = None) -> PackedReader:
         """The reader of one part, behind the last sample of the reader that `state` is of. Raises DataError."""
@@ -154,10 +167,14 @@ class _Tokens:
     index: int
 
 
-class PackedReader:
-    """Samples of one part of a stream, in order (`StreamReader`)."""
+class PackedReader(SampleSource):
+    """Samples of one part of a stream, in order."""
+
+    streamed = True
 
     def __init__(self, stream: DocumentStream, part: int, parts: int, state: dict[str, Any] | None) -> None:
+        self.name = stream.name
+        self.seq_length = stream.seq_length
         self._stream = stream
         self._part, self._parts = part, parts
         count = len(stream.shards)
@@ -190,6 +207,19 @@ class PackedReader:
             )
         place = Place(state["document"], state["byte"])
         return _Start(state["epoch"], state["shard"], place), state["given"], state["token"]
+
+    @property
+    def identity(self) -> str:
+        """That of the stream."""
+        return self._stream.identity
+
+    def rows(self, numbers: np.ndarray) -> SampleRows:
+        """The next len(numbers) samples."""
+        return SampleRows.of([self.next_sample() for _ in numbers])
+
+    def documents(self, number: int) -> tuple[str, list[int] | None]:
+        """See SampleSource."""
+        return self.name, None
 
     def next_sample(self) -> Sample:
         """Tokens int64[s + 1] and where documents begin in them, int64[k], as `PackedDataset.sample` gives them.

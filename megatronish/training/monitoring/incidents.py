@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from megatronish.checkpoint.store import CheckpointStore, faults_of
 from megatronish.checkpoint.train_state import TrainState, load_step
-from megatronish.data.samples.provenance import documents_of
 from megatronish.launch.process import Rank
 from megatronish.training.engine import Engine
 from megatronish.training.monitoring.black_box import (
@@ -90,7 +89,8 @@ class Incidents:
         plan = self.run.plan
         starts = [first + (a * plan.data_size + rank) * plan.micro for a in range(plan.accumulation)]
         numbers = [start + place for start in starts for place in range(plan.micro)]
-        return [{"sample": number, **documents_of(self.run.data.train, number)} for number in numbers]
+        found = [(number, *self.run.data.train.documents(number)) for number in numbers]
+        return [{"sample": number, "data": name, "documents": documents} for number, name, documents in found]
 
 
 def _first_says(told: Any) -> Any:

@@ -21,7 +21,7 @@ SLOW_STEP_SECONDS = 60.0
 def announce(run: Prepared, rank: Rank, device: torch.device, peak: Peak | None) -> None:
     """Say once what is about to be trained, on what, and write the resolved configuration."""
     config, plan = run.config, run.plan
-    ours, tokens = config.megatronish, run.data.tokens_of(0, plan.samples)
+    ours, tokens = config.megatronish, run.data.train.num_inputs(0, plan.samples)
     counts, flops = parameter_counts(ours.model), flops_per_token(ours.model).train
     if device.type == "cpu":
         step_seconds = tokens * flops / (peak.flops * CPU_EFFICIENCY) if peak else 0.0

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from megatronish.data.indexed.builder import IndexedWriter
 from megatronish.data.indexed.format import IndexedReader
-from megatronish.data.samples.blend import MAX_BLOCK, MIN_BLOCK, Blend, apportion
+from megatronish.data.samples.blend import MAX_BLOCK, MIN_BLOCK, BlendedDataset, apportion
 from megatronish.data.samples.packing import PackedDataset
+from megatronish.data.samples.source import SampleSource
 from megatronish.errors import DataError
 
 WEIGHTS = st.lists(st.floats(0.1, 1e3) | st.integers(1, 1000), min_size=1, max_size=6)
@@ -27,10 +28,10 @@ def source(folder, name: str, first_token: int, documents: int = 40, dtype: str 
     return PackedDataset(IndexedReader(folder / name), np.arange(documents), 5, seed=3)
 
 
-class Fake:
+class Fake(SampleSource):
     """A source that only counts."""
 
-    seq_length, samples_per_epoch, tokens_per_epoch = 5, 10, 51
+    seq_length, samples_per_epoch, tokens_per_epoch, identity = 5, 10, 51, ""
 
     def __init__(self, name: str = "x") -> None:
         self.name = self.identity = name
@@ -38,7 +39,7 @@ class Fake:
     def rows(self, numbers):
         raise NotImplementedError
 
-    def lengths(self, numbers):
+    def documents(self, number):
         raise NotImplementedError
 
 
@@ -58,19 +59,19 @@ def test_largest_remainders_are_rounded_up_the_first_of_equals():
 @settings(max_examples=60, deadline=None)
 @given(weights=WEIGHTS, seed=st.integers(0, 3), first=st.integers(0, 3), data=st.data())
 def test_blocks_have_their_quotas_and_each_source_is_read_in_turn(weights, seed, first, data):
-    blend = Blend([Fake(str(i)) for i in range(len(weights))], weights, seed)
+    blend = BlendedDataset([Fake(str(i)) for i in range(len(weights))], weights, seed)
     size = blend.block_size
     assert size >= MIN_BLOCK and size >= ceil(sum(map(Fraction, weights)) / Fraction(min(weights)))
     begin = first * size
-    sources, ordinals = blend.places(np.arange(begin, begin + 2 * size))
+    sources, ordinals = blend.locate(np.arange(begin, begin + 2 * size))
     for i, share in enumerate(blend.shares):
         for end in (size, 2 * size):  # less than one sample off at the end of each block
             assert abs(blend.counts(begin + end)[i] - (begin + end) * share) < 1
         mine = ordinals[sources == i].tolist()
         assert mine == list(range(blend.counts(begin)[i], blend.counts(begin + 2 * size)[i]))
     some = np.array(data.draw(st.lists(st.integers(0, 2 * size - 1), min_size=1, max_size=9)))
-    again = pickle.loads(pickle.dumps(Blend([Fake(str(i)) for i in range(len(weights))], weights, seed)))
-    for part, whole in zip(again.places(begin + some), (sources, ordinals), strict=True):
+    again = pickle.loads(pickle.dumps(BlendedDataset([Fake(str(i)) for i in range(len(weights))], weights, seed)))
+    for part, whole in zip(again.locate(begin + some), (sources, ordinals), strict=True):
         assert part.tolist() == whole[some].tolist()
     stop = int(some[0])  # counts inside a block
     assert blend.counts(begin + stop) == [
@@ -80,11 +81,11 @@ def test_blocks_have_their_quotas_and_each_source_is_read_in_turn(weights, seed,
 
 def test_far_samples_are_exact():
     """64-bit and exact fractions: 10^15 samples on, shares are still less than one off and numbers still follow."""
-    blend = Blend([Fake("a"), Fake("b"), Fake("c")], [1, 1, 1], seed=0)
+    blend = BlendedDataset([Fake("a"), Fake("b"), Fake("c")], [1, 1, 1], seed=0)
     block = 10**15 // blend.block_size
     before, after = (apportion(b * blend.block_size, blend.shares) for b in (block, block + 1))
     assert blend.counts((block + 1) * blend.block_size) == after
-    sources, ordinals = blend.places(np.arange(block * blend.block_size, (block + 1) * blend.block_size))
+    sources, ordinals = blend.locate(np.arange(block * blend.block_size, (block + 1) * blend.block_size))
     assert [ordinals[sources == i].tolist() for i in range(3)] == [
         list(range(b, a)) for b, a in zip(before, after, strict=True)
     ]
@@ -93,8 +94,8 @@ def test_far_samples_are_exact():
 
 def test_order_depends_on_the_seed_and_the_block():
     def order(seed: int, block: int) -> list[int]:
-        blend = Blend([Fake("a"), Fake("b")], [1, 1], seed)
-        return blend.places(np.arange(block * blend.block_size, (block + 1) * blend.block_size))[0].tolist()
+        blend = BlendedDataset([Fake("a"), Fake("b")], [1, 1], seed)
+        return blend.locate(np.arange(block * blend.block_size, (block + 1) * blend.block_size))[0].tolist()
 
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
@@ -106,10 +107,10 @@ def test_order_depends_on_the_seed_and_the_block():
 def test_rows_are_the_sources_samples(tmp_path):
     """Two data sets, the second of another dtype, through several epochs of the smaller."""
     sources = [source(tmp_path, "a", 0), source(tmp_path, "b", 10_000, documents=9, dtype="<u2")]
-    blend = Blend(sources, [3, 1], seed=1)
+    blend = BlendedDataset(sources, [3, 1], seed=1)
     numbers = np.arange(300)
     rows = blend.rows(numbers)
-    which, ordinals = blend.places(numbers)
+    which, ordinals = blend.locate(numbers)
     assert set(which.tolist()) == {0, 1} and ordinals[which == 1].max() > sources[1].samples_per_epoch
     for row, (i, ordinal) in enumerate(zip(which.tolist(), ordinals.tolist(), strict=True)):
         tokens, starts = rows.sample(row)
@@ -122,8 +123,8 @@ def test_rows_are_the_sources_samples(tmp_path):
 def test_every_sample_of_every_source_once_an_epoch(tmp_path):
     """By size, sources end their epochs together: the first samples_per_epoch samples are one epoch of each, to a sample."""
     sources = [source(tmp_path, "a", 0, 40), source(tmp_path, "b", 10_000, 120)]
-    blend = Blend(sources, [s.samples_per_epoch for s in sources], seed=1)
-    which, ordinals = blend.places(np.arange(blend.samples_per_epoch))
+    blend = BlendedDataset(sources, [s.samples_per_epoch for s in sources], seed=1)
+    which, ordinals = blend.locate(np.arange(blend.samples_per_epoch))
     for i, one in enumerate(sources):
         assert sorted(ordinals[which == i].tolist())[:-1] == list(range(len(ordinals[which == i]) - 1))
         # within a block, whose order is random, counts differ from the shares by some samples of the block's remainder
@@ -133,25 +134,25 @@ def test_every_sample_of_every_source_once_an_epoch(tmp_path):
 @pytest.mark.parametrize("weights", [[], [1, 0], [1], [1, -2]])
 def test_bad_weights_are_refused(weights):
     with pytest.raises(ValueError, match="positive weight"):
-        Blend([Fake("a"), Fake("b")], weights, 0)
+        BlendedDataset([Fake("a"), Fake("b")], weights, 0)
 
 
 def test_a_share_too_small_for_a_block_is_refused_by_name():
-    Blend([Fake("a"), Fake("b")], [MAX_BLOCK - 1, 1], 0)
+    BlendedDataset([Fake("a"), Fake("b")], [MAX_BLOCK - 1, 1], 0)
     with pytest.raises(DataError, match=r"^b would give .* raise its weight or leave it out"):
-        Blend([Fake("a"), Fake("b")], [MAX_BLOCK, 1], 0)
+        BlendedDataset([Fake("a"), Fake("b")], [MAX_BLOCK, 1], 0)
 
 
 def test_sources_must_agree_on_the_sequence_length():
     other = Fake("b")
     other.seq_length = 6
     with pytest.raises(ValueError, match=r"\[5, 6\]"):
-        Blend([Fake("a"), other], [1, 1], 0)
+        BlendedDataset([Fake("a"), other], [1, 1], 0)
 
 
 def test_identity_follows_what_the_order_depends_on():
     def identity(names: str, weights: list[float], seed: int) -> str:
-        return Blend([Fake(name) for name in names], weights, seed).identity
+        return BlendedDataset([Fake(name) for name in names], weights, seed).identity
 
     base = identity("ab", [1, 2], 0)
     assert base == identity("ab", [2, 4], 0), "only the proportion counts"

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from megatronish.data.indexed.builder import IndexedWriter
 from megatronish.data.indexed.format import IndexedReader
 from megatronish.data.loader import MicroBatchLoader
-from megatronish.data.samples.batches import batch_of
-from megatronish.data.samples.blend import Blend
-from megatronish.data.samples.bucketing import GROUPS_A_WINDOW, Bucketed, DocumentSamples
+from megatronish.data.samples.blend import BlendedDataset
+from megatronish.data.samples.bucketing import GROUPS_PER_WINDOW, BucketedDataset, UnpackedDataset
 from megatronish.data.samples.sampler import MicroBatchSampler
 from megatronish.errors import DataError
 
@@ -37,12 +36,12 @@ def test_an_epoch_has_every_pair_of_neighbours_once(tmp_path_factory, lengths, s
     reader = make(tmp_path_factory.mktemp("unpacked"), lengths)
     if max(lengths) < 2:
         with pytest.raises(DataError, match="has two tokens or more"):
-            DocumentSamples(reader, np.arange(len(lengths)), seq_length, seed)
+            UnpackedDataset(reader, np.arange(len(lengths)), seq_length, seed)
         return
-    source = DocumentSamples(reader, np.arange(len(lengths)), seq_length, seed)
+    source = UnpackedDataset(reader, np.arange(len(lengths)), seq_length, seed)
     numbers = np.arange(source.samples_per_epoch) + epoch * source.samples_per_epoch
     rows = source.rows(numbers)
-    batch = batch_of(rows, document_mask=False)
+    batch = rows.batch(document_mask=False)
     learnt = [
         (int(token), int(label))
         for row, labels in zip(batch["tokens"], batch["labels"], strict=True)
@@ -58,18 +57,20 @@ def test_an_epoch_has_every_pair_of_neighbours_once(tmp_path_factory, lengths, s
     assert (batch["tokens"][batch["labels"] != -100] > 0).all(), "padding is not learnt from"
 
 
-def bucketed(folder, group: int = 8, seq_length: int = 32, multiple: int = 8, seed: int = 2) -> Bucketed:
+def bucketed(folder, group: int = 8, seq_length: int = 32, multiple: int = 8, seed: int = 2) -> BucketedDataset:
     lengths = np.random.default_rng(0).integers(2, 60, size=900).tolist()
-    return Bucketed(DocumentSamples(make(folder, lengths), np.arange(900), seq_length, seed), group, multiple, seed)
+    return BucketedDataset(
+        UnpackedDataset(make(folder, lengths), np.arange(900), seq_length, seed), group, multiple, seed
+    )
 
 
 def test_windows_permute_the_samples_and_groups_are_of_like_length(tmp_path):
     source = bucketed(tmp_path)
-    window = 8 * GROUPS_A_WINDOW
+    window = 8 * GROUPS_PER_WINDOW
     for first in (0, window, 5 * window):
-        places = source.places(np.arange(first, first + window))
+        places = source.locate(np.arange(first, first + window))
         assert sorted(places.tolist()) == list(range(first, first + window))
-        lengths = source.lengths(np.arange(first, first + window)).reshape(GROUPS_A_WINDOW, 8)
+        lengths = source.lengths(np.arange(first, first + window)).reshape(GROUPS_PER_WINDOW, 8)
         edges = sorted((int(group.min()), int(group.max())) for group in lengths)
         assert all(left[1] <= right[0] for left, right in itertools.pairwise(edges))
         firsts = lengths[:, 0].tolist()
@@ -127,13 +128,13 @@ def test_a_blend_of_unpacked_sources_is_padded_and_sorted_too(tmp_path):
         (tmp_path / name).mkdir()
     draw = np.random.default_rng(1)
     sources = [
-        DocumentSamples(make(tmp_path / name, draw.integers(2, 40, size=300).tolist()), np.arange(300), 32, 0)
+        UnpackedDataset(make(tmp_path / name, draw.integers(2, 40, size=300).tolist()), np.arange(300), 32, 0)
         for name in "ab"
     ]
-    source = Bucketed(Blend(sources, [2, 1], seed=0), 6, 4, seed=0)
+    source = BucketedDataset(BlendedDataset(sources, [2, 1], seed=0), 6, 4, seed=0)
     rows = source.rows(np.arange(6))
-    for row, place in enumerate(source.places(np.arange(6)).tolist()):
-        which, ordinal = source.source.places(np.array([place]))
+    for row, place in enumerate(source.locate(np.arange(6)).tolist()):
+        which, ordinal = source.source.locate(np.array([place]))
         expected = sources[int(which[0])].rows(ordinal).tokens[0].tolist()
         assert [t for t in rows.tokens[row].tolist() if t] == expected
     assert (rows.tokens.shape[1] - 1) % 4 == 0
@@ -148,4 +149,4 @@ def test_identity_and_refusals(tmp_path):
     with pytest.raises(ValueError, match="sample number -1"):
         base.source.rows(np.array([-1]))
     with pytest.raises(ValueError, match="pad multiple 0"):
-        Bucketed(base.source, 8, 0, 0)
+        BucketedDataset(base.source, 8, 0, 0)

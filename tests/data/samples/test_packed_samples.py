@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from megatronish.data.indexed.builder import IndexedWriter
 from megatronish.data.indexed.format import IndexedReader
-from megatronish.data.samples import native
-from megatronish.data.samples.batches import batch_of, positions_in_documents
-from megatronish.data.samples.packing import GATHERED_TOKENS, PackedDataset, TokenStream, join_pieces
+from megatronish.data.samples import token_stream
+from megatronish.data.samples.packing import PackedDataset
 from megatronish.data.samples.permutation import keyed_permutation
-from megatronish.data.samples.sample import Rows
+from megatronish.data.samples.rows import GATHERED_TOKENS, SampleRows, join_pieces, positions_in_documents
 from megatronish.data.samples.sampler import MicroBatchSampler
+from megatronish.data.samples.token_stream import TokenStream
 from megatronish.errors import DataError
 
 
@@ -113,15 +113,15 @@ def test_windows_read_what_concatenation_gives(tmp_path_factory, lengths, data):
     starts = set(np.cumsum([0] + [lengths[d] for d in order])[:-1].tolist())
     length = data.draw(st.integers(1, len(whole)))
     begins = data.draw(st.lists(st.integers(0, len(whole) - length), min_size=1, max_size=4))
-    rows = TokenStream.of(reader, order).windows(begins, length)
-    assert rows.tokens.dtype == reader.dtype and rows.known is None
+    rows = TokenStream.of(reader, order).rows(begins, length)
+    assert rows.tokens.dtype == reader.dtype and rows.valid_lengths is None
     for row, begin in enumerate(begins):
         tokens, marks = rows.sample(row)
         assert tokens.tolist() == whole[begin : begin + length].tolist()
         assert marks.tolist() == sorted({0} | {s - begin for s in starts if begin < s < begin + length})
 
 
-needs_library = pytest.mark.skipif(native.packed_batch() is None, reason="csrc/data is not built")
+needs_library = pytest.mark.skipif(token_stream.packed_batch() is None, reason="csrc/data is not built")
 
 
 def assert_same_batch(one: dict, other: dict) -> None:
@@ -149,12 +149,11 @@ def test_the_library_makes_the_batches_that_numpy_makes(lengths, dtype, mask, da
     stream = TokenStream(reader, starts[order], np.array(lengths, dtype=np.int64)[order])  # type: ignore[arg-type]
     length = data.draw(st.integers(1, max(1, total - 1)))
     begins = data.draw(st.lists(st.integers(0, max(0, total - length - 1)), min_size=1, max_size=4))
-    windows = stream.windows(begins, length + 1)
     if begins[0] + length + 1 > total:
         with pytest.raises(IndexError, match="not all within the stream"):
-            batch_of(windows, mask)
+            stream.batch(begins, length, mask)
         return
-    assert_same_batch(batch_of(windows, mask), batch_of(Rows(windows.tokens, windows.starts), mask))
+    assert_same_batch(stream.batch(begins, length, mask), stream.rows(begins, length + 1).batch(mask))
 
 
 @needs_library
@@ -162,11 +161,10 @@ def test_a_window_with_many_more_documents_than_the_average(tmp_path):
     """Room is made for twice the average number of documents, and made again where they are more."""
     reader = make(tmp_path, [40_000, *[1] * 400, 40_000])
     stream = TokenStream.of(reader, np.arange(402))
-    windows = stream.windows([39_990, 0], 301)
-    batch = batch_of(windows, True)
+    batch = stream.batch([39_990, 0], 300, True)
     assert batch["cu_seqlens"].tolist() == [0, *range(10, 301), 600]
     assert batch["max_seqlen"] == 300
-    assert_same_batch(batch, batch_of(Rows(windows.tokens, windows.starts), True))
+    assert_same_batch(batch, stream.rows([39_990, 0], 301).batch(True))
 
 
 @needs_library
@@ -175,18 +173,18 @@ def test_a_window_outside_the_stream_is_refused(tmp_path, begins):
     stream = TokenStream.of(make(tmp_path, [100]), np.arange(1))
     for mask in (False, True):
         with pytest.raises(IndexError, match="windows of 10 tokens"):
-            batch_of(stream.windows(begins, 10), mask)
-        assert batch_of(stream.windows([90], 10), mask)["tokens"].shape == (1, 9)
+            stream.batch(begins, 9, mask)
+        assert stream.batch([90], 9, mask)["tokens"].shape == (1, 9)
 
 
 def test_without_the_library_the_batches_are_the_same(tmp_path, monkeypatch):
     def batches() -> list[dict]:
         dataset = PackedDataset(reader, np.arange(reader.num_documents), seq_length=16, seed=3)
-        return [batch_of(dataset.rows(np.arange(4) + 4 * i), True) for i in range(5)]
+        return [dataset.batch(np.arange(4) + 4 * i, True) for i in range(5)]
 
     reader = make(tmp_path, [7, 30, 2, 90, 5, 61])
     usual = batches()
-    monkeypatch.setattr(native, "packed_batch", lambda: None)
+    monkeypatch.setattr(token_stream, "packed_batch", lambda: None)
     for one, other in zip(usual, batches(), strict=True):
         assert_same_batch(one, other)
 
@@ -205,7 +203,7 @@ def test_pieces_are_joined_alike_however_long_they_are(mean):
 def test_positions_and_labels_at_documents_by_hand():
     def masked(starts: list[int]) -> dict:
         tokens = np.array([[10, 11, 20, 30, 31, 32, 40]])
-        return batch_of(Rows(tokens, np.array(starts)), document_mask=True)
+        return SampleRows(tokens, np.array(starts)).batch(document_mask=True)
 
     assert positions_in_documents(np.array([2, 1, 3])).tolist() == [0, 1, 0, 0, 1, 2]
     assert masked([0, 2, 3, 6])["positions"].tolist() == [[0, 1, 0, 0, 1, 2]]  # the last label, 40, begins a document

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from megatronish.data.indexed.builder import IndexedWriter
 from megatronish.data.indexed.format import IndexedReader
 from megatronish.data.loader import MicroBatchLoader
-from megatronish.data.samples.blend import Blend
+from megatronish.data.samples.blend import BlendedDataset
 from megatronish.data.samples.packing import PackedDataset
 from megatronish.data.samples.sampler import MicroBatchSampler
 from megatronish.data.streams.streaming import open_stream
@@ -190,7 +190,7 @@ def test_ranks_read_disjoint_parts_through_the_loader(tmp_path: Path, workers: i
         writer.add_document(np.full(20, 300 + number))  # tokens that no byte of text is
     writer.finalize()
     indexed = PackedDataset(IndexedReader(tmp_path / "indexed"), np.arange(50), 64, seed=1)
-    blend = Blend([stream, indexed], [2, 1], seed=5)
+    blend = BlendedDataset([stream, indexed], [2, 1], seed=5)
 
     def loader(rank: int, consumed: int, states: Any = None) -> MicroBatchLoader:
         sampler = MicroBatchSampler(consumed, 8, 2, rank, 2)
@@ -211,7 +211,7 @@ def test_ranks_read_disjoint_parts_through_the_loader(tmp_path: Path, workers: i
         with loader(rank, consumed, states) as second:
             assert found + batches(second, 35) == expected
         numbers = [number for number, _ in enumerate(range(240)) if number // 2 % 2 == rank]
-        sources, ordinals = blend.places(np.array(numbers))
+        sources, ordinals = blend.locate(np.array(numbers))
         rows = [row for batch in expected for row in batch]
         assert [row[0] >= 300 for row in rows] == (sources == 1).tolist()
         for row, source, ordinal in zip(rows, sources, ordinals, strict=True):

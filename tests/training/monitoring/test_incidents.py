@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from megatronish.config.model import ModelConfig
 from megatronish.config.run import RunConfig
-from megatronish.data.samples.provenance import documents_of
 from megatronish.data.training_data import open_training_data
 from megatronish.launch.process import Rank
 from megatronish.model.transformer import Transformer
@@ -227,12 +226,10 @@ def test_documents_of_a_sample(changes: dict[str, Any], data: str, tmp_path: Pat
     reader = run.datasets[0].reader
     for number in range(40):
         row = run.train.rows(torch.tensor([number]).numpy())
-        tokens = row.tokens[0] if row.known is None else row.tokens[0, : row.known[0]]
-        named = documents_of(run.train, number)
-        assert named["data"] == run.sources[0].name and named["documents"]
-        whole = [
-            reader.tokens_view[reader.document_starts[d] : reader.document_starts[d + 1]] for d in named["documents"]
-        ]
+        tokens = row.tokens[0] if row.valid_lengths is None else row.tokens[0, : row.valid_lengths[0]]
+        name, documents = run.train.documents(number)
+        assert name == run.sources[0].name and documents
+        whole = [reader.tokens_view[reader.document_starts[d] : reader.document_starts[d + 1]] for d in documents]
         joined = b"".join(bytes(memoryview(part.copy())) for part in whole)
         assert bytes(memoryview(tokens.copy())) in joined
         inner = [len(part) for part in whole[1:-1]]
