@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 from megatronish.errors import ConfigError, did_you_mean, exit_on_user_error
 from megatronish.planning.hardware import HARDWARE
-from megatronish.planning.layout import Layout
+from megatronish.planning.layout import PlannedLayout
 from megatronish.planning.scaling_report import Study, best_table, published_table, studies, traffic_table
 
 TABLES = ("published", "best", "traffic")
@@ -46,15 +46,15 @@ def chosen_studies(names: list[str] | None, tokens: int | None) -> list[Study]:
     return found
 
 
-def compared_layouts(gpus: int, samples: int) -> list[Layout]:
+def compared_layouts(gpus: int, samples: int) -> list[PlannedLayout]:
     """One way and another to divide the same batch over the same GPUs, of those that come out even."""
     shapes = [
-        *[Layout(data=gpus, zero=zero) for zero in range(4)],
-        *[Layout(tensor=width, data=gpus // width, tensor_sequence=True) for width in (2, 8)],
-        Layout(tensor=8, data=gpus // 8),
-        *[Layout(sequence=width, data=gpus // width, zero=3) for width in (2, 8)],
-        *[Layout(pipeline=stages, data=gpus // stages) for stages in (2, 8)],
-        Layout(tensor=2, pipeline=4, data=gpus // 8, tensor_sequence=True),
+        *[PlannedLayout(data=gpus, zero=zero) for zero in range(4)],
+        *[PlannedLayout(tensor=width, data=gpus // width, tensor_sequence=True) for width in (2, 8)],
+        PlannedLayout(tensor=8, data=gpus // 8),
+        *[PlannedLayout(sequence=width, data=gpus // width, zero=3) for width in (2, 8)],
+        *[PlannedLayout(pipeline=stages, data=gpus // stages) for stages in (2, 8)],
+        PlannedLayout(tensor=2, pipeline=4, data=gpus // 8, tensor_sequence=True),
     ]
     fitting = [shape for shape in shapes if shape.ranks == gpus and samples % shape.data == 0]
     return [replace(shape, accumulation=samples // shape.data) for shape in fitting]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatronish.checkpoint.staging import StagingBuffers
 from megatronish.errors import ConfigError
-from megatronish.parallel.layers import Shard
+from megatronish.parallel.layers import TensorShard
 
 FILES = "state-rank-{:05d}.safetensors"
 MASTER = "master"  # the weights as the optimizer keeps them; its moments have their own names
@@ -36,7 +36,7 @@ class Extent:
 
     name: str
     shape: tuple[int, ...]
-    shard: Shard | None
+    shard: TensorShard | None
     start: int
     stop: int
 
@@ -60,7 +60,7 @@ class Extent:
         cut = raw["shard"]
         if cut is not None:
             segments = tuple((first, last) for first, last in cut["segments"])
-            cut = Shard(**{**cut, "full": tuple(cut["full"]), "segments": segments})
+            cut = TensorShard(**{**cut, "full": tuple(cut["full"]), "segments": segments})
         return cls(raw["name"], tuple(raw["shape"]), cut, raw["start"], raw["stop"])
 
 

@@ -20,7 +20,7 @@ from megatronish.ops.qk_norm_rope import qk_norm_rope
 from megatronish.ops.rope import rope, rope_qkv_
 from megatronish.parallel.layers import TensorParallel
 from megatronish.parallel.mesh import Axis
-from megatronish.parallel.rng import own_random_numbers
+from megatronish.parallel.rng import fork_rng_per_rank
 from megatronish.parallel.sequence import heads_to_ranks, sequence_to_ranks
 
 
@@ -73,7 +73,7 @@ class SelfAttention(nn.Module):
         if inputs.sp.group is not None:
             q_bshd, k_bsgd, v_bsgd = heads_to_ranks((q_bshd, k_bsgd, v_bsgd), inputs.sp.group)
         dropout = self.dropout if self.training else 0.0
-        with own_random_numbers(self.tp.rank, x.device) if dropout and self.tp.size > 1 else nullcontext():
+        with fork_rng_per_rank(self.tp.rank, x.device) if dropout and self.tp.size > 1 else nullcontext():
             out_bshd = attention(
                 q_bshd,
                 k_bsgd,

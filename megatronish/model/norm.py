@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from megatronish.config.model import ModelConfig
 from megatronish.ops.dispatch import OpsBackend
 from megatronish.ops.rms_norm import add_rms_norm
-from megatronish.parallel.layers import TensorParallel, sum_gradient
+from megatronish.parallel.layers import TensorParallel, all_reduce_gradient
 
 
 class Norm(nn.Module):
@@ -73,5 +73,5 @@ def build_norm(
         norm = LayerNorm(size, config.norm_eps, config.norm_bias)
     if tp.sequence or (of_heads and tp.size > 1):
         for parameter in norm.parameters():
-            sum_gradient(parameter, tp)
+            all_reduce_gradient(parameter, tp)
     return norm

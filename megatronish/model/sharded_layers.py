@@ -1,7 +1,7 @@
 """The form of each layer on a rank: plain in a single process, divided over tensor-parallel ranks otherwise.
 
 Parameters keep the names of the single process wherever they can; each divided one says which part of the full tensor it
-holds (`parallel.layers.Shard`).
+holds (`parallel.layers.TensorShard`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch.distributed import ProcessGroup
 from megatronish.config.model import ModelConfig
 from megatronish.model.linear import Linear
 from megatronish.ops.cross_entropy import CrossEntropyBackend, token_losses
-from megatronish.parallel.collectives import gather_sequence_alike
+from megatronish.parallel.collectives import all_gather_sequence
 from megatronish.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
-    Shard,
     SharedKVLinear,
     TensorParallel,
+    TensorShard,
     VocabParallelEmbedding,
     column_linear,
     part_of,
@@ -76,7 +76,7 @@ def build_row(in_features: int, out_features: int, bias: bool, tp: TensorParalle
     return RowParallelLinear(in_features, out_features, bias, tp)
 
 
-class DividedEmbedding(VocabParallelEmbedding):
+class ShardedEmbedding(VocabParallelEmbedding):
     """The token embedding, divided by vocabulary, with dropout."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
@@ -88,7 +88,7 @@ class DividedEmbedding(VocabParallelEmbedding):
         return F.dropout(super().forward(tokens), self.dropout, self.training)
 
 
-class DividedHead(nn.Module):
+class VocabParallelHead(nn.Module):
     """Logits of the rank's part of the vocabulary."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
@@ -96,7 +96,7 @@ class DividedHead(nn.Module):
         self.tp = tp
         rows = part_of(config.vocab_size, tp.size, tp.rank)
         self.start, self.vocab_size = rows[0], config.vocab_size
-        self.weight = sharded_parameter(Shard((config.vocab_size, config.hidden_size), 0, (rows,)))
+        self.weight = sharded_parameter(TensorShard((config.vocab_size, config.hidden_size), 0, (rows,)))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [b, s, hidden], or the rank's part of the sequence -> logits [b, s, V of the rank]."""
@@ -105,7 +105,7 @@ class DividedHead(nn.Module):
     def linear_loss(self, hidden: Tensor, labels: Tensor, loss: LinearCrossEntropy) -> Tensor:
         """The same of hidden [b, s, hidden], or the rank's part of the sequence, without logits."""
         if self.tp.sequence:
-            hidden = gather_sequence_alike(hidden, self.tp.group)
+            hidden = all_gather_sequence(hidden, self.tp.group)
         part = VocabularyPart(self.tp.group, self.start, self.start + self.weight.shape[0])
         return loss(hidden, self.weight, labels, part)
 

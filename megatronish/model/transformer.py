@@ -21,7 +21,13 @@ from megatronish.model.init import init_weights
 from megatronish.model.kv_cache import KVCache
 from megatronish.model.norm import build_norm
 from megatronish.model.rotary import RotaryTables
-from megatronish.model.sharded_layers import SINGLE, DividedEmbedding, DividedHead, LinearCrossEntropy, local_heads
+from megatronish.model.sharded_layers import (
+    SINGLE,
+    LinearCrossEntropy,
+    ShardedEmbedding,
+    VocabParallelHead,
+    local_heads,
+)
 from megatronish.ops.attention import makes_no_mask, needs_mask
 from megatronish.ops.attention_mask import attention_mask
 from megatronish.ops.cross_entropy import cross_entropy, resolve_cross_entropy
@@ -71,13 +77,13 @@ class LayerSpec:
 def layer_specs(config: ModelConfig, backends: Backends, tp: TensorParallel = SINGLE) -> list[LayerSpec]:
     """The layers in order: embedding, blocks.0 ..., final_norm (unless post-norm), head."""
     alone = tp.size == 1
-    embedding = partial(TokenEmbedding, config) if alone else partial(DividedEmbedding, config, tp)
+    embedding = partial(TokenEmbedding, config) if alone else partial(ShardedEmbedding, config, tp)
     specs = [LayerSpec("embedding", embedding)]
     for layer in range(config.num_layers):
         specs.append(LayerSpec(f"blocks.{layer}", partial(build_block, config, layer, backends, tp)))
     if config.has_final_norm:
         specs.append(LayerSpec("final_norm", partial(build_norm, config, config.hidden_size, backends.ops, tp)))
-    specs.append(LayerSpec("head", partial(Head, config) if alone else partial(DividedHead, config, tp)))
+    specs.append(LayerSpec("head", partial(Head, config) if alone else partial(VocabParallelHead, config, tp)))
     return specs
 
 
@@ -240,12 +246,12 @@ class Transformer(nn.Module):
                     "kernels.cross_entropy is 'linear', but nobody has set Transformer.linear_cross_entropy: "
                     "training.engine.Engine does, elsewhere choose 'auto'"
                 )
-            if isinstance(self.head, DividedHead):
+            if isinstance(self.head, VocabParallelHead):
                 return self.head.linear_loss(hidden, labels, self.linear_cross_entropy)
             linear_loss: Tensor = self.head(hidden, labels, self.linear_cross_entropy)
             return linear_loss
         logits = self.head(hidden)
-        if isinstance(self.head, DividedHead):
+        if isinstance(self.head, VocabParallelHead):
             return self.head.loss(logits, labels, IGNORED_LABEL, self.cross_entropy)
         return cross_entropy(logits, labels, IGNORED_LABEL, backend=self.cross_entropy)
 

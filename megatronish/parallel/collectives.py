@@ -1,7 +1,12 @@
-"""Communication between ranks that gradients flow through; every function takes its group.
+"""Differentiable collectives; every function takes its process group.
 
-The operators are torch's functional collectives: they return new tensors (a checkpointed or compiled block may keep or
-replay them), and a result may be waited for later, so that matrix work runs meanwhile.
+Megatron-LM's conjugate operators (Shoeybi et al. 2019; Korthikanti et al. 2022): f is the identity forward and an all-reduce
+backward, g an all-reduce forward and the identity backward. Under sequence parallelism f becomes an all-gather forward and a
+reduce-scatter backward, g a reduce-scatter forward and an all-gather backward. f has no function here: column-parallel linear
+layers (`parallel.layers.column_linear`) contain it, to overlap its collectives with matrix products.
+
+The operators underneath are torch's functional collectives: they return new tensors, which a checkpointed or compiled block may
+keep or replay, and they are asynchronous until `wait`.
 
 Shapes: b batch, s sequence, n ranks of the group.
 """
@@ -19,31 +24,31 @@ _ops = torch.ops._c10d_functional
 
 
 def wait(pending: Tensor) -> Tensor:
-    """The result of a `start_...` function, once it is there."""
+    """The result of a `start_...` function, once the collective has completed."""
     result: Tensor = _ops.wait_tensor(pending)
     return result
 
 
-def start_sum(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Begin to sum x over the group; `wait` for the result before any use."""
+def start_all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Start to sum x over the group; call `wait` before using the result."""
     result: Tensor = _ops.all_reduce(x.contiguous(), "sum", group.group_name)
     return result
 
 
-def start_gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Begin to collect x [m, ...] of every rank into [n * m, ...]; `wait` for the result before any use."""
+def start_all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Start to concatenate x [m, ...] of every rank to [n * m, ...]; call `wait` before using the result."""
     result: Tensor = _ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
     return result
 
 
-def start_sum_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Begin to sum x [n * m, ...] over the group, keeping this rank's [m, ...]; `wait` for the result before any use."""
+def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Start to sum x [n * m, ...] over the group; each rank keeps its [m, ...]. Call `wait` before using the result."""
     result: Tensor = _ops.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)
     return result
 
 
 def ranks_first(x: Tensor, n: int) -> Tensor:
-    """[b, s, ...] -> [n * b, s / n, ...]: every rank's part of the sequence behind one another."""
+    """[b, s, ...] -> [n * b, s / n, ...]: the sequence chunks of all ranks, concatenated along the batch."""
     b, s = x.shape[:2]
     return x.unflatten(1, (n, s // n)).transpose(0, 1).reshape(n * b, s // n, *x.shape[2:])
 
@@ -54,22 +59,10 @@ def ranks_last(x: Tensor, n: int) -> Tensor:
     return x.unflatten(0, (n, parts // n)).transpose(0, 1).reshape(parts // n, n * part_length, *x.shape[2:])
 
 
-class _Copy(torch.autograd.Function):
+class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return wait(start_sum(grad, ctx.group)), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        return wait(start_sum(x, group))
+        return wait(start_all_reduce(x, group))
 
     @staticmethod
     @once_differentiable
@@ -77,23 +70,11 @@ class _Sum(torch.autograd.Function):
         return grad, None
 
 
-class _GatherSequence(torch.autograd.Function):
+class _AllGatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        return ranks_last(wait(start_gather(x, group)), group.size())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return wait(start_sum_scatter(ranks_first(grad, ctx.group.size()), ctx.group)), None
-
-
-class _GatherSequenceAlike(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return ranks_last(wait(start_gather(x, group)), group.size())
+        return ranks_last(wait(start_all_gather(x, group)), group.size())
 
     @staticmethod
     @once_differentiable
@@ -101,75 +82,63 @@ class _GatherSequenceAlike(torch.autograd.Function):
         return grad.chunk(ctx.group.size(), dim=1)[ctx.group.rank()].contiguous(), None
 
 
-class _SumScatterSequence(torch.autograd.Function):
+class _ReduceScatterSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        return wait(start_sum_scatter(ranks_first(x, group.size()), group))
+        return wait(start_reduce_scatter(ranks_first(x, group.size()), group))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ranks_last(wait(start_gather(grad, ctx.group)), ctx.group.size()), None
+        return ranks_last(wait(start_all_gather(grad, ctx.group)), ctx.group.size()), None
 
 
-class _Exchange(torch.autograd.Function):
-    """All-to-all of the first dim: part j of rank i becomes part i of rank j. It is its own inverse and its own adjoint."""
+class _AllToAll(torch.autograd.Function):
+    """Chunk j of rank i becomes chunk i of rank j. It is its own inverse and its own adjoint."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        return _exchange(x, group)
+        return _all_to_all(x, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _exchange(grad, ctx.group), None
+        return _all_to_all(grad, ctx.group), None
 
 
-def _exchange(x: Tensor, group: ProcessGroup) -> Tensor:
+def _all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
     split = [x.shape[0] // group.size()] * group.size()
     return wait(_ops.all_to_all_single(x.contiguous(), split, split, group.group_name))
 
 
-def copy_to_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
-    """x itself, for a use that is divided over the group: its gradient is summed over the ranks."""
-    result: Tensor = _Copy.apply(x, group)
+def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Megatron's g: x summed over the group. The ranks use the sum identically, so the gradient passes unchanged."""
+    result: Tensor = _AllReduce.apply(x, group)
     return result
 
 
-def sum_over_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
-    """x summed over the group, for a use that every rank makes alike: its gradient is that of every rank's x."""
-    result: Tensor = _Sum.apply(x, group)
+def all_gather_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
+    """[b, s / n, ...] of each rank -> [b, s, ...], for a use that is identical on all ranks: the gradient is this rank's chunk."""
+    result: Tensor = _AllGatherSequence.apply(x, group)
     return result
 
 
-def gather_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
-    """[b, s / n, ...] of each rank -> [b, s, ...], for a use divided over the group: gradients are summed and scattered."""
-    result: Tensor = _GatherSequence.apply(x, group)
-    return result
-
-
-def gather_sequence_alike(x: Tensor, group: ProcessGroup) -> Tensor:
-    """[b, s / n, ...] of each rank -> [b, s, ...], for a use that every rank makes alike: its gradient is the rank's part."""
-    result: Tensor = _GatherSequenceAlike.apply(x, group)
-    return result
-
-
-def sum_scatter_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
-    """[b, s, ...] summed over the group, each rank keeping its [b, s / n, ...] of the sequence.
+def reduce_scatter_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Megatron's g under sequence parallelism: [b, s, ...] summed over the group, of which each rank keeps its [b, s / n, ...].
 
     Raises ValueError unless n divides s.
     """
     if x.shape[1] % group.size():
         raise ValueError(f"sequence of {x.shape[1]} tokens does not divide over {group.size()} tensor-parallel ranks")
-    result: Tensor = _SumScatterSequence.apply(x, group)
+    result: Tensor = _ReduceScatterSequence.apply(x, group)
     return result
 
 
-def exchange(x: Tensor, group: ProcessGroup) -> Tensor:
-    """All-to-all of x [n * m, ...]: the j-th m rows go to rank j. Raises ValueError unless n divides the rows."""
+def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
+    """All-to-all of x [n * m, ...]: rows j * m to (j + 1) * m go to rank j. Raises ValueError unless n divides the rows."""
     if x.shape[0] % group.size():
-        raise ValueError(f"{x.shape[0]} rows cannot be exchanged between {group.size()} ranks in equal parts")
-    result: Tensor = _Exchange.apply(x, group)
+        raise ValueError(f"all-to-all of {x.shape[0]} rows over {group.size()} ranks: the ranks must divide the rows")
+    result: Tensor = _AllToAll.apply(x, group)
     return result

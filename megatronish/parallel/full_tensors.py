@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatronish.parallel.layers import Shard, shard_of
+from megatronish.parallel.layers import TensorShard, shard_of
 from megatronish.parallel.mesh import ParallelMesh
 
 
@@ -19,7 +19,7 @@ class Part:
 
     name: str
     tensor: Tensor
-    shard: Shard | None
+    shard: TensorShard | None
 
     @property
     def is_copy(self) -> bool:
@@ -36,7 +36,7 @@ def parts_of(module: nn.Module) -> list[Part]:
     return parts
 
 
-def collect_whole(parts: Iterable[Part], mesh: ParallelMesh) -> dict[str, Tensor]:
+def gather_full_tensors(parts: Iterable[Part], mesh: ParallelMesh) -> dict[str, Tensor]:
     """The whole tensors by name, on the CPU of the first rank, elsewhere nothing. Every rank calls it.
 
     Parts travel one at a time, so no rank but the first needs memory for more than one.
@@ -46,7 +46,7 @@ def collect_whole(parts: Iterable[Part], mesh: ParallelMesh) -> dict[str, Tensor
     if mesh.device_mesh is None:
         return _assemble([(name, shard, part.tensor) for (name, _, _, shard), part in zip(listed, mine, strict=True)])
     rank, device = dist.get_rank(), mine[0].tensor.device if mine else None
-    everything: list[list[tuple[str, tuple[int, ...], torch.dtype, Shard | None]]] | None = None
+    everything: list[list[tuple[str, tuple[int, ...], torch.dtype, TensorShard | None]]] | None = None
     if rank == 0:
         everything = [[] for _ in range(dist.get_world_size())]
     dist.gather_object(listed, everything, dst=0)
@@ -63,14 +63,14 @@ def collect_whole(parts: Iterable[Part], mesh: ParallelMesh) -> dict[str, Tensor
     return whole
 
 
-def _assemble(parts: list[tuple[str, Shard | None, Tensor]]) -> dict[str, Tensor]:
+def _assemble(parts: list[tuple[str, TensorShard | None, Tensor]]) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     for name, shard, tensor in parts:
         _put(whole, name, shard, tensor)
     return whole
 
 
-def _put(whole: dict[str, Tensor], name: str, shard: Shard | None, tensor: Tensor) -> None:
+def _put(whole: dict[str, Tensor], name: str, shard: TensorShard | None, tensor: Tensor) -> None:
     tensor = tensor.detach().cpu()
     if shard is None:
         whole[name] = tensor.clone()

@@ -20,13 +20,13 @@ from torch.distributed import ProcessGroup
 
 from megatronish.ops.linear import linear
 from megatronish.parallel.collectives import (
+    all_reduce,
     ranks_first,
     ranks_last,
-    start_gather,
-    start_sum,
-    start_sum_scatter,
-    sum_over_ranks,
-    sum_scatter_sequence,
+    reduce_scatter_sequence,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
     wait,
 )
 from megatronish.parallel.mesh import Axis
@@ -63,7 +63,7 @@ class TensorParallel:
 
 
 @dataclass(frozen=True)
-class Shard:
+class TensorShard:
     """The part of a full tensor that a parameter holds: `segments` [start, stop) along `dim`, behind one another.
 
     full: shape of the full tensor. name: the full tensor's name beside the parameter's own, where it differs.
@@ -100,7 +100,7 @@ class Shard:
             full.narrow(self.dim, start, stop - start).copy_(piece)
 
 
-def set_shard(parameter: nn.Parameter, shard: Shard) -> None:
+def set_shard(parameter: nn.Parameter, shard: TensorShard) -> None:
     """Say which part of a full tensor `parameter` holds."""
     assert parameter.shape == shard.shape, (parameter.shape, shard)
     setattr(parameter, _SHARD, shard)
@@ -108,9 +108,9 @@ def set_shard(parameter: nn.Parameter, shard: Shard) -> None:
         setattr(parameter, _DEEPSPEED_MARK, True)
 
 
-def shard_of(parameter: Tensor) -> Shard | None:
+def shard_of(parameter: Tensor) -> TensorShard | None:
     """The part of a full tensor that `parameter` holds; None when it holds all of it."""
-    found: Shard | None = getattr(parameter, _SHARD, None)
+    found: TensorShard | None = getattr(parameter, _SHARD, None)
     return found
 
 
@@ -127,14 +127,14 @@ def part_of(total: int, size: int, rank: int) -> tuple[int, int]:
     return start, start + base + (rank < rest)
 
 
-def sum_gradient(parameter: nn.Parameter, tp: TensorParallel) -> None:
+def all_reduce_gradient(parameter: nn.Parameter, tp: TensorParallel) -> None:
     """Sum the gradient of a parameter that every rank holds but of which each rank's loss sees a part of the uses.
 
     That is the case of norms and biases between the matrices under sequence parallelism, of the norms of heads, and of
     key/value projections that ranks share.
     """
     group = tp.group
-    parameter.register_hook(lambda grad: wait(start_sum(grad, group)))
+    parameter.register_hook(lambda grad: wait(start_all_reduce(grad, group)))
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -149,7 +149,7 @@ class _ColumnLinear(torch.autograd.Function):
         ctx.tp = tp
         ctx.save_for_backward(x, weight)
         if tp.sequence:
-            x = ranks_last(wait(start_gather(x, tp.group)), tp.size)
+            x = ranks_last(wait(start_all_gather(x, tp.group)), tp.size)
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -157,13 +157,13 @@ class _ColumnLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         tp: TensorParallel = ctx.tp
-        gathering = start_gather(x, tp.group) if tp.sequence else None
+        gathering = start_all_gather(x, tp.group) if tp.sequence else None
         grad_x = grad @ weight
         if gathering is not None:
             x = ranks_last(wait(gathering), tp.size)
-            summing = start_sum_scatter(ranks_first(grad_x, tp.size), tp.group)
+            summing = start_reduce_scatter(ranks_first(grad_x, tp.size), tp.group)
         else:
-            summing = start_sum(grad_x, tp.group)
+            summing = start_all_reduce(grad_x, tp.group)
         rows = grad.flatten(0, -2)
         grad_weight = rows.t() @ x.flatten(0, -2)
         grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
@@ -194,8 +194,8 @@ class ColumnParallelLinear(nn.Module):
             segments.append((start + part // tp.size * tp.rank, start + part // tp.size * (tp.rank + 1)))
             start += part
         rows = sum(parts)
-        self.weight = sharded_parameter(Shard((rows, in_features), 0, tuple(segments)))
-        self.bias = sharded_parameter(Shard((rows,), 0, tuple(segments))) if bias else None
+        self.weight = sharded_parameter(TensorShard((rows, in_features), 0, tuple(segments)))
+        self.bias = sharded_parameter(TensorShard((rows,), 0, tuple(segments))) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, in] or its part of the sequence -> [b, s, out / tp]."""
@@ -223,13 +223,13 @@ class SharedKVLinear(nn.Module):
         rows = (heads + 2 * kv_heads) * head_dim
         q = heads // tp.size * head_dim
         q_rows, kv_rows = ((tp.rank * q, (tp.rank + 1) * q),), ((heads * head_dim, rows),)
-        self.q_weight = sharded_parameter(Shard((rows, in_features), 0, q_rows, "weight"))
-        self.kv_weight = sharded_parameter(Shard((rows, in_features), 0, kv_rows, "weight", replicated=True))
-        self.q_bias = sharded_parameter(Shard((rows,), 0, q_rows, "bias")) if bias else None
-        self.kv_bias = sharded_parameter(Shard((rows,), 0, kv_rows, "bias", replicated=True)) if bias else None
+        self.q_weight = sharded_parameter(TensorShard((rows, in_features), 0, q_rows, "weight"))
+        self.kv_weight = sharded_parameter(TensorShard((rows, in_features), 0, kv_rows, "weight", replicated=True))
+        self.q_bias = sharded_parameter(TensorShard((rows,), 0, q_rows, "bias")) if bias else None
+        self.kv_bias = sharded_parameter(TensorShard((rows,), 0, kv_rows, "bias", replicated=True)) if bias else None
         for shared in (self.kv_weight, self.kv_bias):
             if shared is not None:
-                sum_gradient(shared, tp)
+                all_reduce_gradient(shared, tp)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, in] or its part of the sequence -> [b, s, (q heads of the rank + 2) * head_dim]."""
@@ -254,14 +254,14 @@ class RowParallelLinear(nn.Module):
         if in_features % tp.size:
             raise ValueError(f"{in_features} input features do not divide over {tp.size} tensor-parallel ranks")
         columns = part_of(in_features, tp.size, tp.rank)
-        self.weight = sharded_parameter(Shard((out_features, in_features), 1, (columns,)))
+        self.weight = sharded_parameter(TensorShard((out_features, in_features), 1, (columns,)))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         if self.bias is not None and tp.sequence:
-            sum_gradient(self.bias, tp)
+            all_reduce_gradient(self.bias, tp)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, in / tp] -> [b, s, out], or the rank's part of the sequence."""
-        y = sum_shards(linear(x, self.weight), self.tp)
+        y = reduce_partial_sums(linear(x, self.weight), self.tp)
         return y if self.bias is None else y + self.bias
 
 
@@ -272,21 +272,21 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.tp = tp
         self.start, self.stop = part_of(vocab_size, tp.size, tp.rank)
-        self.weight = sharded_parameter(Shard((vocab_size, hidden_size), 0, ((self.start, self.stop),)))
+        self.weight = sharded_parameter(TensorShard((vocab_size, hidden_size), 0, ((self.start, self.stop),)))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [b, s] -> [b, s, hidden], or the rank's part of the sequence."""
         mine = (tokens >= self.start) & (tokens < self.stop)
         rows = F.embedding((tokens - self.start).where(mine, 0), self.weight)
-        return sum_shards(rows.where(mine.unsqueeze(-1), 0), self.tp)
+        return reduce_partial_sums(rows.where(mine.unsqueeze(-1), 0), self.tp)
 
 
-def sum_shards(y: Tensor, tp: TensorParallel) -> Tensor:
+def reduce_partial_sums(y: Tensor, tp: TensorParallel) -> Tensor:
     """What the ranks' parts y [b, s, hidden] add up to, or under sequence parallelism the rank's part of the sequence."""
-    return sum_scatter_sequence(y, tp.group) if tp.sequence else sum_over_ranks(y, tp.group)
+    return reduce_scatter_sequence(y, tp.group) if tp.sequence else all_reduce(y, tp.group)
 
 
-def sharded_parameter(shard: Shard) -> nn.Parameter:
+def sharded_parameter(shard: TensorShard) -> nn.Parameter:
     """An unset parameter that holds `shard`."""
     parameter = nn.Parameter(torch.empty(shard.shape))
     set_shard(parameter, shard)

@@ -9,7 +9,7 @@ import torch
 
 
 @contextmanager
-def own_random_numbers(rank: int, device: torch.device) -> Iterator[None]:
+def fork_rng_per_rank(rank: int, device: torch.device) -> Iterator[None]:
     """Inside it ranks whose generators agree draw different numbers; after it they agree again.
 
     The inner seed comes from the generator of the CPU, so each use draws anew, and a recomputed block draws what it drew

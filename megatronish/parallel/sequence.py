@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatronish.parallel.collectives import exchange
+from megatronish.parallel.collectives import all_to_all
 
 
 def heads_to_ranks(parts: tuple[Tensor, ...], group: ProcessGroup) -> list[Tensor]:
-    """Tensors [b, s / n, h, d] -> [b, s, h / n, d], together in one exchange.
+    """Tensors [b, s / n, h, d] -> [b, s, h / n, d], together in one all_to_all.
 
     Fewer heads than ranks are repeated first, so that each rank gets the head that its part of more heads belongs to.
     Raises ValueError unless n divides h or h divides n.
@@ -24,14 +24,14 @@ def heads_to_ranks(parts: tuple[Tensor, ...], group: ProcessGroup) -> list[Tenso
     by_rank = [_enough_heads(part, n).unflatten(2, (n, -1)) for part in parts]  # [b, s / n, n, heads of a rank, d]
     widths = [part.shape[3] for part in by_rank]
     sent = torch.cat(by_rank, dim=3).permute(2, 0, 1, 3, 4)
-    received = exchange(sent, group)  # [n parts of the sequence, b, s / n, heads of this rank, d]
+    received = all_to_all(sent, group)  # [n parts of the sequence, b, s / n, heads of this rank, d]
     return list(received.transpose(0, 1).flatten(1, 2).split(widths, dim=2))
 
 
 def sequence_to_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
     """[b, s, h / n, d] -> [b, s / n, h, d], the way back."""
     sent = x.unflatten(1, (group.size(), -1)).transpose(0, 1)
-    received = exchange(sent, group)  # [n parts of the heads, b, s / n, h / n, d]
+    received = all_to_all(sent, group)  # [n parts of the heads, b, s / n, h / n, d]
     return received.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from megatronish.config.model import ModelConfig
 from megatronish.planning.hardware import Hardware
-from megatronish.planning.layout import AxisName, Group, Layout
+from megatronish.planning.layout import AxisName, Group, PlannedLayout
 from megatronish.planning.parameters import StageLayers, rank_parameters
 from megatronish.planning.stack import Stack
 
@@ -50,7 +50,7 @@ class Traffic:
         return sent_bytes(self.kind, self.payload, ranks) * self.calls
 
 
-def traffic_group(entry: Traffic, layout: Layout, gpus_per_node: int) -> Group:
+def traffic_group(entry: Traffic, layout: PlannedLayout, gpus_per_node: int) -> Group:
     """The ranks that take part: of a pipeline's reductions its two ends, which sit on different nodes."""
     if entry.axis == "pp" and entry.kind != "point_to_point":
         return Group(2, 1)
@@ -138,7 +138,7 @@ def _direct_seconds(kind: Kind, payload: float, group: Group, hardware: Hardware
 
 
 def step_traffic(
-    model: ModelConfig, layout: Layout, stack: Stack, layers: StageLayers, item_bytes: int = 2
+    model: ModelConfig, layout: PlannedLayout, stack: Stack, layers: StageLayers, item_bytes: int = 2
 ) -> list[Traffic]:
     """Everything that a rank of the stage sends in an optimizer step, but for a few scalars and one-off messages.
 
@@ -156,7 +156,7 @@ def step_traffic(
     return [entry for entry in traffic if entry.calls and entry.payload]
 
 
-def _tensor_traffic(model: ModelConfig, layout: Layout, layers: StageLayers, item_bytes: int) -> list[Traffic]:
+def _tensor_traffic(model: ModelConfig, layout: PlannedLayout, layers: StageLayers, item_bytes: int) -> list[Traffic]:
     """Sums after row-parallel matrices and the embedding, and of the gradients of column-parallel ones and the head."""
     tokens = layout.micro_batch * model.seq_length
     hidden, micro = float(tokens * model.hidden_size * item_bytes), layout.accumulation
@@ -215,7 +215,7 @@ def _shared_sizes(model: ModelConfig, layers: StageLayers) -> list[tuple[int, in
     return [(model.hidden_size, norms * tensors + biases)]
 
 
-def _ulysses_traffic(model: ModelConfig, layout: Layout, layers: StageLayers, item_bytes: int) -> list[Traffic]:
+def _ulysses_traffic(model: ModelConfig, layout: PlannedLayout, layers: StageLayers, item_bytes: int) -> list[Traffic]:
     """Heads against sequence before attention and back after it (Jacobs et al. 2023)."""
     tokens = layout.micro_batch * model.seq_length // layout.sequence
     heads, kv_heads = model.num_attention_heads, max(model.resolved_kv_heads, layout.sequence)
@@ -233,7 +233,7 @@ def _ulysses_traffic(model: ModelConfig, layout: Layout, layers: StageLayers, it
 
 
 def _pipeline_traffic(
-    model: ModelConfig, layout: Layout, stack: Stack, layers: StageLayers, item_bytes: int
+    model: ModelConfig, layout: PlannedLayout, stack: Stack, layers: StageLayers, item_bytes: int
 ) -> list[Traffic]:
     """Hidden states to the next stage, their gradients to the one before, and the gradient of a tied embedding."""
     parts = layout.tensor if layout.tensor_sequence or stack.divides_messages else 1
@@ -253,7 +253,7 @@ def _pipeline_traffic(
 
 
 def _data_traffic(
-    model: ModelConfig, layout: Layout, stack: Stack, layers: StageLayers, item_bytes: int
+    model: ModelConfig, layout: PlannedLayout, stack: Stack, layers: StageLayers, item_bytes: int
 ) -> list[Traffic]:
     """Gradients and weights, as the ZeRO stage says (Rajbhandari et al. 2020)."""
     count = rank_parameters(model, layout.tensor, layers).total

@@ -12,7 +12,7 @@ from megatronish.config.model import ModelConfig
 from megatronish.model.accounting import mean_attended_keys
 from megatronish.planning.communication import Kind, collective_seconds
 from megatronish.planning.hardware import Hardware
-from megatronish.planning.layout import Layout
+from megatronish.planning.layout import PlannedLayout
 from megatronish.planning.parameters import StageLayers
 from megatronish.planning.stack import Stack
 
@@ -58,7 +58,12 @@ class _Products:
 
 
 def stage_time(
-    model: ModelConfig, layout: Layout, stack: Stack, hardware: Hardware, layers: StageLayers, item_bytes: int = 2
+    model: ModelConfig,
+    layout: PlannedLayout,
+    stack: Stack,
+    hardware: Hardware,
+    layers: StageLayers,
+    item_bytes: int = 2,
 ) -> StageTime:
     """Time of a micro batch on a rank of the stage."""
     tokens = layout.micro_batch * model.seq_length // layout.sequence
@@ -82,7 +87,9 @@ def stage_time(
     )
 
 
-def _product_times(model: ModelConfig, layout: Layout, hardware: Hardware, tokens: int, item_bytes: int) -> _Products:
+def _product_times(
+    model: ModelConfig, layout: PlannedLayout, hardware: Hardware, tokens: int, item_bytes: int
+) -> _Products:
     tensor, hidden, head_dim = layout.tensor, model.hidden_size, model.resolved_head_dim
     kv_heads = max(model.resolved_kv_heads, tensor)
 
@@ -100,7 +107,7 @@ def _product_times(model: ModelConfig, layout: Layout, hardware: Hardware, token
 
 
 def _attention_times(
-    model: ModelConfig, layout: Layout, stack: Stack, hardware: Hardware, tokens: int, layers: StageLayers
+    model: ModelConfig, layout: PlannedLayout, stack: Stack, hardware: Hardware, tokens: int, layers: StageLayers
 ) -> tuple[float, float]:
     """Forward and backward seconds of the attention of a stage's blocks, windows averaged over the model."""
     heads = model.num_attention_heads / layout.tensor
@@ -118,7 +125,7 @@ def _attention_times(
 
 def _between_times(
     model: ModelConfig,
-    layout: Layout,
+    layout: PlannedLayout,
     stack: Stack,
     hardware: Hardware,
     tokens: int,
@@ -140,7 +147,7 @@ def _between_times(
 
 def _exposed(
     model: ModelConfig,
-    layout: Layout,
+    layout: PlannedLayout,
     stack: Stack,
     hardware: Hardware,
     layers: StageLayers,
@@ -184,7 +191,7 @@ def _exposed(
 
 
 def _exposed_ulysses(
-    model: ModelConfig, layout: Layout, hardware: Hardware, layers: StageLayers, item_bytes: int
+    model: ModelConfig, layout: PlannedLayout, hardware: Hardware, layers: StageLayers, item_bytes: int
 ) -> tuple[float, float]:
     """All of it: attention waits for its heads, and what follows for its part of the sequence."""
     tokens = layout.micro_batch * model.seq_length // layout.sequence

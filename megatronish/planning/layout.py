@@ -28,7 +28,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PlannedLayout:
     """Sizes of the axes, how states are divided, and the batch of one optimizer step.
 
     tensor, sequence, data, pipeline: as in `parallel.mesh`, tensor innermost. tensor_sequence: Megatron sequence
@@ -48,7 +48,7 @@ class Layout:
     interleave: int = 1
 
     @classmethod
-    def of_run(cls, config: RunConfig, ranks: int) -> Layout:
+    def of_run(cls, config: RunConfig, ranks: int) -> PlannedLayout:
         """The layout of a run on `ranks` GPUs. Raises ConfigError when its sizes do not divide them."""
         ours, parallel = config.megatronish, config.megatronish.parallel
         plan = config.batch_plan(parallel.data_size(ranks))

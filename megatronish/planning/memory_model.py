@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatronish.config.model import ModelConfig
-from megatronish.planning.layout import Layout
+from megatronish.planning.layout import PlannedLayout
 from megatronish.planning.parameters import StageLayers, rank_parameters
 
 GRADIENT_BYTES = 4  # summed in fp32, as the files in ds_configs/ ask
@@ -31,7 +31,7 @@ class RankMemory:
 
 
 def rank_memory(
-    model: ModelConfig, layout: Layout, layers: StageLayers, stage: int = 0, item_bytes: int = 2
+    model: ModelConfig, layout: PlannedLayout, layers: StageLayers, stage: int = 0, item_bytes: int = 2
 ) -> RankMemory:
     """What a rank of pipeline stage `stage` holds in mixed precision with Adam. Sequences have model.seq_length tokens."""
     count, shards = rank_parameters(model, layout.tensor, layers).total, layout.shards
@@ -50,7 +50,7 @@ def rank_memory(
     )
 
 
-def _activations(model: ModelConfig, layout: Layout, layers: StageLayers, stage: int, item_bytes: int) -> float:
+def _activations(model: ModelConfig, layout: PlannedLayout, layers: StageLayers, stage: int, item_bytes: int) -> float:
     """1F1B: a stage holds as many micro batches as there are stages from it on (Narayanan et al. 2021)."""
     tokens = layout.micro_batch * model.seq_length // layout.sequence
     in_flight = min(layout.accumulation, layout.pipeline - stage)
@@ -62,7 +62,7 @@ def _activations(model: ModelConfig, layout: Layout, layers: StageLayers, stage:
 
 
 def block_activation_bytes(
-    model: ModelConfig, layout: Layout, item_bytes: int = 2, recompute: str | None = None
+    model: ModelConfig, layout: PlannedLayout, item_bytes: int = 2, recompute: str | None = None
 ) -> float:
     """Bytes a token that a block keeps for its backward pass, with fused norms, rotation, activation and attention.
 

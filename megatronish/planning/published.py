@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from megatronish.config.model import ModelConfig
 from megatronish.config.presets import resolve_model
 from megatronish.planning.hardware import A100, H100, H100_HBM2E, Hardware
-from megatronish.planning.layout import Layout, Recompute
+from megatronish.planning.layout import PlannedLayout, Recompute
 from megatronish.planning.stack import MEGATRON_2021, MEGATRON_CORE, TORCHTITAN, Stack
 from megatronish.planning.throughput import Estimate, estimate
 
@@ -29,7 +29,7 @@ class PublishedRun:
     table: str
     name: str
     model: ModelConfig
-    layout: Layout
+    layout: PlannedLayout
     stack: Stack
     hardware: Hardware
     tokens_per_gpu_second: float
@@ -98,7 +98,7 @@ def _megatron_2021() -> list[PublishedRun]:
     runs = []
     for name, (layers, hidden, heads, tp, pp, micro, batch, gpus, part, teraflops) in rows.items():
         data = gpus // tp // pp
-        layout = Layout(
+        layout = PlannedLayout(
             tensor=tp,
             pipeline=pp,
             data=data,
@@ -132,7 +132,7 @@ def _megatron_h100() -> list[PublishedRun]:
     runs = []
     for name, (layers, hidden, heads, tp, pp, batch, teraflops) in rows.items():
         micro = 4 if pp == 1 else 1
-        layout = Layout(
+        layout = PlannedLayout(
             tensor=tp,
             tensor_sequence=tp > 1,
             pipeline=pp,
@@ -164,7 +164,7 @@ def _torchtitan() -> list[PublishedRun]:
     ]
     runs = []
     for size, hardware, data, tensor, micro, recompute, speed in rows:
-        layout = Layout(
+        layout = PlannedLayout(
             tensor=tensor,
             tensor_sequence=tensor > 1,
             data=data,

@@ -10,7 +10,7 @@ from megatronish.config.model import ModelConfig
 from megatronish.config.presets import resolve_model
 from megatronish.planning.communication import step_traffic, traffic_group
 from megatronish.planning.hardware import Hardware
-from megatronish.planning.layout import AxisName, Layout
+from megatronish.planning.layout import AxisName, PlannedLayout
 from megatronish.planning.memory_model import USABLE_SHARE
 from megatronish.planning.parameters import stage_layers
 from megatronish.planning.published import PublishedRun, gpt, llama3, published_runs
@@ -105,7 +105,7 @@ def _summary(runs: Sequence[PublishedRun]) -> list[str]:
     return lines
 
 
-def traffic_table(model: ModelConfig, layouts: Sequence[Layout], hardware: Hardware) -> str:
+def traffic_table(model: ModelConfig, layouts: Sequence[PlannedLayout], hardware: Hardware) -> str:
     """What the busiest stage's rank sends in a step along each axis, how long that takes alone, and what stays visible."""
     rows = []
     for layout in layouts:
@@ -127,7 +127,7 @@ def traffic_table(model: ModelConfig, layouts: Sequence[Layout], hardware: Hardw
     return markdown(heads, rows)
 
 
-def _axis_cost(model: ModelConfig, layout: Layout, axis: AxisName, hardware: Hardware) -> tuple[float, float]:
+def _axis_cost(model: ModelConfig, layout: PlannedLayout, axis: AxisName, hardware: Hardware) -> tuple[float, float]:
     """Bytes a rank sends along an axis in a step, and their seconds were nothing else going on: the dearest stage's."""
     costs = [(0.0, 0.0)]
     for layers in stage_layers(model, layout.pipeline):

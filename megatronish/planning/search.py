@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from megatronish.config.model import ModelConfig
 from megatronish.errors import ConfigError
 from megatronish.planning.hardware import Hardware
-from megatronish.planning.layout import Layout
+from megatronish.planning.layout import PlannedLayout
 from megatronish.planning.memory_model import USABLE_SHARE, rank_memory
 from megatronish.planning.parameters import StageLayers, stage_layers
 from megatronish.planning.stack import MEGATRONISH, Stack
@@ -21,7 +21,7 @@ _POWERS = (1, 2, 4, 8, 16, 32, 64)
 class Candidate:
     """A layout that fits, and what it does."""
 
-    layout: Layout
+    layout: PlannedLayout
     estimate: Estimate
 
 
@@ -47,7 +47,7 @@ def best_layouts(
     return found
 
 
-def _layouts(model: ModelConfig, gpus: int, samples: int, pipeline: int, gpus_per_node: int) -> Iterator[Layout]:
+def _layouts(model: ModelConfig, gpus: int, samples: int, pipeline: int, gpus_per_node: int) -> Iterator[PlannedLayout]:
     """Every layout with that many stages which the engine takes and whose batch comes out even."""
     widths = [width for width in _POWERS if width <= gpus_per_node]
     shapes = [(width, 1, divides) for width in widths for divides in (False, True) if width > 1 or not divides]
@@ -56,7 +56,7 @@ def _layouts(model: ModelConfig, gpus: int, samples: int, pipeline: int, gpus_pe
         data, rest = divmod(gpus, tensor * sequence * pipeline)
         if rest or data == 0 or samples % data:
             continue
-        shape = Layout(tensor, sequence, data, pipeline, tensor_sequence)
+        shape = PlannedLayout(tensor, sequence, data, pipeline, tensor_sequence)
         for zero in range(4):
             candidate = replace(shape, zero=zero)
             try:
@@ -72,6 +72,6 @@ def _layouts(model: ModelConfig, gpus: int, samples: int, pipeline: int, gpus_pe
                 yield replace(batch, recompute="full")
 
 
-def _fits(model: ModelConfig, layout: Layout, stages: list[StageLayers], hardware: Hardware) -> bool:
+def _fits(model: ModelConfig, layout: PlannedLayout, stages: list[StageLayers], hardware: Hardware) -> bool:
     limit = USABLE_SHARE * hardware.memory_bytes
     return all(rank_memory(model, layout, layers, stage).total <= limit for stage, layers in enumerate(stages))

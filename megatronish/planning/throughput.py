@@ -9,7 +9,7 @@ from megatronish.model.accounting import flops_per_token
 from megatronish.planning.communication import Traffic, collective_seconds, step_traffic, traffic_group
 from megatronish.planning.compute import StageTime, stage_time
 from megatronish.planning.hardware import Hardware
-from megatronish.planning.layout import Layout
+from megatronish.planning.layout import PlannedLayout
 from megatronish.planning.memory_model import GRADIENT_BYTES, RankMemory, rank_memory
 from megatronish.planning.parameters import StageLayers, rank_parameters, stage_layers
 from megatronish.planning.stack import MEGATRONISH, Stack
@@ -66,7 +66,7 @@ class Estimate:
 
 def estimate(
     model: ModelConfig,
-    layout: Layout,
+    layout: PlannedLayout,
     hardware: Hardware,
     stack: Stack = MEGATRONISH,
     stages: list[StageLayers] | None = None,
@@ -108,7 +108,7 @@ def estimate(
     )
 
 
-def _message_seconds(model: ModelConfig, layout: Layout, stack: Stack, hardware: Hardware) -> float:
+def _message_seconds(model: ModelConfig, layout: PlannedLayout, stack: Stack, hardware: Hardware) -> float:
     if layout.pipeline == 1:
         return 0.0
     parts = layout.tensor if layout.tensor_sequence or stack.divides_messages else 1
@@ -117,7 +117,7 @@ def _message_seconds(model: ModelConfig, layout: Layout, stack: Stack, hardware:
 
 
 def _data_seconds(
-    model: ModelConfig, layout: Layout, stack: Stack, hardware: Hardware, layers: StageLayers, time: StageTime
+    model: ModelConfig, layout: PlannedLayout, stack: Stack, hardware: Hardware, layers: StageLayers, time: StageTime
 ) -> float:
     """Communication over the ranks that ZeRO divides states over, and of a tied embedding, less what computation hides."""
     visible = 0.0
@@ -139,12 +139,12 @@ def _data_seconds(
     return visible
 
 
-def _reduces_early(layout: Layout, stack: Stack) -> bool:
+def _reduces_early(layout: PlannedLayout, stack: Stack) -> bool:
     return layout.pipeline == 1 or stack.reduces_in_pipeline_gaps
 
 
 def bucketed_seconds(
-    entry: Traffic, layout: Layout, stack: Stack, hardware: Hardware, layers: StageLayers
+    entry: Traffic, layout: PlannedLayout, stack: Stack, hardware: Hardware, layers: StageLayers
 ) -> tuple[float, int]:
     """Seconds of one call of `entry` were nothing else going on, and the collectives that it is cut into.
 
@@ -162,7 +162,7 @@ def bucketed_seconds(
     return buckets * collective_seconds(entry.kind, entry.payload / buckets, group, hardware), buckets
 
 
-def _optimizer_seconds(model: ModelConfig, layout: Layout, hardware: Hardware, layers: StageLayers) -> float:
+def _optimizer_seconds(model: ModelConfig, layout: PlannedLayout, hardware: Hardware, layers: StageLayers) -> float:
     """Adding up gradients, and the step on the states that the rank owns."""
     count = rank_parameters(model, layout.tensor, layers).total
     summed = count / (layout.shards if layout.zero >= 2 else 1)

@@ -56,7 +56,7 @@ from megatronish.launch.exit import SHUTDOWN_SECONDS, exit_within
 from megatronish.launch.rendezvous import Rendezvous, join_rendezvous_from_env
 from megatronish.model.sharded_layers import VocabularyPart
 from megatronish.model.transformer import IGNORED_LABEL, Transformer
-from megatronish.parallel.full_tensors import collect_whole, parts_of
+from megatronish.parallel.full_tensors import gather_full_tensors, parts_of
 from megatronish.parallel.layers import is_copy
 from megatronish.parallel.mesh import ParallelMesh
 from megatronish.training.memory import GIB, ActivationBudget, OutOfMemory, shortest_batch
@@ -347,7 +347,7 @@ class Engine:
         """Whole weights in the training dtype, on the first rank (elsewhere empty). Every rank calls it."""
         if self.mesh.tp.size > 1 or self.mesh.pp.size > 1:
             held = [part for part in parts_of(self._engine.module.model) if not is_tied_copy(part.tensor)]
-            return collect_whole(held, self.mesh)
+            return gather_full_tensors(held, self.mesh)
         if self._stage3:
             state = self._engine._zero3_consolidated_16bit_state_dict() or {}
         else:

@@ -19,7 +19,7 @@ from megatronish.config.model import ModelConfig
 from megatronish.config.run import RunConfig
 from megatronish.errors import ConfigError
 from megatronish.model.transformer import Transformer
-from megatronish.parallel.layers import Shard
+from megatronish.parallel.layers import TensorShard
 from megatronish.training.setup.preparation import check_streams
 from tests.config.raw import read
 from tests.distributed import run_ranks
@@ -204,7 +204,7 @@ def parts(rows: int, columns: int) -> tuple[Tensor, dict[int, list[tuple[Extent,
     for tp in range(2):
         quarter = rows // 4
         segments = ((tp * quarter, (tp + 1) * quarter), (2 * quarter + tp * quarter, 2 * quarter + (tp + 1) * quarter))
-        shard = Shard((rows, columns), 0, segments)
+        shard = TensorShard((rows, columns), 0, segments)
         flat = shard.take(whole).flatten()
         cut = flat.numel() // 3  # within a row
         for dp, (start, stop) in enumerate(((0, cut), (cut, flat.numel()))):
@@ -226,7 +226,7 @@ def test_any_cut_is_put_together(tmp_path: Path) -> None:
     assert saved.moments == ["m"] and saved.scalars == {"step": 3.0} and "w" in saved and "v" not in saved
     assert torch.equal(saved.read(MASTER, Extent("w", (8, 5), None, 0, 40)).view(8, 5), whole)
     assert torch.equal(saved.read("m", Extent("w", (8, 5), None, 7, 19)), -whole.flatten()[7:19])
-    columns = Shard((8, 5), 1, ((1, 3),))
+    columns = TensorShard((8, 5), 1, ((1, 3),))
     assert torch.equal(saved.read(MASTER, Extent("w", (8, 2), columns, 3, 9)), whole[:, 1:3].flatten()[3:9])
     _, held = parts(8, 5)
     for runs in held.values():

@@ -16,9 +16,9 @@ from megatronish.ops.cross_entropy import token_losses
 from megatronish.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
-    Shard,
     SharedKVLinear,
     TensorParallel,
+    TensorShard,
     VocabParallelEmbedding,
     part_of,
     shard_of,
@@ -221,14 +221,14 @@ def test_one_process_has_a_mesh_without_groups() -> None:
 
 def test_shards_take_and_put_back() -> None:
     full = torch.arange(24.0).view(8, 3)
-    shards = [Shard((8, 3), 0, ((2 * r, 2 * r + 2), (4 + 2 * r, 6 + 2 * r))) for r in range(2)]
+    shards = [TensorShard((8, 3), 0, ((2 * r, 2 * r + 2), (4 + 2 * r, 6 + 2 * r))) for r in range(2)]
     again = torch.full((8, 3), -1.0)
     for shard in shards:
         shard.put(again, shard.take(full))
     assert torch.equal(again, full)
     assert torch.equal(shards[1].take(full), full[[2, 3, 6, 7]])
     assert shards[0].full_name("a.b.q_weight") == "a.b.q_weight"
-    assert Shard((8, 3), 0, ((0, 2),), "weight").full_name("a.b.q_weight") == "a.b.weight"
+    assert TensorShard((8, 3), 0, ((0, 2),), "weight").full_name("a.b.q_weight") == "a.b.weight"
     with pytest.raises(ValueError, match=r"shape \(8, 4\) was given, expected \(8, 3\)"):
         shards[0].take(torch.zeros(8, 4))
 

@@ -150,12 +150,12 @@ def test_dropout_agrees_where_it_must(sequence: bool) -> None:
 
 def attention_masks(rank: int) -> Tensor:
     """Which keys the heads of a rank keep under attention dropout: the heads' inputs are alike, so masks show."""
-    from megatronish.parallel.rng import own_random_numbers
+    from megatronish.parallel.rng import fork_rng_per_rank
 
     torch.manual_seed(4)
-    with own_random_numbers(rank, torch.device("cpu")):
+    with fork_rng_per_rank(rank, torch.device("cpu")):
         first = torch.rand(64) < 0.5
-    with own_random_numbers(rank, torch.device("cpu")):
+    with fork_rng_per_rank(rank, torch.device("cpu")):
         second = torch.rand(64) < 0.5
     return torch.stack([first, second, torch.rand(64) < 0.5])
 

@@ -13,7 +13,7 @@ from megatronish.config.presets import resolve_model
 from megatronish.errors import ConfigError
 from megatronish.planning.communication import Kind, collective_seconds, sent_bytes, step_traffic
 from megatronish.planning.hardware import A100, H100
-from megatronish.planning.layout import AxisName, Group, Layout
+from megatronish.planning.layout import AxisName, Group, PlannedLayout
 from megatronish.planning.parameters import StageLayers, stage_layers, whole_model
 from megatronish.planning.stack import MEGATRON_2021, MEGATRON_CORE, MEGATRONISH
 
@@ -31,19 +31,19 @@ def test_bytes_sent_by_hand() -> None:
 @pytest.mark.parametrize(
     ("layout", "axis", "expected"),
     [
-        (Layout(tensor=8, data=4), "tp", Group(8, 8)),
-        (Layout(tensor=8, data=4), "data", Group(4, 1)),
-        (Layout(tensor=2, data=16), "data", Group(16, 4)),
-        (Layout(data=48), "data", Group(48, 8)),
-        (Layout(data=4, pipeline=4), "pp", Group(4, 2)),
-        (Layout(tensor=8, data=4, pipeline=4), "pp", Group(4, 1)),
-        (Layout(sequence=4, data=4), "sp", Group(4, 4)),
-        (Layout(sequence=4, data=4), "data", Group(16, 8)),
-        (Layout(tensor=2, data=2), "data", Group(2, 2)),
-        (Layout(tensor=16), "tp", Group(16, 8)),
+        (PlannedLayout(tensor=8, data=4), "tp", Group(8, 8)),
+        (PlannedLayout(tensor=8, data=4), "data", Group(4, 1)),
+        (PlannedLayout(tensor=2, data=16), "data", Group(16, 4)),
+        (PlannedLayout(data=48), "data", Group(48, 8)),
+        (PlannedLayout(data=4, pipeline=4), "pp", Group(4, 2)),
+        (PlannedLayout(tensor=8, data=4, pipeline=4), "pp", Group(4, 1)),
+        (PlannedLayout(sequence=4, data=4), "sp", Group(4, 4)),
+        (PlannedLayout(sequence=4, data=4), "data", Group(16, 8)),
+        (PlannedLayout(tensor=2, data=2), "data", Group(2, 2)),
+        (PlannedLayout(tensor=16), "tp", Group(16, 8)),
     ],
 )
-def test_where_the_ranks_of_an_axis_sit(layout: Layout, axis: AxisName, expected: Group) -> None:
+def test_where_the_ranks_of_an_axis_sit(layout: PlannedLayout, axis: AxisName, expected: Group) -> None:
     assert layout.group(axis, 8) == expected
     assert expected.nodes == -(-expected.size // expected.local)
 
@@ -98,7 +98,7 @@ def test_more_nodes_never_take_less(kind: Kind, payload: float, nodes: int, loca
 
 
 def totals(
-    model: ModelConfig, layout: Layout, layers: StageLayers, stack: Any = MEGATRONISH
+    model: ModelConfig, layout: PlannedLayout, layers: StageLayers, stack: Any = MEGATRONISH
 ) -> dict[tuple[str, str], float]:
     """(axis, kind) -> bytes of a step."""
     found: dict[tuple[str, str], float] = {}
@@ -116,37 +116,40 @@ def test_volumes_by_hand() -> None:
     """Per micro batch: of four layers two sums each way and one at either end; 12 bytes a token for the loss."""
     base: dict[str, Any] = {"micro_batch": 2, "accumulation": 3}
     whole = whole_model(SMALL)
-    assert totals(SMALL, Layout(tensor=2, **base), whole) == {("tp", "all_reduce"): 3 * (18 * HIDDEN + 512 * 12)}
-    assert totals(SMALL, Layout(tensor=2, tensor_sequence=True, **base), whole) == {
+    assert totals(SMALL, PlannedLayout(tensor=2, **base), whole) == {("tp", "all_reduce"): 3 * (18 * HIDDEN + 512 * 12)}
+    assert totals(SMALL, PlannedLayout(tensor=2, tensor_sequence=True, **base), whole) == {
         ("tp", "reduce_scatter"): 3 * 18 * HIDDEN,
         ("tp", "all_gather"): 3 * 27 * HIDDEN,
         ("tp", "all_reduce"): 3 * (512 * 12 + 9 * 512),
     }
-    assert totals(SMALL, Layout(sequence=2, zero=0, **base), whole) == {
+    assert totals(SMALL, PlannedLayout(sequence=2, zero=0, **base), whole) == {
         # of a rank's 256 tokens: 4 query and twice 2 key/value heads of 64 there, 4 back; forward and backward
         ("sp", "all_to_all"): 3 * 4 * 2 * 256 * (8 + 4) * 64 * 2,
         ("data", "all_reduce"): 2 * PARAMETERS,
     }
-    assert totals(SMALL, Layout(data=4, zero=2, **base), whole) == {
+    assert totals(SMALL, PlannedLayout(data=4, zero=2, **base), whole) == {
         ("data", "all_reduce"): 3 * 2 * PARAMETERS,
         ("data", "all_gather"): 2 * PARAMETERS,
     }
-    assert totals(SMALL, Layout(data=4, zero=3, **base), whole) == {
+    assert totals(SMALL, PlannedLayout(data=4, zero=3, **base), whole) == {
         ("data", "all_gather"): 3 * 2 * 2 * PARAMETERS,
         ("data", "reduce_scatter"): 3 * 2 * PARAMETERS,
     }
-    ends = [totals(SMALL, Layout(pipeline=2, **base), layers) for layers in stage_layers(SMALL, 2)]
+    ends = [totals(SMALL, PlannedLayout(pipeline=2, **base), layers) for layers in stage_layers(SMALL, 2)]
     assert ends == [{("pp", "point_to_point"): 3 * HIDDEN}] * 2
 
 
 def test_stacks_differ_where_they_say() -> None:
     """Megatron-Core reduce-scatters fp32 gradients once; in 2021 all-reduced fp16; both send a part of hidden states."""
     whole = whole_model(SMALL)
-    layout = Layout(data=4, accumulation=3)
-    core, old = totals(SMALL, layout, whole, MEGATRON_CORE), totals(SMALL, Layout(data=4, zero=0), whole, MEGATRON_2021)
+    layout = PlannedLayout(data=4, accumulation=3)
+    core, old = (
+        totals(SMALL, layout, whole, MEGATRON_CORE),
+        totals(SMALL, PlannedLayout(data=4, zero=0), whole, MEGATRON_2021),
+    )
     assert core == {("data", "reduce_scatter"): 4 * PARAMETERS, ("data", "all_gather"): 2 * PARAMETERS}
     assert old == {("data", "all_reduce"): 2 * PARAMETERS}
-    piped = Layout(tensor=4, pipeline=2, micro_batch=2)
+    piped = PlannedLayout(tensor=4, pipeline=2, micro_batch=2)
     first = stage_layers(SMALL, 2)[0]
     ours, theirs = totals(SMALL, piped, first), totals(SMALL, piped, first, MEGATRON_2021)
     assert ours["pp", "point_to_point"] == 4 * theirs["pp", "point_to_point"] == HIDDEN
@@ -157,7 +160,7 @@ def test_interleaving_sends_every_part() -> None:
     model = SMALL.model_copy(update={"num_layers": 8})
     sent = []
     for layers in (StageLayers(4, first=True, last=False), StageLayers(4, first=False, last=True)):
-        layout = Layout(pipeline=2, micro_batch=2, accumulation=6, interleave=4)
+        layout = PlannedLayout(pipeline=2, micro_batch=2, accumulation=6, interleave=4)
         sent.append(totals(model, layout, layers)["pp", "point_to_point"])
     assert sent == [(6 * 4 + 6 * 3) * HIDDEN] * 2
 
@@ -170,7 +173,7 @@ def test_volumes_grow_with_the_batch_alone_where_they_should(
     model = resolve_model({"preset": "tiny", "num_kv_heads": 4, "num_attention_heads": 8})
     layers = whole_model(model)
     once, often = (
-        totals(model, Layout(tensor=tensor, data=data, zero=zero, accumulation=count), layers)
+        totals(model, PlannedLayout(tensor=tensor, data=data, zero=zero, accumulation=count), layers)
         for count in (1, accumulation)
     )
     for (axis, kind), size in often.items():
@@ -181,14 +184,14 @@ def test_volumes_grow_with_the_batch_alone_where_they_should(
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (Layout(tensor=3), "does not divide over 3"),
-        (Layout(pipeline=2, zero=2), "at most 1"),
-        (Layout(tensor=2, zero=3), "at most 2"),
-        (Layout(data=2, zero=4), "at most 3"),
-        (Layout(sequence=2, tensor=2), "set sequence"),
-        (Layout(tensor=2, zero=0), "use ZeRO 1"),
+        (PlannedLayout(tensor=3), "does not divide over 3"),
+        (PlannedLayout(pipeline=2, zero=2), "at most 1"),
+        (PlannedLayout(tensor=2, zero=3), "at most 2"),
+        (PlannedLayout(data=2, zero=4), "at most 3"),
+        (PlannedLayout(sequence=2, tensor=2), "set sequence"),
+        (PlannedLayout(tensor=2, zero=0), "use ZeRO 1"),
     ],
 )
-def test_what_the_engine_refuses_is_refused(layout: Layout, message: str) -> None:
+def test_what_the_engine_refuses_is_refused(layout: PlannedLayout, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         layout.check(resolve_model({"preset": "tiny"}))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatronish.planning.communication import step_traffic
-from megatronish.planning.layout import Layout
+from megatronish.planning.layout import PlannedLayout
 from megatronish.planning.parameters import stage_layers
 from megatronish.planning.stack import MEGATRONISH
 from tests.distributed import run_ranks
@@ -33,21 +33,21 @@ GPT = {
     "tie_embeddings": False,
 }
 # name: layout, changes of the model
-CASES: dict[str, tuple[Layout, dict[str, Any]]] = {
-    "zero0": (Layout(data=2, zero=0), {}),
-    "zero1": (Layout(data=2, zero=1), {}),
-    "zero2": (Layout(data=2, zero=2), {}),
-    "zero3": (Layout(data=2, zero=3), {}),
-    "tp2, GPT, full recomputation": (Layout(tensor=2, recompute="full"), GPT),
+CASES: dict[str, tuple[PlannedLayout, dict[str, Any]]] = {
+    "zero0": (PlannedLayout(data=2, zero=0), {}),
+    "zero1": (PlannedLayout(data=2, zero=1), {}),
+    "zero2": (PlannedLayout(data=2, zero=2), {}),
+    "zero3": (PlannedLayout(data=2, zero=3), {}),
+    "tp2, GPT, full recomputation": (PlannedLayout(tensor=2, recompute="full"), GPT),
     "tp2 with sequence, GPT, QK norm, selective": (
-        Layout(tensor=2, tensor_sequence=True, recompute="selective"),
+        PlannedLayout(tensor=2, tensor_sequence=True, recompute="selective"),
         GPT | {"qk_norm": True},
     ),
-    "tp4 of 2 KV heads, biased": (Layout(tensor=4), {"attention_qkv_bias": True, "parallel_block": True}),
-    "tp2, dp2, zero2": (Layout(tensor=2, data=2, zero=2), {"vocab_size": 258}),
-    "ulysses4 of 2 KV heads, full recomputation": (Layout(sequence=4, recompute="full"), {}),
-    "pp2, tied": (Layout(pipeline=2), {}),
-    "pp2, tp2": (Layout(pipeline=2, tensor=2), GPT | {"vocab_size": 258, "num_layers": 3}),
+    "tp4 of 2 KV heads, biased": (PlannedLayout(tensor=4), {"attention_qkv_bias": True, "parallel_block": True}),
+    "tp2, dp2, zero2": (PlannedLayout(tensor=2, data=2, zero=2), {"vocab_size": 258}),
+    "ulysses4 of 2 KV heads, full recomputation": (PlannedLayout(sequence=4, recompute="full"), {}),
+    "pp2, tied": (PlannedLayout(pipeline=2), {}),
+    "pp2, tp2": (PlannedLayout(pipeline=2, tensor=2), GPT | {"vocab_size": 258, "num_layers": 3}),
 }
 
 
@@ -60,7 +60,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_volumes_are_those_of_a_real_step(name: str, data: str, tmp_path: Path) -> None:
     """Every rank, every axis, every kind of collective: no tolerance, and nothing that the planner does not know of."""
     case, changes = CASES[name]
-    layout = Layout(**{**vars(case), "micro_batch": 2, "accumulation": 2})
+    layout = PlannedLayout(**{**vars(case), "micro_batch": 2, "accumulation": 2})
     zero: dict[str, Any] = {"stage": layout.zero} | (NOTHING_STAYS if layout.zero == 3 else {})
     ours = {
         "model": changes,
@@ -75,7 +75,7 @@ def test_volumes_are_those_of_a_real_step(name: str, data: str, tmp_path: Path) 
     config = small_run(data, tmp_path, {"bf16": {"enabled": True}, "zero_optimization": zero, "megatronish": ours})
     model = config.megatronish.model
     layout.check(model)
-    assert Layout.of_run(config, layout.ranks) == layout
+    assert PlannedLayout.of_run(config, layout.ranks) == layout
     counted = run_ranks(layout.ranks, count_step, config, layout.data)
     stages = stage_layers(model, layout.pipeline)
     for rank, found in enumerate(counted):

@@ -20,7 +20,7 @@ from megatronish.model.block import _keep_expensive
 from megatronish.model.transformer import Transformer
 from megatronish.parallel.layers import TensorParallel
 from megatronish.parallel.mesh import Axis, ParallelMesh
-from megatronish.planning.layout import Layout
+from megatronish.planning.layout import PlannedLayout
 from megatronish.planning.memory_model import block_activation_bytes, rank_memory
 from megatronish.planning.parameters import rank_parameters, stage_layers, whole_model
 from megatronish.verify.tracked_memory import expected_bytes
@@ -95,17 +95,22 @@ def test_stages_hold_the_model_between_them(stages: int, layers: int, tensor: in
 def test_states_by_zero_stage(zero: int, expected: tuple[float, float, float]) -> None:
     """Bytes a parameter on four ranks (Rajbhandari et al. 2020, figure 1, with gradients summed in fp32)."""
     model = ModelConfig(**SHAPE)
-    memory = rank_memory(model, Layout(data=4, zero=zero), whole_model(model))
+    memory = rank_memory(model, PlannedLayout(data=4, zero=zero), whole_model(model))
     count = parameter_counts(model).total
     assert (memory.weights, memory.gradients, memory.states) == tuple(count * size for size in expected)
 
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(data=2, zero=1), Layout(tensor=4, data=2, zero=2), Layout(data=8, zero=3), Layout(2, 1, 4, 2, zero=1)],
-    ids=Layout.describe,
+    [
+        PlannedLayout(data=2, zero=1),
+        PlannedLayout(tensor=4, data=2, zero=2),
+        PlannedLayout(data=8, zero=3),
+        PlannedLayout(2, 1, 4, 2, zero=1),
+    ],
+    ids=PlannedLayout.describe,
 )
-def test_states_are_those_that_verify_parallel_counts(layout: Layout) -> None:
+def test_states_are_those_that_verify_parallel_counts(layout: PlannedLayout) -> None:
     """tools/verify_parallel.py holds its own formula against real runs; on the first rank both say the same."""
     sizes = {"tensor": layout.tensor, "pipeline": layout.pipeline}
     ours = {"model": SHAPE, "parallel": sizes}
@@ -148,7 +153,7 @@ def test_activations_of_a_block_are_those_that_autograd_keeps(form: str, mode: s
     fewer = model.model_copy(update={"num_layers": 1})
     counted = (kept_bytes(model, mode) - kept_bytes(fewer, mode)) / 2
     rows = 2 + (model.num_attention_heads + model.resolved_kv_heads if model.qk_norm else 0)
-    formula = block_activation_bytes(model, Layout(recompute=cast(Any, mode)))
+    formula = block_activation_bytes(model, PlannedLayout(recompute=cast(Any, mode)))
     assert formula <= counted <= formula + (8 * rows if mode == "none" else 0)
 
 
@@ -177,18 +182,18 @@ def test_selective_recomputation_keeps_products_and_attention(form: str) -> None
         for block in built.local_blocks:
             hidden, _ = block(hidden, None, inputs)
     counted = kept.bytes / tokens.numel() / model.num_layers + 2 * model.hidden_size  # and the block's input
-    assert counted == block_activation_bytes(model, Layout(recompute="selective"))
+    assert counted == block_activation_bytes(model, PlannedLayout(recompute="selective"))
 
 
 def test_pipelines_hold_micro_batches_in_flight() -> None:
     """1F1B: the first of four stages holds four micro batches, the last one; fewer where there are fewer."""
     model = ModelConfig(**SHAPE | {"num_layers": 8})
-    layout = Layout(pipeline=4, micro_batch=2, accumulation=6)
+    layout = PlannedLayout(pipeline=4, micro_batch=2, accumulation=6)
     middle = stage_layers(model, 4)[1]
     one = 2 * model.seq_length * middle.blocks * block_activation_bytes(model, layout)
     found = [rank_memory(model, layout, middle, stage).activations for stage in range(4)]
     assert found == [4 * one, 3 * one, 2 * one, one]
-    short = Layout(pipeline=4, micro_batch=2, accumulation=2)
+    short = PlannedLayout(pipeline=4, micro_batch=2, accumulation=2)
     assert rank_memory(model, short, middle, 0).activations == 2 * one
 
 
@@ -197,7 +202,7 @@ def test_dividing_more_never_takes_more_memory(tensor: int, data: int, micro: in
     model = ModelConfig(**SHAPE | {"num_kv_heads": 8})
 
     def total(**sizes: Any) -> float:
-        layout = Layout(**{"tensor": tensor, "data": data, "micro_batch": micro, "zero": zero} | sizes)
+        layout = PlannedLayout(**{"tensor": tensor, "data": data, "micro_batch": micro, "zero": zero} | sizes)
         memory = rank_memory(model, layout, whole_model(model))
         return memory.total - memory.gathered  # what ZeRO-3 gathers comes on top, and may be more than it saves here
 

@@ -15,7 +15,7 @@ from megatronish.model.accounting import flops_per_token
 from megatronish.planning.communication import collective_seconds
 from megatronish.planning.compute import stage_time
 from megatronish.planning.hardware import H100
-from megatronish.planning.layout import Layout
+from megatronish.planning.layout import PlannedLayout
 from megatronish.planning.memory_model import USABLE_SHARE
 from megatronish.planning.parameters import StageLayers, whole_model
 from megatronish.planning.published import llama3
@@ -30,7 +30,7 @@ EVEN = [StageLayers(8, False, False, False)] * 4
 
 def test_a_single_gpu_only_computes() -> None:
     """One rank: products, attention, kernels and the optimizer; MFU is the model's operations over the peak."""
-    layout = Layout(accumulation=4, micro_batch=2)
+    layout = PlannedLayout(accumulation=4, micro_batch=2)
     found = estimate(MODEL, layout, H100)
     parts = found.parts
     assert parts.tensor == parts.pipeline_messages == parts.pipeline_bubble == parts.data == parts.recompute == 0
@@ -42,11 +42,11 @@ def test_a_single_gpu_only_computes() -> None:
 def test_products_by_hand() -> None:
     """Wide layers run at the matrix rate: six operations a weight and token, the backward pass twice the forward."""
     free = replace(H100, memory_rate=1e30, attention_share=1e9)
-    time = stage_time(MODEL, Layout(), MEGATRONISH, free, whole_model(MODEL))
+    time = stage_time(MODEL, PlannedLayout(), MEGATRONISH, free, whole_model(MODEL))
     weights = 32 * (4096 * 128 * (2 * 32 + 2 * 8) + 3 * 4096 * 14336) + 128256 * 4096
     assert time.forward == pytest.approx(2 * weights * 8192 / free.matmul_rate, rel=1e-6)
     assert time.backward == pytest.approx(2 * time.forward, rel=1e-6)
-    full = stage_time(MODEL, Layout(recompute="full"), MEGATRONISH, free, whole_model(MODEL))
+    full = stage_time(MODEL, PlannedLayout(recompute="full"), MEGATRONISH, free, whole_model(MODEL))
     blocks = time.forward - 2 * 128256 * 4096 * 8192 / free.matmul_rate
     assert full.recompute == pytest.approx(blocks, rel=1e-6)
 
@@ -54,7 +54,7 @@ def test_products_by_hand() -> None:
 def test_narrow_products_wait_for_memory() -> None:
     """A decode-like micro batch of one token: every weight is read, and that takes longer than its operations."""
     model = MODEL.model_copy(update={"seq_length": 1})
-    time = stage_time(model, Layout(), MEGATRONISH, H100, StageLayers(1, False, False, False))
+    time = stage_time(model, PlannedLayout(), MEGATRONISH, H100, StageLayers(1, False, False, False))
     weights = 4096 * 128 * (2 * 32 + 2 * 8) + 3 * 4096 * 14336
     assert time.forward > 2 * weights / H100.stream_rate > 10 * 2 * weights / H100.matmul_rate
 
@@ -62,13 +62,13 @@ def test_narrow_products_wait_for_memory() -> None:
 @pytest.mark.parametrize(("micro", "interleave"), [(1, 1), (8, 1), (8, 2), (32, 8)])
 def test_bubble_by_hand(micro: int, interleave: int) -> None:
     """Equal stages idle (stages - 1) / (parts x micro batches) of the time they compute (Narayanan et al. 2021, 2.2)."""
-    layout = Layout(pipeline=4, accumulation=micro, interleave=interleave)
+    layout = PlannedLayout(pipeline=4, accumulation=micro, interleave=interleave)
     parts = estimate(MODEL, layout, H100, stages=EVEN).parts
     assert parts.pipeline_bubble / parts.compute == pytest.approx(3 / (interleave * micro), rel=1e-9)
 
 
 def test_an_uneven_pipeline_waits_for_its_slowest_stage() -> None:
-    layout = Layout(pipeline=4, accumulation=1000)
+    layout = PlannedLayout(pipeline=4, accumulation=1000)
     uneven = [StageLayers(blocks, False, False, False) for blocks in (7, 8, 9, 8)]
     parts = estimate(MODEL, layout, H100, stages=uneven).parts
     step = 1000 * 9 + 7 + 8 + 8  # in blocks: the slowest stage's micro batches, and one of each other stage
@@ -77,7 +77,7 @@ def test_an_uneven_pipeline_waits_for_its_slowest_stage() -> None:
 
 def test_gradients_hide_behind_the_backward_pass_where_the_stack_says_so() -> None:
     """With a long backward pass all but one bucket hides; a stack that waits pays the whole sum."""
-    layout = Layout(data=64, zero=0, micro_batch=1, accumulation=1)
+    layout = PlannedLayout(data=64, zero=0, micro_batch=1, accumulation=1)
     ours, waits = (estimate(MODEL, layout, H100, stack).parts.data for stack in (MEGATRONISH, MEGATRON_2021))
     buckets = 130  # 8.03e9 parameters would fill 161 of 50e6, but there are 4 x 32 + 2 matrices, and none is cut
     payload = 2 * 8_030_261_248 / buckets
@@ -88,7 +88,7 @@ def test_gradients_hide_behind_the_backward_pass_where_the_stack_says_so() -> No
 
 def test_column_gradients_hide_behind_weight_gradients() -> None:
     """Ours hides the backward half of tensor-parallel sums, as far as a product is long enough; Megatron-Core hides more."""
-    layout = Layout(tensor=2, micro_batch=1)
+    layout = PlannedLayout(tensor=2, micro_batch=1)
     visible = [
         estimate(MODEL, layout, H100, stack).parts.tensor for stack in (MEGATRON_2021, MEGATRONISH, MEGATRON_CORE)
     ]
@@ -107,7 +107,7 @@ def test_column_gradients_hide_behind_weight_gradients() -> None:
 def test_faster_hardware_is_never_slower(
     tensor: int, pipeline: int, data: int, accumulation: int, which: str, stack: Any
 ) -> None:
-    layout = Layout(tensor=tensor, pipeline=pipeline, data=data, accumulation=accumulation)
+    layout = PlannedLayout(tensor=tensor, pipeline=pipeline, data=data, accumulation=accumulation)
     base = estimate(MODEL, layout, H100, stack)
     faster = replace(H100, **{which: getattr(H100, which) * 1.5})
     assert estimate(MODEL, layout, faster, stack).seconds <= base.seconds * (1 + 1e-12)
@@ -118,7 +118,7 @@ def test_faster_hardware_is_never_slower(
 @given(pipeline=st.sampled_from([2, 4, 8]), accumulation=st.integers(1, 64))
 def test_more_micro_batches_fill_a_pipeline_better(pipeline: int, accumulation: int) -> None:
     def speed(count: int) -> float:
-        return estimate(MODEL, Layout(pipeline=pipeline, accumulation=count), H100).tokens_per_gpu_second
+        return estimate(MODEL, PlannedLayout(pipeline=pipeline, accumulation=count), H100).tokens_per_gpu_second
 
     assert speed(accumulation + 1) > speed(accumulation)
 
@@ -136,9 +136,9 @@ def test_the_search_finds_what_fits_and_nothing_faster_is_left() -> None:
         assert candidate.layout.ranks == 8
         assert candidate.estimate.memory.total <= USABLE_SHARE * H100.memory_bytes
     by_hand = [
-        Layout(data=8, zero=3, micro_batch=2, accumulation=4, recompute="full"),
-        Layout(tensor=8, tensor_sequence=True, micro_batch=4, accumulation=16),
-        Layout(pipeline=8, accumulation=64),
+        PlannedLayout(data=8, zero=3, micro_batch=2, accumulation=4, recompute="full"),
+        PlannedLayout(tensor=8, tensor_sequence=True, micro_batch=4, accumulation=16),
+        PlannedLayout(pipeline=8, accumulation=64),
     ]
     for layout in by_hand:
         slower = estimate(model, layout, H100)

@@ -74,7 +74,7 @@ def test_moved_checkpoints_are_found_right(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.distributed
 def test_a_gradient_that_is_not_summed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms under sequence parallelism see a part of the sequence each."""
-    monkeypatch.setattr("megatronish.model.norm.sum_gradient", lambda parameter, tp: None)
+    monkeypatch.setattr("megatronish.model.norm.all_reduce_gradient", lambda parameter, tp: None)
     (verdict,) = verdicts("tp2s")
     assert verdict.problem
 
@@ -84,7 +84,7 @@ def test_a_rank_that_fails_is_reported_with_its_traceback(monkeypatch: pytest.Mo
     def broken(*args: object) -> None:
         raise RuntimeError("no such wire")
 
-    monkeypatch.setattr(layers, "start_sum", broken)
+    monkeypatch.setattr(layers, "start_all_reduce", broken)
     (verdict,) = verdicts("tp2")
     assert verdict.distance is None and "RuntimeError: no such wire" in verdict.problem
     assert "FAILED: rank" in verdict.line()
