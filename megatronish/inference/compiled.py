@@ -80,11 +80,6 @@ class CompiledStep:
 
     def _step(self, tokens: Tensor, inputs: AttentionInputs) -> Tensor:
         model = self._model
-        x, residual = model.embed(tokens), None
-        for block in model.local_blocks:
-            x, residual = block(x, residual, inputs)
-        if model.final_norm is not None:
-            x, residual = model.final_norm(x, residual)[0], None
-        assert model.head is not None, "generation needs the whole model"
-        logits: Tensor = model.head(x if residual is None else x + residual)
+        assert model.head is not None, "generation needs all pipeline stages"
+        logits: Tensor = model.head(model.run_blocks(model.embed(tokens), inputs))
         return logits

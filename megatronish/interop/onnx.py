@@ -85,12 +85,7 @@ class OnnxDecoder(nn.Module):
             self.get_buffer("cos"), self.get_buffer("sin"), position_ids, cache=cache, in_place=False
         )
         assert model.head is not None
-        x, residual = model.embed(input_ids), None
-        for block in model.blocks:
-            x, residual = block(x, residual, inputs)
-        if model.final_norm is not None:
-            x, _ = model.final_norm(x, residual)
-        return model.head(x), cache.present
+        return model.head(model.run_blocks(model.embed(input_ids), inputs)), cache.present
 
 
 @dataclass(frozen=True)

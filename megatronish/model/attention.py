@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from megatronish.parallel.sequence import heads_to_ranks, sequence_to_ranks
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What every block's attention needs beside the hidden states; made once a forward pass."""
+    """What the attention of every block needs in addition to the hidden states; built once per forward pass."""
 
     cos: Tensor  # [positions, rotary / 2] fp32
     sin: Tensor
@@ -36,8 +37,10 @@ class AttentionInputs:
     max_seqlen: int | None = None
     masks: dict[int | None, Tensor] | None = None  # by window; only those that the backend needs
     cache: KVCache | None = None
-    in_place: bool = True  # whether the packed projection may be rotated where it lies
-    sp: Axis = field(default_factory=Axis)  # ranks that divide the sequence; documents and masks are of the whole one
+    in_place: bool = True  # whether rope may overwrite the packed projection
+    sp: Axis = field(
+        default_factory=Axis
+    )  # ranks that shard the sequence; cu_seqlens and masks are of the full sequence
 
 
 class SelfAttention(nn.Module):
@@ -61,19 +64,48 @@ class SelfAttention(nn.Module):
         self.k_norm = build_norm(config, self.head_dim, backends.ops, tp, of_heads=True) if config.qk_norm else None
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        """x [b, s, hidden] -> [b, s, hidden]."""
+        """x [b, s, hidden], or the rank's chunk of the sequence -> the same shape."""
         qkv = self.qkv(x)
-        b, s, _ = qkv.shape  # under sequence parallelism x was a part of the sequence
+        b, s, _ = qkv.shape  # the full sequence, where x is a chunk of it
         qkv = qkv.view(b, s, self.heads + 2 * self.kv_heads, self.head_dim)
-        q_bshd, k_bsgd, v_bsgd = self._position(qkv, inputs)
+        q_bshd, k_bsgd, v_bsgd = self._normed_and_rotated(qkv, inputs)
         if inputs.cache is not None:
             out_bshd = inputs.cache.attend(self.layer, q_bshd, k_bsgd, v_bsgd, self.window, self.backends.attention)
-            cached: Tensor = self.out(out_bshd.flatten(2))
-            return cached
+        else:
+            out_bshd = self._attend(q_bshd, k_bsgd, v_bsgd, inputs)
+        y: Tensor = self.out(out_bshd.flatten(2))
+        return y
+
+    def _normed_and_rotated(self, qkv: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv [b, s, h + 2g, d] -> rope(norm(q)), rope(norm(k)), v, by one fused operator where there is one."""
+        angles: Any = {
+            "cos": inputs.cos,
+            "sin": inputs.sin,
+            "positions": inputs.positions,
+            "offset": inputs.offset,
+            "interleaved": self.interleaved,
+            "backend": self.backends.ops,
+        }
+        if self.rotates and self.q_norm is None and inputs.in_place:
+            return rope_qkv_(qkv, self.kv_heads, **angles)
+        if self.rotates and isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+            heads = (1, self.heads, self.kv_heads, self.kv_heads)
+            scales = self.q_norm.scale, self.k_norm.scale
+            return qk_norm_rope(qkv, *scales, heads=heads, eps=self.q_norm.eps, **angles)
+        q_bshd, k_bsgd, v_bsgd = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            (_, q_bshd), (_, k_bsgd) = self.q_norm(q_bshd), self.k_norm(k_bsgd)
+        if self.rotates:
+            q_bshd, k_bsgd = rope(q_bshd, **angles), rope(k_bsgd, **angles)
+        return q_bshd, k_bsgd, v_bsgd
+
+    def _attend(self, q_bshd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, inputs: AttentionInputs) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v [b, s, h, d]; with a sharded sequence, all-to-alls before and after it (Ulysses)."""
         if inputs.sp.group is not None:
             q_bshd, k_bsgd, v_bsgd = heads_to_ranks((q_bshd, k_bsgd, v_bsgd), inputs.sp.group)
         dropout = self.dropout if self.training else 0.0
-        with fork_rng_per_rank(self.tp.rank, x.device) if dropout and self.tp.size > 1 else nullcontext():
+        # Tensor-parallel ranks hold different heads, so their dropout masks differ.
+        with fork_rng_per_rank(self.tp.rank, q_bshd.device) if dropout and self.tp.size > 1 else nullcontext():
             out_bshd = attention(
                 q_bshd,
                 k_bsgd,
@@ -85,52 +117,4 @@ class SelfAttention(nn.Module):
                 dropout_p=dropout,
                 mask=None if inputs.masks is None else inputs.masks.get(self.window),
             )
-        if inputs.sp.group is not None:
-            out_bshd = sequence_to_ranks(out_bshd, inputs.sp.group)
-        y: Tensor = self.out(out_bshd.flatten(2))
-        return y
-
-    def _position(self, qkv: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of the packed projection, q and k normalised and rotated as the model says."""
-        if self.rotates and self.q_norm is None and inputs.in_place:
-            return rope_qkv_(
-                qkv,
-                self.kv_heads,
-                inputs.cos,
-                inputs.sin,
-                inputs.positions,
-                offset=inputs.offset,
-                interleaved=self.interleaved,
-                backend=self.backends.ops,
-            )
-        if self.rotates and isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
-            return qk_norm_rope(
-                qkv,
-                self.q_norm.scale,
-                self.k_norm.scale,
-                inputs.cos,
-                inputs.sin,
-                inputs.positions,
-                heads=(1, self.heads, self.kv_heads, self.kv_heads),
-                eps=self.q_norm.eps,
-                offset=inputs.offset,
-                interleaved=self.interleaved,
-                backend=self.backends.ops,
-            )
-        q_bshd, k_bsgd, v_bsgd = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_bshd, k_bsgd = self.q_norm(q_bshd)[0], self.k_norm(k_bsgd)[0]
-        if self.rotates:
-            q_bshd, k_bsgd = self._rotate(q_bshd, inputs), self._rotate(k_bsgd, inputs)
-        return q_bshd, k_bsgd, v_bsgd
-
-    def _rotate(self, x_bshd: Tensor, inputs: AttentionInputs) -> Tensor:
-        return rope(
-            x_bshd,
-            inputs.cos,
-            inputs.sin,
-            inputs.positions,
-            offset=inputs.offset,
-            interleaved=self.interleaved,
-            backend=self.backends.ops,
-        )
+        return out_bshd if inputs.sp.group is None else sequence_to_ranks(out_bshd, inputs.sp.group)

@@ -1,4 +1,9 @@
-"""One transformer block; each form's `compute` is its equation."""
+"""One transformer block; each form's `compute` is its equation.
+
+The residual stream between blocks is the sum of two tensors, `x + branch` [b, s, hidden]: a block returns the output of its last
+branch without adding it to x, because the next norm adds it in the same fused kernel (see `model.norm`). branch is None where
+there is nothing to add.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +22,8 @@ from megatronish.ops.dispatch import Backends
 from megatronish.parallel.layers import TensorParallel
 
 Recompute = Literal["none", "full", "selective"]
-# The residual stream between blocks is the sum of two tensors (of one, where the second is None): the next norm adds them
-# up while it reads them.
-Stream = tuple[Tensor, Tensor | None]
-# What selective recomputation keeps, by the start of the operator's name.
+Stream = tuple[Tensor, Tensor | None]  # x, branch
+# Operators whose outputs selective recomputation keeps, by the start of their names.
 _EXPENSIVE = (
     "aten.mm.",
     "aten.addmm.",
@@ -51,57 +54,59 @@ class Block(nn.Module):
         self.mlp = MLP(config, backends.ops, tp)
         self.dropout = nn.Dropout(config.residual_dropout) if config.residual_dropout > 0 else nn.Identity()
 
-    def compute(self, x: Tensor, residual: Tensor | None, inputs: AttentionInputs) -> Stream:
-        """The block's equation, for the stream x + residual [b, s, hidden]."""
+    def compute(self, x: Tensor, branch: Tensor | None, inputs: AttentionInputs) -> Stream:
+        """The block's equation, of the residual stream x + branch [b, s, hidden]."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, residual: Tensor | None, inputs: AttentionInputs) -> Stream:
-        """`compute`, with its intermediate results kept or recomputed as `recompute` says."""
+    def forward(self, x: Tensor, branch: Tensor | None, inputs: AttentionInputs) -> Stream:
+        """`compute`, with intermediate results kept or recomputed according to `recompute`."""
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self.compute(x, residual, inputs)
-        if residual is not None:
-            x, residual = x + residual, None  # one tensor to keep instead of two
+            return self.compute(x, branch, inputs)
+        if branch is not None:
+            x, branch = x + branch, None  # one tensor to keep instead of two
         if self.recompute == "full":
-            return checkpoint(self.compute, x, residual, inputs, use_reentrant=False)
-        inputs = replace(inputs, in_place=False)  # the projections are kept as they are, for the second pass
-        return checkpoint(self.compute, x, residual, inputs, use_reentrant=False, context_fn=_selective_contexts)
+            return checkpoint(self.compute, x, branch, inputs, use_reentrant=False)
+        inputs = replace(inputs, in_place=False)  # the recomputation needs the projections as they are
+        return checkpoint(self.compute, x, branch, inputs, use_reentrant=False, context_fn=_selective_contexts)
 
 
 class PreNormBlock(Block):
     """h = x + attention(norm(x)); h + mlp(norm(h))."""
 
-    def compute(self, x: Tensor, residual: Tensor | None, inputs: AttentionInputs) -> Stream:
-        y, x = self.attention_norm(x, residual)
-        y, x = self.mlp_norm(self.dropout(self.attention(y, inputs)), x)
-        return self.dropout(self.mlp(y)), x
+    def compute(self, x: Tensor, branch: Tensor | None, inputs: AttentionInputs) -> Stream:
+        x, normed = self.attention_norm(x, branch)  # x = x + branch; normed = norm(x)
+        h, normed = self.mlp_norm(
+            x, self.dropout(self.attention(normed, inputs))
+        )  # h = x + attention; normed = norm(h)
+        return h, self.dropout(self.mlp(normed))
 
 
 class PostNormBlock(Block):
     """h = norm(x + attention(x)); norm(h + mlp(h)) (Vaswani et al. 2017)."""
 
-    def compute(self, x: Tensor, residual: Tensor | None, inputs: AttentionInputs) -> Stream:
-        assert residual is None, "a post-norm block hands on one tensor"
-        x, _ = self.attention_norm(self.dropout(self.attention(x, inputs)), x)
-        x, _ = self.mlp_norm(self.dropout(self.mlp(x)), x)
-        return x, None
+    def compute(self, x: Tensor, branch: Tensor | None, inputs: AttentionInputs) -> Stream:
+        assert branch is None, "a post-norm block leaves nothing to add"
+        _, h = self.attention_norm(x, self.dropout(self.attention(x, inputs)))
+        _, y = self.mlp_norm(h, self.dropout(self.mlp(h)))
+        return y, None
 
 
 class ParallelPreNormBlock(Block):
     """x + attention(norm(x)) + mlp(norm'(x)); norm' is norm itself when the norm is shared (Wang 2021, GPT-J)."""
 
-    def compute(self, x: Tensor, residual: Tensor | None, inputs: AttentionInputs) -> Stream:
-        y, x = self.attention_norm(x, residual)
-        z = y if self.shared_norm else self.mlp_norm(x)[0]
-        return self.dropout(self.attention(y, inputs)) + self.dropout(self.mlp(z)), x
+    def compute(self, x: Tensor, branch: Tensor | None, inputs: AttentionInputs) -> Stream:
+        x, normed = self.attention_norm(x, branch)
+        mlp_normed = normed if self.shared_norm else self.mlp_norm(x)[1]
+        return x, self.dropout(self.attention(normed, inputs)) + self.dropout(self.mlp(mlp_normed))
 
 
 class ParallelPostNormBlock(Block):
     """norm(x + attention(x) + mlp(x))."""
 
-    def compute(self, x: Tensor, residual: Tensor | None, inputs: AttentionInputs) -> Stream:
-        assert residual is None, "a post-norm block hands on one tensor"
-        branches = self.dropout(self.attention(x, inputs)) + self.dropout(self.mlp(x))
-        return self.attention_norm(branches, x)[0], None
+    def compute(self, x: Tensor, branch: Tensor | None, inputs: AttentionInputs) -> Stream:
+        assert branch is None, "a post-norm block leaves nothing to add"
+        _, y = self.attention_norm(x, self.dropout(self.attention(x, inputs)) + self.dropout(self.mlp(x)))
+        return y, None
 
 
 def build_block(config: ModelConfig, layer: int, backends: Backends, tp: TensorParallel) -> Block:
@@ -115,7 +120,7 @@ def build_block(config: ModelConfig, layer: int, backends: Backends, tp: TensorP
 
 
 def check_recompute(mode: str) -> Recompute:
-    """`mode` itself; raises ValueError if it is none of the three."""
+    """`mode` if it is a valid one; raises ValueError otherwise."""
     if mode not in get_args(Recompute):
         raise ValueError(f"unknown activation checkpointing {mode!r}: choose none, full or selective")
     return cast(Recompute, mode)
@@ -126,7 +131,7 @@ def _selective_contexts() -> Any:
 
 
 def _keep_expensive(_context: object, operator: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
-    """Keep the outputs of linear layers and fused attention kernels; bmm (explicit scores) is not among them."""
+    """Keep the outputs of linear layers and fused attention kernels, but not of bmm (explicit attention scores)."""
     if str(operator).startswith(_EXPENSIVE):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

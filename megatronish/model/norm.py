@@ -1,4 +1,4 @@
-"""Normalisation over the last dim: RMSNorm and LayerNorm, each with the residual sum in front of it."""
+"""Normalisation over the last dim: RMSNorm and LayerNorm, each preceded by an optional residual addition."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megatronish.parallel.layers import TensorParallel, all_reduce_gradient
 
 
 class Norm(nn.Module):
-    """What both norms share: `weight`, `eps`, and how they are called."""
+    """Base class: adds a branch to the residual stream, then normalises the sum."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size))
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """norm(x + residual) and x + residual, for x [..., size]; without a residual norm(x) and x itself."""
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [..., size] -> h, norm(h) with h = x + branch (h = x where branch is None)."""
         raise NotImplementedError
 
 
@@ -40,31 +40,32 @@ class RMSNorm(Norm):
             return self.weight
         return 1.0 + (self.weight if self.weight.dtype == torch.float64 else self.weight.float())
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See Norm."""
-        return add_rms_norm(x, residual, self.scale, self.eps, backend=self.backend)
+        normed, h = add_rms_norm(x, branch, self.scale, self.eps, backend=self.backend)
+        return h, normed
 
 
 class LayerNorm(Norm):
-    """(x - mean) / sqrt(variance + eps) * weight + bias (Ba et al. 2016); the bias may be left out."""
+    """(x - mean) / sqrt(variance + eps) * weight + bias (Ba et al. 2016); the bias is optional."""
 
     def __init__(self, size: int, eps: float, bias: bool) -> None:
         super().__init__(size, eps)
         self.bias = nn.Parameter(torch.empty(size)) if bias else None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See Norm."""
-        total = x if residual is None else x + residual
-        return F.layer_norm(total, self.weight.shape, self.weight, self.bias, self.eps), total
+        h = x if branch is None else x + branch
+        return h, F.layer_norm(h, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 def build_norm(
     config: ModelConfig, size: int, backend: OpsBackend, tp: TensorParallel, *, of_heads: bool = False
 ) -> Norm:
-    """The norm that `config` names, over `size` channels.
+    """The norm selected by `config`, over `size` channels.
 
-    of_heads: it normalises attention heads, which tensor-parallel ranks divide; the residual stream they divide under
-    sequence parallelism only. Where they do, each sees a part of the weight's gradient.
+    of_heads: the norm of attention heads, which are sharded under tensor parallelism; the residual stream is sharded under
+    sequence parallelism only. Where its input is sharded, the norm's gradient is partial and is all-reduced.
     """
     norm: Norm
     if config.norm == "rmsnorm":

@@ -207,13 +207,17 @@ class Transformer(nn.Module):
         if self.embedding is not None:
             x = self.embed(tokens)
         assert x is not None, "a later stage needs hidden states"
-        inputs = self._attention_inputs(x, tokens, positions, cu_seqlens, max_seqlen, cache)
-        residual = None
+        return self.run_blocks(x, self._attention_inputs(x, tokens, positions, cu_seqlens, max_seqlen, cache))
+
+    def run_blocks(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        """The blocks and the final norm of this stage: hidden states x [b, s, hidden] -> [b, s, hidden]."""
+        branch: Tensor | None = None  # the residual stream is x + branch (see model.block)
         for block in self.local_blocks:
-            x, residual = block(x, residual, inputs)
+            x, branch = block(x, branch, inputs)
         if self.final_norm is not None:
-            x, residual = self.final_norm(x, residual)[0], None
-        return x if residual is None else x + residual
+            _, x = self.final_norm(x, branch)
+            return x
+        return x if branch is None else x + branch
 
     @property
     def local_blocks(self) -> list[Block]:
