@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatronish.config.base import Frozen
 
@@ -220,18 +220,27 @@ class KernelConfig(Frozen):
         description="auto: flash-attn on GPUs where installed and our kernel on CPUs, for what they take, else torch's SDPA; "
         "a forced one that is missing fails",
     )
-    ops: Literal["auto", "fused", "compiled", "reference", "liger", "apex"] = Field(
+    ops: Literal["auto", "fused", "reference", "liger", "apex"] = Field(
         default="auto",
-        description="RMSNorm, SwiGLU and RoPE: fused: our kernels; compiled: torch.compile; reference: plain torch "
+        description="RMSNorm, SwiGLU and RoPE: fused: our kernels; reference: plain torch "
         "operations; liger, apex: the kernels of liger-kernel or NVIDIA Apex where they have one; auto: fused on CPUs "
         "where built, else reference",
     )
-    cross_entropy: Literal["auto", "fused", "compiled", "reference", "linear"] = Field(
+    cross_entropy: Literal["auto", "fused", "reference", "linear"] = Field(
         default="auto",
-        description="auto: as ops; fused: our kernels, the gradient written over the logits; compiled: torch.compile; "
+        description="auto: as ops; fused: our kernels, the gradient written over the logits; "
         "reference: plain torch operations; linear: DeepSpeed's loss by chunks of the head, which never holds the logits "
         "and takes longer",
     )
+
+    @field_validator("ops", "cross_entropy", mode="before")
+    @classmethod
+    def _refuse_compiled(cls, value: object) -> object:
+        if value == "compiled":
+            raise ValueError(
+                "'compiled' was removed: set train.compile true, which compiles the blocks, and this to 'auto' or 'reference'"
+            )
+        return value
 
 
 def _nearby_divisors(number: int, wanted: int) -> str:

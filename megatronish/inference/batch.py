@@ -18,8 +18,7 @@ from megatronish.errors import UserError
 from megatronish.inference.compiled import CompiledStep
 from megatronish.inference.lookup import PromptLookup
 from megatronish.inference.sampling import Sampling, choose
-from megatronish.model.accounting import CACHE_CHUNK
-from megatronish.model.kv_cache import KVCache
+from megatronish.model.kv_cache import CACHE_CHUNK, KVCache
 from megatronish.model.transformer import Transformer
 from megatronish.ops.linear import FEW_ROWS
 

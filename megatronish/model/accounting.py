@@ -15,9 +15,6 @@ from megatronish.config.presets import preset_names, resolve_model
 # Bytes a parameter in mixed-precision training with Adam: bf16 weight and gradient, fp32 weight and two fp32 moments.
 TRAINING_BYTES_PER_PARAMETER = 2 + 2 + 4 + 4 + 4
 
-# A prompt is read so many tokens at a time: the logits and activations of all its tokens would take much memory.
-CACHE_CHUNK = 512
-
 
 @dataclass(frozen=True)
 class ParameterCounts:
@@ -102,19 +99,6 @@ def layer_costs(config: ModelConfig, by: str) -> list[float]:
     norm = _norm_parameters(config, config.hidden_size) if config.has_final_norm else 0
     inside = (parameter_counts(config).non_embedding - norm) / config.num_layers
     return [float(head), *[inside] * config.num_layers, *([float(norm)] if norm else []), float(head)]
-
-
-def cache_capacity(window: int | None, length: int, chunk: int = CACHE_CHUNK) -> int:
-    """Tokens of a row that a KVCache of `length` keeps in a layer: the last of a forward pass of `chunk` tokens reads
-    itself and window - 1 before it, the first as many before itself."""
-    return length if window is None else min(length, window + min(chunk, length) - 1)
-
-
-def kv_cache_bytes(config: ModelConfig, batch_size: int, length: int, bytes_per_element: int = 2) -> int:
-    """Memory of a KVCache."""
-    heads = config.resolved_kv_heads * config.resolved_head_dim
-    tokens = sum(cache_capacity(config.layer_window(layer), length) for layer in range(config.num_layers))
-    return 2 * tokens * batch_size * heads * bytes_per_element
 
 
 def _norm_parameters(config: ModelConfig, size: int) -> int:

@@ -8,10 +8,26 @@ import torch
 from torch import Tensor
 
 from megatronish.config.model import ModelConfig
-from megatronish.model.accounting import CACHE_CHUNK, cache_capacity
 from megatronish.ops.attention import attention
 from megatronish.ops.cached_attention import cached_attention_, fused_takes
 from megatronish.ops.dispatch import AttentionBackend
+
+CACHE_CHUNK = 512  # tokens per prefill pass: bounds the memory of the activations and logits of a long prompt
+
+
+def cache_capacity(window: int | None, length: int, chunk: int = CACHE_CHUNK) -> int:
+    """Tokens per row that a KVCache of `length` keeps in a layer with this sliding window.
+
+    In a forward pass of `chunk` tokens the first one reads window - 1 tokens before the chunk, and the last one itself.
+    """
+    return length if window is None else min(length, window + min(chunk, length) - 1)
+
+
+def kv_cache_bytes(config: ModelConfig, batch_size: int, length: int, bytes_per_element: int = 2) -> int:
+    """Memory of a KVCache."""
+    heads = config.resolved_kv_heads * config.resolved_head_dim
+    tokens = sum(cache_capacity(config.layer_window(layer), length) for layer in range(config.num_layers))
+    return 2 * tokens * batch_size * heads * bytes_per_element
 
 
 class KVCache:

@@ -24,8 +24,8 @@ def activation_function(name: str, backend: OpsBackend) -> Callable[[Tensor], Te
     """The function of ModelConfig.activation; the gated ones halve the last dim."""
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "swiglu": partial(swiglu, backend=backend),
-        "geglu": partial(geglu, backend=backend),
-        "geglu_tanh": partial(geglu, form="tanh", backend=backend),
+        "geglu": geglu,
+        "geglu_tanh": partial(geglu, form="tanh"),
         "gelu": F.gelu,
         "gelu_tanh": gelu_tanh,
         "relu": F.relu,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatronish.ops import reference
-from megatronish.ops.dispatch import check_floating, compiled
+from megatronish.ops.dispatch import check_floating
 
-# The kernels of csrc/, torch.compile of ops/reference.py, or plain torch operations on a slab of rows at a time.
-CrossEntropyBackend = Literal["fused", "compiled", "reference"]
+# The kernels of csrc/, or plain torch operations on a slab of rows at a time.
+CrossEntropyBackend = Literal["fused", "reference"]
 
 # fp32 temporaries hold at most this many elements: 1 MiB stays in a CPU core's cache; a GPU wants fewer, larger kernels.
 _SLAB_ELEMENTS_CPU = 1 << 18
@@ -64,8 +63,6 @@ def token_losses(
         if backend == "fused" and logits.is_leaf and logits.requires_grad:
             flat = flat.clone()
         losses = _ShardLosses.apply(flat, flat_labels, ignore_index, backend == "fused", group, vocab_start, vocab_size)
-    elif backend == "compiled":
-        losses = compiled(reference.token_losses)(flat, flat_labels, ignore_index)
     else:
         losses = _TokenLosses.apply(flat, flat_labels, ignore_index)
     return losses.view(labels.shape)
@@ -79,12 +76,8 @@ def cross_entropy(
 
 
 def resolve_cross_entropy(requested: str, ops: str) -> CrossEntropyBackend:
-    """The backend of the cross-entropy for KernelConfig.cross_entropy, where the other operators run as `ops` names.
-
-    "auto" follows them, to plain torch where they are another library's.
-    """
-    chosen = ops if requested == "auto" else requested
-    return cast(CrossEntropyBackend, chosen) if chosen in ("fused", "compiled") else "reference"
+    """The backend for KernelConfig.cross_entropy; "auto" is fused where `ops`, the backend of the other operators, is."""
+    return "fused" if (ops if requested == "auto" else requested) == "fused" else "reference"
 
 
 class _TokenLosses(torch.autograd.Function):

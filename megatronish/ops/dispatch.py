@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
@@ -18,9 +16,9 @@ from megatronish.ops import extension, third_party
 # flash2 and flash3 are versions of flash-attn, fused is the CPU kernel of csrc/; "..._or_sdpa" takes SDPA for tensors that
 # they do not take.
 AttentionBackend = Literal["sdpa", "reference", "flash2", "flash3", "fused_or_sdpa", "flash2_or_sdpa", "flash3_or_sdpa"]
-# RMSNorm, SwiGLU and RoPE: the kernels of csrc/, torch.compile of ops/reference.py, plain torch operations, Liger's Triton
-# kernels, or NVIDIA Apex's ("apex_rms_norm": an Apex without its fused RoPE).
-OpsBackend = Literal["fused", "compiled", "reference", "liger", "apex", "apex_rms_norm"]
+# RMSNorm, SwiGLU and RoPE: the kernels of csrc/, plain torch operations, Liger's Triton kernels, or NVIDIA Apex's
+# ("apex_rms_norm": an Apex without its fused RoPE).
+OpsBackend = Literal["fused", "reference", "liger", "apex", "apex_rms_norm"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +39,6 @@ def resolve_ops(requested: str) -> OpsBackend:
     Raises ValueError if "fused", "liger" or "apex" is asked for and cannot be used here. What "liger" and "apex" leave to
     plain torch is logged.
     """
-    if requested == "compiled":
-        return "compiled"
     if requested == "reference":
         return "reference"
     if requested == "liger":
@@ -50,7 +46,7 @@ def resolve_ops(requested: str) -> OpsBackend:
     if requested == "apex":
         return _resolve_apex()
     if requested not in ("auto", "fused"):
-        raise ValueError(f"unknown ops backend {requested!r}: choose auto, fused, compiled, reference, liger or apex")
+        raise ValueError(f"unknown ops backend {requested!r}: choose auto, fused, reference, liger or apex")
     built = extension.EXTENSION
     problem = built.cuda_problem if torch.cuda.is_available() and not built.cuda else built.cpu_problem
     if requested == "auto" and torch.cuda.is_available():
@@ -101,16 +97,6 @@ def check_floating(name: str, argument: str, tensor: Tensor) -> None:
     """Raise ValueError unless `tensor`, the `argument` of operator `name`, is fp32, bf16, fp16 or float64."""
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"{name}: {argument} is {tensor.dtype}, expected float32, bfloat16, float16 or float64")
-
-
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.compile of `function`, made once; `function` itself within something that is being compiled already."""
-    return function if torch.compiler.is_compiling() else _compile(function)
-
-
-@cache
-def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function)
 
 
 def installed_flash(capability: tuple[int, int]) -> tuple[Literal["flash2", "flash3"] | None, str]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.ops import reference, third_party
-from megatronish.ops.dispatch import OpsBackend, check_floating, compiled
+from megatronish.ops import third_party
+from megatronish.ops.dispatch import OpsBackend, check_floating
 from megatronish.ops.extension import FusedAddRMSNorm, FusedRMSNorm, FusedRMSNormThrough, run
 
 
@@ -46,8 +46,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: OpsBackend = "re
     result: Tensor
     if backend == "fused":
         result = run(FusedRMSNorm, x, weight, eps, 0.0)
-    elif backend == "compiled":
-        result = compiled(reference.rms_norm)(x, weight, eps)
     elif backend == "liger" and third_party.liger_takes(x):
         result = third_party.liger_rms_norm(x, weight, eps)
     elif backend in ("apex", "apex_rms_norm") and third_party.apex_takes(x, weight):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.ops import reference, third_party
-from megatronish.ops.dispatch import OpsBackend, check_floating, compiled
+from megatronish.ops import third_party
+from megatronish.ops.dispatch import OpsBackend, check_floating
 from megatronish.ops.extension import FusedRope, FusedRopeQKV, run
 
 
@@ -67,8 +67,6 @@ def rope(
     result: Tensor
     if backend == "fused":
         result = run(FusedRope, x, cos, sin, _int32(positions), offset, interleaved)
-    elif backend == "compiled":
-        result = compiled(reference.rope)(x, cos, sin, positions, offset=offset, interleaved=interleaved)
     elif backend == "liger" and not interleaved and third_party.liger_takes(x):
         other = x.new_zeros(x.shape[0], x.shape[1], 1, x.shape[3])  # Liger's kernel rotates two tensors at a time
         result, _ = third_party.liger_rope(x, other, *_angles(x, cos, sin, positions, offset))

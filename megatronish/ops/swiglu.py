@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatronish.ops import reference, third_party
-from megatronish.ops.dispatch import OpsBackend, check_floating, compiled
+from megatronish.ops import third_party
+from megatronish.ops.dispatch import OpsBackend, check_floating
 from megatronish.ops.extension import FusedSwiGLU, run
 
 Gelu = Literal["none", "tanh"]
@@ -60,8 +60,6 @@ def swiglu(gate_up: Tensor, *, backend: OpsBackend = "reference") -> Tensor:
     result: Tensor
     if backend == "fused":
         result = run(FusedSwiGLU, gate_up)
-    elif backend == "compiled":
-        result = compiled(reference.swiglu)(gate_up)
     elif backend == "liger" and third_party.liger_takes(gate_up):
         result = third_party.liger_swiglu(gate_up)
     else:
@@ -69,14 +67,14 @@ def swiglu(gate_up: Tensor, *, backend: OpsBackend = "reference") -> Tensor:
     return result
 
 
-def geglu(gate_up: Tensor, *, form: Gelu = "none", backend: OpsBackend = "reference") -> Tensor:
-    """gelu(gate) * up for gate_up [..., 2F], the gate in the first half; returns [..., F]. No backend has a kernel of its own.
+def geglu(gate_up: Tensor, *, form: Gelu = "none") -> Tensor:
+    """gelu(gate) * up for gate_up [..., 2F], the gate in the first half; returns [..., F]. Plain torch with every backend.
 
-    form: "none" for the erf form, "tanh" for the approximation (Hendrycks and Gimpel 2016). Raises ValueError if the last dim is odd or the dtype is not a floating one.
+    form: "none" for the erf form, "tanh" for the approximation (Hendrycks and Gimpel 2016). Raises ValueError if the last dim
+    is odd or the dtype is not a floating-point one.
     """
     _check("geglu", gate_up)
-    compiles = backend == "compiled"
-    result: Tensor = compiled(reference.geglu)(gate_up, form) if compiles else _GeGLU.apply(gate_up, form)
+    result: Tensor = _GeGLU.apply(gate_up, form)
     return result
 
 

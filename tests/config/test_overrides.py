@@ -120,6 +120,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--model", "null"], '"megatronish.model" is None: input should be a valid dictionary'),
     (["--model", "5"], '"megatronish.model" is 5: input should be a valid dictionary'),
     (["--train.save_dir", "null"], '"megatronish.train.save_dir" is None: input should be a valid string.'),
+    (["--kernels.ops", "compiled"], "'compiled' was removed: set train.compile true, which compiles the blocks"),
     (["--model.preset", "tinny"], 'unknown model preset "tinny". Did you mean "tiny"?'),
 ]
 

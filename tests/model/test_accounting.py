@@ -10,12 +10,10 @@ from megatronish.config.model import KernelConfig, ModelConfig
 from megatronish.config.presets import preset_names, resolve_model
 from megatronish.model.accounting import (
     flops_per_token,
-    kv_cache_bytes,
     main,
     mean_attended_keys,
     parameter_counts,
 )
-from megatronish.model.kv_cache import KVCache
 from megatronish.model.transformer import Transformer
 
 
@@ -102,12 +100,6 @@ def test_window_layers_cost_less() -> None:
     ratio = flops_per_token(sliding, 1024).attention / flops_per_token(plain, 1024).attention
     assert ratio == pytest.approx((3 * mean_attended_keys(1024, 64) / 512.5 + 1) / 4)
     assert flops_per_token(plain, 1024).linear == flops_per_token(plain).linear
-
-
-def test_cache_bytes() -> None:
-    config = resolve_model({"preset": "tiny"})
-    cache = KVCache(config, 3, 20, dtype=torch.bfloat16)
-    assert kv_cache_bytes(config, 3, 20) == cache.nbytes
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megatronish.config.model import KernelConfig, ModelConfig
-from megatronish.model.kv_cache import KVCache
+from megatronish.config.presets import resolve_model
+from megatronish.model.kv_cache import KVCache, kv_cache_bytes
 from megatronish.model.transformer import Transformer
 
 SHAPE = {
@@ -78,3 +79,9 @@ def test_messages() -> None:
     model(torch.zeros(1, 2, dtype=torch.long), cache=cache)
     with pytest.raises(ValueError, match="documents cannot be packed behind a key/value cache"):
         model(torch.zeros(1, 2, dtype=torch.long), cache=cache, cu_seqlens=torch.tensor([0, 2], dtype=torch.int32))
+
+
+def test_cache_bytes() -> None:
+    config = resolve_model({"preset": "tiny"})
+    cache = KVCache(config, 3, 20, dtype=torch.bfloat16)
+    assert kv_cache_bytes(config, 3, 20) == cache.nbytes

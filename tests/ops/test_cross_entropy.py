@@ -19,7 +19,7 @@ from tests.distributed import run_ranks
 # float64 the yardstick, torch's sum of thousands in that type, is no better than what it measures.
 BEFORE_ROUNDING = {torch.float64: 6e-15, torch.float32: 6e-7, torch.bfloat16: 4e-6, torch.float16: 4e-6}
 needs_kernels = pytest.mark.skipif(not EXTENSION.cpu, reason=EXTENSION.cpu_problem or "built")
-BACKENDS = ["reference", "compiled", pytest.param("fused", marks=needs_kernels)]
+BACKENDS = ["reference", pytest.param("fused", marks=needs_kernels)]
 
 
 def _problem(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 4.0) -> tuple[Tensor, Tensor]:
@@ -289,13 +289,12 @@ def test_whole_graph_compiles_to_the_same_bits(intermediate: bool) -> None:
 
 
 def test_what_a_request_becomes() -> None:
-    assert [resolve_cross_entropy("auto", ops) for ops in ("fused", "compiled", "reference", "liger")] == [
+    assert [resolve_cross_entropy("auto", ops) for ops in ("fused", "reference", "liger")] == [
         "fused",
-        "compiled",
         "reference",
         "reference",
     ]
-    assert resolve_cross_entropy("compiled", "fused") == "compiled"
+    assert resolve_cross_entropy("reference", "fused") == "reference"
     assert resolve_cross_entropy("linear", "fused") == "reference"  # where the head makes logits all the same
 
 

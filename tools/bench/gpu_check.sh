@@ -226,7 +226,7 @@ speed() {
 
 all_speeds() {
   local ops
-  for ops in fused reference compiled; do
+  for ops in fused reference; do
     speed s0_300m 16 "$ops" "$@"
     [[ -n $REHEARSAL ]] || speed s1_730m 48 "$ops" "$@"
     [[ -n $REHEARSAL ]] && break

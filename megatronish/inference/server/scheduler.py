@@ -19,7 +19,7 @@ from megatronish.inference.generate import TextGeneration
 from megatronish.inference.load import Loaded
 from megatronish.inference.prompt import Prompt
 from megatronish.inference.server.metrics import Metrics
-from megatronish.model.accounting import kv_cache_bytes
+from megatronish.model.kv_cache import kv_cache_bytes
 from megatronish.model.transformer import Transformer
 from megatronish.ops.linear import FEW_ROWS
 
