@@ -1,9 +1,9 @@
 """Run the step of a black box again: `deepspeed tools/replay.py runs/x/black_box/step-00000120`.
 
-Under the launcher and with as many ranks as recorded it (torchrun, mpirun, srun, or plain python for one). It starts from the
-checkpoint in the box, trains the steps between, then runs the step, prints for each module the norm of its output and for each
-weight those of weight and gradient, names the first module to put out inf or NaN, and says whether micro batches, loss and
-norms have the recorded bits: status 0 if they do, 1 if not. The run's data must still be where they were; nothing is written.
+Start it with the launcher and number of ranks that recorded the box (torchrun, mpirun, srun, or plain python for one rank).
+It loads the checkpoint in the box, trains the steps up to the recorded one and runs that one, prints the norm of each module's
+output and of each weight and gradient, names the first module with a non-finite output, and reports whether micro batches,
+loss and norms have the recorded bits: status 0 if they have, 1 if not. The data of the run must be in place; nothing is written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("box", type=Path, help="a folder SAVE_DIR/black_box/step-N")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed gives it
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     arguments = parser.parse_args()
     with exit_on_user_error():
         rank = initialize_process()
@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def describe(found: Replayed, rank: int) -> str:
-    """What is printed of a rank: the first rank's tables, of another only where its numbers break."""
+    """The report of a rank: the tables on the first rank, and on each rank its first non-finite output."""
     diagnosis, event = found.diagnosis, found.event
     lines = []
     if rank == 0:
@@ -51,11 +51,11 @@ def describe(found: Replayed, rank: int) -> str:
             lines += [f"  weight    {norm:12.5g}  gradient {gradient}  {name}"]
     if diagnosis.broken:
         module, micro = diagnosis.broken
-        lines += [f"rank {rank}: the first output that is no number is that of {module}, in micro batch {micro}"]
+        lines += [f"rank {rank}: the first non-finite output is that of {module}, in micro batch {micro}"]
     elif diagnosis.outputs:
         broken = diagnosis.broken_gradients
-        told = f"; {len(broken)} gradients are not, that of {broken[-1]} among them" if broken else ""
-        lines += [f"rank {rank}: every output is finite{told}"]
+        gradients = f"; {len(broken)} gradients are not, among them that of {broken[-1]}" if broken else ""
+        lines += [f"rank {rank}: all outputs are finite{gradients}"]
     same = {True: "the recorded bits", False: "NOT the recorded bits"}
     lines += [
         f"rank {rank}: micro batches have {same[found.same_batches]}, loss {same[found.same_loss]}, "

@@ -1,15 +1,15 @@
-"""Prove parallel layouts on this machine: each trains a small model beside one process and must do the same.
+"""Verify parallel layouts on this machine: each trains a small model and must agree with a single process.
 
-    python tools/verify_parallel.py                                        every layout that this version trains
-    python tools/verify_parallel.py --layouts tp2,tp2dp2z2 --dtype bf16    some, in bf16
-    python tools/verify_parallel.py --layouts tp4 --model.num_kv_heads 1   any field of the run can be changed
-    python tools/verify_parallel.py --layouts none --moves dp2,tp4         checkpoints moved between layouts, both ways
+    python tools/verify_parallel.py                                        all supported layouts
+    python tools/verify_parallel.py --layouts tp2,tp2dp2z2 --dtype bf16    two layouts, in bf16
+    python tools/verify_parallel.py --layouts tp4 --model.num_kv_heads 1   any field of the run can be set
+    python tools/verify_parallel.py --layouts none --moves dp2,tp4         checkpoints moved in both directions
 
-Losses, gradient norms and every weight after the last step are compared, and the bytes of weights, gradients and optimizer
-state on every rank with a formula. Then each of some layouts trains half of the steps and saves, and each other one takes
-that up and trains the rest. In fp32 numbers must agree within 1e-5; in bf16 within twice what another order of sums does
-in one process. Exit status 0: all agree; 1: some do not; 2: bad input.
-A layout's name says its sizes: tp2 (s behind it: sequence divided too), pp2, dp2, sp2, and z2 for ZeRO stage 2 (else 1).
+Losses, gradient norms and all weights after the last step are compared, and the bytes of weights, gradients and optimizer
+state on each rank with a formula. Then some layouts train half of the steps and save, and each of the others resumes from
+that checkpoint and trains the rest. In fp32 numbers must agree within 1e-5; in bf16 within twice the difference that another
+order of summation makes in one process. Exit status 0: all agree; 1: some do not; 2: bad input.
+The name of a layout gives its sizes: tp2 (tp2s: with sequence parallelism), pp2, dp2, sp2, and z2 for ZeRO stage 2 (else 1).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatronish.errors import ConfigError, exit_on_user_error
 from megatronish.launch.process import initialize_process
 
 if TYPE_CHECKING:
-    from megatronish.verify.layouts import Layout
+    from megatronish.verify.layouts import ParallelLayout
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--layouts", help="names, separated by commas, or none (default: all that --ranks allows)")
     parser.add_argument("--moves", help="layouts to move checkpoints between (default: some, or none with --layouts)")
-    parser.add_argument("--ranks", type=int, default=4, help="most processes to start (4)")
+    parser.add_argument("--ranks", type=int, default=4, help="largest number of processes (4)")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps (10)")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--ties", choices=["both", "tied", "untied"], default="both", help="embedding and head (both)")
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chosen(names: str | None, default: Sequence[str], arguments: argparse.Namespace) -> list[Layout]:
+def chosen(names: str | None, default: Sequence[str], arguments: argparse.Namespace) -> list[ParallelLayout]:
     """The named layouts, or those of `default` that the other arguments allow. Raises ConfigError."""
     from megatronish.verify.layouts import parse_layout
 
@@ -70,33 +70,30 @@ def main() -> int:
         initialize_process()
         from megatronish.verify.layout_report import HEADER, Verification
         from megatronish.verify.layouts import DEFAULT_LAYOUTS, DEFAULT_MOVES
+        from megatronish.verify.progress_line import ProgressLine
 
         file, overrides = parse_options(rest, "verify_parallel.py")
         if file:
-            raise ConfigError("verify_parallel.py: takes no --deepspeed_config: its run is a small one of its own.")
+            raise ConfigError("verify_parallel.py: takes no --deepspeed_config: it trains a small run of its own.")
         if arguments.steps < 2 or arguments.ranks < 1:
-            raise ConfigError("verify_parallel.py: --steps counts from 2, for moves halve it, and --ranks from 1.")
+            raise ConfigError(
+                "verify_parallel.py: --steps must be at least 2, for moves halve it, and --ranks at least 1."
+            )
         layouts = chosen(arguments.layouts, DEFAULT_LAYOUTS, arguments)
         moves = chosen(arguments.moves or ("none" if arguments.layouts else None), DEFAULT_MOVES, arguments)
-        live = sys.stderr.isatty()
-
-        def tell(what: str) -> None:
-            print(
-                f"\r\033[K{what} ..." if live else f"{what} ...", end="" if live else "\n", file=sys.stderr, flush=True
-            )
-
+        progress = ProgressLine()
         ties = {"both": (False, True), "tied": (True,), "untied": (False,)}[arguments.ties]
-        verification = Verification(layouts, moves, arguments.dtype, arguments.steps, ties, overrides, tell)
+        verification = Verification(layouts, moves, arguments.dtype, arguments.steps, ties, overrides, progress.show)
         print(f"{arguments.steps} steps, {arguments.dtype}; largest difference from one process")
         print(HEADER, flush=True)
         verdicts = []
         for verdict in verification.verdicts():
-            print("\r\033[K" * live + verdict.line(), flush=True)
+            progress.print(verdict.line())
             verdicts.append(verdict)
         if arguments.json:
             arguments.json.write_text(json.dumps([verdict.to_json() for verdict in verdicts], indent=2) + "\n")
         failed = [verdict for verdict in verdicts if verdict.problem]
-        print(f"{len(verdicts) - len(failed)} of {len(verdicts)} runs train as one process does")
+        print(f"{len(verdicts) - len(failed)} of {len(verdicts)} runs agree with one process")
         return 1 if failed else 0
 
 

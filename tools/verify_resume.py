@@ -1,14 +1,14 @@
-"""Prove that a run which is killed at any moment goes on as if it had not been, bit for bit.
+"""Verify that a run which is killed at any moment resumes bit for bit as if it had not been.
 
     python tools/verify_resume.py                                              a small run on 2 ranks, ZeRO 2, 20 kills
-    python tools/verify_resume.py --zero_optimization.stage 1 --parallel.pipeline 2      any field of the run can be changed
-    python tools/verify_resume.py --deepspeed_config ds_configs/zero3.json --ranks 4 --json proof.json     or any run file
+    python tools/verify_resume.py --zero_optimization.stage 1 --parallel.pipeline 2      any field of the run can be set
+    python tools/verify_resume.py --deepspeed_config ds_configs/zero3.json --ranks 4 --json proof.json     any run file
 
-The run is trained once without interruption, and once killed with SIGKILL: within steps, within the writing of checkpoints and
-within their commit, at moments drawn from --seed, one rank first or all at once; each time the same command goes on. Every
-step that any of the parts completed, on every rank, must have had the same batches (by hash), random number state, loss and
-gradient norm (by bits) as in the unbroken run, and the last checkpoints the same tensors, by hash, and counters. For kills to
-meet checkpoints, one is saved every --save-interval steps, and the number of steps follows from the kills.
+The run is trained once without interruption, and once with kills by SIGKILL: during steps, during the writing of checkpoints
+and during their commit, at moments drawn from --seed, one rank first or all at once; each time the same command resumes it.
+Each step that any attempt completed, on each rank, must have the same batches (by hash), random number state, loss and
+gradient norm (by bits) as in the uninterrupted run, and the last checkpoints the same tensors, by hash, and counters. A
+checkpoint is saved every --save-interval steps, and the number of steps follows from the number of kills.
 Exit status 0: all is equal; 1: something differs; 2: bad input.
 """
 
@@ -36,10 +36,12 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--ranks", type=int, default=2, help="processes of the run (2)")
-    parser.add_argument("--kills", type=int, default=20, help="how many (20)")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills (20)")
     parser.add_argument("--save-interval", type=int, default=2, help="steps between checkpoints (2)")
     parser.add_argument("--seed", type=int, default=0, help="of the kills' moments (0)")
-    parser.add_argument("--folder", type=Path, help="keep checkpoints, traces and logs here (default: nowhere)")
+    parser.add_argument(
+        "--folder", type=Path, help="keep checkpoints, traces and logs here (default: a temporary folder)"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the proof as JSON")
     return parser
 
@@ -50,32 +52,27 @@ def main() -> int:
         initialize_process()
         from megatronish.config.base import merge
         from megatronish.config.deepspeed_json import load_json
-        from megatronish.verify.resume import ResumeProof, fresh_folder, plain_run
+        from megatronish.verify.progress_line import ProgressLine
+        from megatronish.verify.resume import ResumeProof, fresh_folder, small_run
 
         file, overrides = parse_options(rest, "verify_resume.py")
         if min(arguments.ranks, arguments.kills, arguments.save_interval) < 1:
-            raise ConfigError("verify_resume.py: --ranks, --kills and --save-interval count from 1.")
-        live = sys.stderr.isatty()
-
-        def tell(what: str) -> None:
-            print(
-                f"\r\033[K{what} ..." if live else f"{what} ...", end="" if live else "\n", file=sys.stderr, flush=True
-            )
-
+            raise ConfigError("verify_resume.py: --ranks, --kills and --save-interval must be at least 1.")
+        progress = ProgressLine()
         with tempfile.TemporaryDirectory() as temporary:
             folder = fresh_folder((arguments.folder or Path(temporary) / "proof").resolve())
-            base = load_json(file) if file else plain_run(folder)
+            base = load_json(file) if file else small_run(folder)
             proof_run = ResumeProof(
                 merge(base, overrides), arguments.ranks, arguments.kills, arguments.save_interval, arguments.seed,
-                folder, tell,
+                folder, progress.show,
             )  # fmt: skip
             print(
                 f"{proof_run.steps} steps, a checkpoint every {arguments.save_interval}, {arguments.kills} kills",
                 flush=True,
             )
-            proof = proof_run.prove(lambda line: print("\r\033[K" * live + line, flush=True))
+            proof = proof_run.prove(progress.print)
         print(
-            f"compared: {proof.steps_compared} steps of ranks, {len(proof.tensors)} tensors and headers, "
+            f"compared: {proof.steps_compared} steps over all ranks, {len(proof.tensors)} tensors and headers, "
             f"samples {proof.state.get('samples')}; {proof.seconds:.0f} s"
         )
         if arguments.json:
@@ -86,7 +83,7 @@ def main() -> int:
             print(f"FAILED: {problem}")
         happened = len(proof.kills)
         if not proof.problems:
-            print(f"{happened} of {arguments.kills} kills survived: equal to the unbroken run, bit for bit")
+            print(f"{happened} of {arguments.kills} kills survived: equal to the uninterrupted run, bit for bit")
         return 1 if proof.problems else 0
 
 

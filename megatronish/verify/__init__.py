@@ -1,1 +1,1 @@
-"""Proof that a parallel layout trains as one process does."""
+"""Checks of a run: parallel layouts against one process, killed runs against uninterrupted ones, replays of recorded steps."""

@@ -1,4 +1,4 @@
-"""Layouts by name, and the small run that each of them trains."""
+"""Parallel layouts by name, and the small run that each of them trains."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from megatronish.config.parallel import ParallelConfig
 from megatronish.config.run import BLOCK, RunConfig
 from megatronish.errors import ConfigError
 
-SAMPLES, ACCUMULATION = 12, 3  # of an optimizer step, the same in every layout: 4 samples a micro batch over all ranks
+SAMPLES, ACCUMULATION = (
+    12,
+    3,
+)  # per optimizer step in every layout: micro batches of 4 samples over all data-parallel ranks
 DEFAULT_LAYOUTS = (
     "tp2",
     "tp2s",
@@ -43,8 +46,8 @@ MODEL: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a name such as tp2sdp2z1 says: axis sizes, `s` for sequence parallelism within tp, `z` the ZeRO stage (1)."""
+class ParallelLayout:
+    """A layout, named as in tp2sdp2z1: axis sizes, `s` for sequence parallelism within tp, `z` for the ZeRO stage (1)."""
 
     name: str
     parallel: ParallelConfig
@@ -53,14 +56,14 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        """Processes that it takes."""
+        """The number of processes."""
         return self.data * self.parallel.tensor * self.parallel.pipeline * self.parallel.sequence
 
 
-def parse_layout(name: str) -> Layout:
-    """The layout that `name` says: tp, pp, dp, sp and z, each with a number and each at most once, and s behind tp.
+def parse_layout(name: str) -> ParallelLayout:
+    """The layout of a name: tp, pp, dp, sp and z, each at most once and followed by a number, and s after tpN.
 
-    Raises ConfigError for anything else.
+    Raises ConfigError for any other name.
     """
     found = re.findall(r"(tp|pp|dp|sp|z)(\d+)(s(?!p\d))?", name)
     sizes = {axis: int(number) for axis, number, _ in found}
@@ -72,20 +75,20 @@ def parse_layout(name: str) -> Layout:
             "stage 2; 1 when left out) or sp2z3."
         )
     if 0 in [size for axis, size in sizes.items() if axis != "z"]:
-        raise ConfigError(f'layout "{name}": sizes count from 1.')
+        raise ConfigError(f'layout "{name}": sizes are at least 1.')
     parallel = ParallelConfig(
         tensor=sizes.get("tp", 1),
         pipeline=sizes.get("pp", 1),
         sequence=sizes.get("sp", 1),
         tensor_sequence=bool(divided),
     )
-    return Layout(name, parallel, sizes.get("dp", 1), sizes.get("z", 1))
+    return ParallelLayout(name, parallel, sizes.get("dp", 1), sizes.get("z", 1))
 
 
-def layout_run(layout: Layout, dtype: str, steps: int, tied: bool, overrides: dict[str, Any]) -> RunConfig:
-    """The run of a layout: 12 samples a step in 3 micro batches a rank, AdamW, clipping that acts.
+def layout_run(layout: ParallelLayout, dtype: str, steps: int, tied: bool, overrides: dict[str, Any]) -> RunConfig:
+    """The run of a layout: 12 samples per step in 3 micro batches per rank, AdamW, and clipping that takes effect.
 
-    Raises ConfigError for a layout that cannot be trained, and for overrides that are not those of a run.
+    Raises ConfigError for a layout that cannot be trained, and for overrides that no run has.
     """
     micro, rest = divmod(SAMPLES, ACCUMULATION * layout.data)
     if rest:
@@ -97,8 +100,8 @@ def layout_run(layout: Layout, dtype: str, steps: int, tied: bool, overrides: di
         "gradient_accumulation_steps": ACCUMULATION,
         "gradient_clipping": 0.5,
         # AdamW divides a gradient by its own size: with its usual eps, 1e-8, the rounding of a gradient near 0 moves a weight
-        # by a whole learning rate, and a wrong scale of all gradients would not show. 1e-6 mends the first, and the second
-        # for small gradients; gradient norms and clipping show it for all.
+        # by a full learning rate, and a wrong scale of all gradients has no effect. An eps of 1e-6 avoids the first, and the
+        # second for small gradients; gradient norms and clipping expose it for all.
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-6}},
         BLOCK: {
             "model": {**MODEL, "tie_embeddings": tied},

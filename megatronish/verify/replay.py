@@ -1,4 +1,4 @@
-"""A step of a black box, run again: from the checkpoint in the box, or the run's beginning, over the steps between."""
+"""Run the step of a black box again, from the checkpoint in the box or the beginning of the run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from megatronish.training.stopping import StopRequests
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a rank found. same_loss: the sum of this rank's token losses has the recorded bits; same_batches: so have its
-    micro batches; same_norms: the norms that the box has of gradients, outputs and weights (of a spike: none to compare)."""
+    """The result of a rank. same_loss: the sum of its token losses has the recorded bits; same_batches: so have its micro
+    batches; same_norms: so have the norms of gradients, outputs and weights in the box (a spike records none)."""
 
     event: BlackBoxEvent
     steps_before: int
@@ -37,22 +37,22 @@ class Replayed:
 
     @property
     def as_recorded(self) -> bool:
-        """Whether everything that was recorded came out with the same bits."""
+        """Whether all that was recorded has the same bits."""
         return self.same_batches and self.same_loss and self.same_norms
 
 
 def replay(box: Path, rank: Rank) -> Replayed:
-    """Run the step of the box again; every rank of the layout that recorded it calls it. Nothing is written into the run.
+    """Run the step of the box again, on every rank of the layout that recorded it. Nothing is written to the run's folder.
 
-    Raises ConfigError for a box that cannot be read, another number of ranks, or data that are gone.
+    Raises ConfigError for a box that cannot be read, another number of ranks, or missing data.
     """
     event = read_event(box)
     ranks = event.layout["pp"] * event.layout["dp"] * event.layout["sp"] * event.layout["tp"]
     if rank.world_size != ranks:
         raise ConfigError(
-            f"{box} was recorded by {ranks} rank(s), {layout_of(event)}; start as many, not {rank.world_size}."
+            f"{box} was recorded by {ranks} rank(s), {layout_of(event)}; start that many, not {rank.world_size}."
         )
-    told, recorded = read_rank(box, rank.rank)
+    values, recorded = read_rank(box, rank.rank)
     with tempfile.TemporaryDirectory() as scratch:
         config = replay_config(event, box, Path(scratch))
         run = prepare(config, rank)
@@ -66,15 +66,15 @@ def replay(box: Path, rank: Rank) -> Replayed:
         batches = trainer.next_batches()
         diagnosis = diagnose_step(trainer.engine, batches, trainer.seed())
         trainer.next_step(batches)
-        norms = {**asdict(diagnosis), "weights": weight_norms(trainer.engine.module)}  # recorded when the step was done
+        norms = {**asdict(diagnosis), "weights": weight_norms(trainer.engine.module)}  # recorded after the step
         loss_sum = float(trainer.last.loss_sum)
         result = Replayed(
             event,
             event.step - 1 - before,
             loss_sum,
-            loss_sum.hex() == told["loss_sum"],
+            loss_sum.hex() == values["loss_sum"],
             batches_equal(batches, recorded),
-            all(_same(told[key], norms[key]) for key in ("weights", "outputs", "gradients") if told[key]),
+            all(_same(values[key], norms[key]) for key in ("weights", "outputs", "gradients") if values[key]),
             diagnosis,
         )
         trainer.close()
@@ -85,7 +85,7 @@ def replay(box: Path, rank: Rank) -> Replayed:
 
 
 def replay_config(event: BlackBoxEvent, box: Path, scratch: Path) -> RunConfig:
-    """The run's configuration, with what a replay writes going to `scratch` and nothing saved on the way."""
+    """The configuration of the run, with `scratch` as its folder and without checkpoints."""
     start = str(box / CHECKPOINT) if (box / CHECKPOINT).is_dir() else "never"
     train = {"save_dir": str(scratch), "resume": start, "hang_timeout": 0.0, "time_limit": None, "on_spike": "ignore"}
     log = {"tensorboard": False, "wandb": "off"}
@@ -93,12 +93,12 @@ def replay_config(event: BlackBoxEvent, box: Path, scratch: Path) -> RunConfig:
 
 
 def layout_of(event: BlackBoxEvent) -> str:
-    """As in "tp 2, dp 4"; "alone" for one rank."""
-    return ", ".join(f"{axis} {size}" for axis, size in event.layout.items() if size > 1) or "alone"
+    """As in "tp 2, dp 4"; "one rank" for one."""
+    return ", ".join(f"{axis} {size}" for axis, size in event.layout.items() if size > 1) or "one rank"
 
 
 def _same(recorded: dict[str, float], found: dict[str, float]) -> bool:
-    """Whether these are the same numbers; a NaN is one."""
+    """Whether these are the same numbers; a NaN equals a NaN."""
     return recorded.keys() == found.keys() and all(
         found[name] == norm or (norm != norm and found[name] != found[name]) for name, norm in recorded.items()
     )

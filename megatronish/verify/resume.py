@@ -1,4 +1,4 @@
-"""The proof that a run which is killed again and again is the run that was never interrupted."""
+"""Compare a run that is killed again and again with an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEADER = (
     f"{'kill':>4}  {'kind':<7}{'rank':>4}{'others after':>14}{'from step':>11}{'in step':>9}{'newest after':>14}  where"
 )
 COMPARED = ("batches", "rng", "loss_sum", "norm", "rng_after")
-PLAIN_RUN: dict[str, Any] = {
+SMALL_RUN: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 2,
     "gradient_clipping": 0.5,
@@ -52,12 +52,12 @@ PLAIN_RUN: dict[str, Any] = {
 
 @dataclass
 class Proof:
-    """What was found. problems: every difference from the unbroken run, and every kill that did not happen as planned."""
+    """The result. problems: each difference from the uninterrupted run, and each kill that did not happen as planned."""
 
     kills: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     steps_compared: int = 0
-    tensors: dict[str, str] = field(default_factory=dict)  # hashes, of the unbroken run's last checkpoint
+    tensors: dict[str, str] = field(default_factory=dict)  # hashes of the last checkpoint of the uninterrupted run
     state: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -67,26 +67,26 @@ class Proof:
 
 
 class ResumeProof:
-    """Trains a run unbroken and then killed, and compares them.
+    """Trains a run without interruption and again with kills, and compares the two.
 
-    run: the run as its file and the command line give it; folder: takes everything that is written; tell: hears what goes on,
-    for a terminal. Raises ConfigError for a run that cannot be trained.
+    run: the contents of the run's file, with command-line overrides; folder: for all files; progress: receives a line of
+    progress. Raises ConfigError for a run that cannot be trained.
     """
 
     def __init__(
         self, run: dict[str, Any], ranks: int, kills: int, save_interval: int, seed: int, folder: Path,
-        tell: Callable[[str], None],
+        progress: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self._run, self._ranks, self._folder, self._tell = run, ranks, folder, tell
-        self.steps = save_interval * (2 * kills + 2)  # more than the kills can let it come
+        self._run, self._ranks, self._folder, self._progress = run, ranks, folder, progress
+        self.steps = save_interval * (2 * kills + 2)  # more than are reached before the last kill
         self._interval = save_interval
         self.kills = plan_kills(kills, ranks, save_interval, seed)
-        self._config("unbroken").batch_plan(1)  # impossible runs are refused here
+        self._config("unbroken").batch_plan(1)  # raises ConfigError
 
     def prove(self, show: Callable[[str], None]) -> Proof:
-        """Run everything; `show` gets the table's lines."""
+        """Run all attempts; `show` receives the lines of the table."""
         begin, proof = time.monotonic(), Proof()
-        self._tell(f"training {self.steps} steps unbroken on {self._ranks} ranks")
+        self._progress(f"training {self.steps} steps without interruption on {self._ranks} ranks")
         unbroken = run_attempt(self._config("unbroken"), self._ranks, self._folder / "unbroken-trace")
         reference = [{line["step"]: line for line in trace} for trace in unbroken.traces]
         usual = self._usual(unbroken)
@@ -99,10 +99,10 @@ class ResumeProof:
             show(line)
             self._compare_steps(f"kill {number}", attempt, reference, proof)
             left = (time.monotonic() - killing) / number * (len(self.kills) - number)
-            self._tell(f"{number} of {len(self.kills)} kills done, about {left:.0f} s left")
+            self._progress(f"{number} of {len(self.kills)} kills done, about {left:.0f} s left")
         last = run_attempt(self._config("killed"), self._ranks, self._folder / "last-trace")
         if proof.kills:
-            proof.kills[-1]["goes_on_from"] = last.first_step
+            proof.kills[-1]["resumed_from"] = last.first_step
         self._compare_steps("the last part", last, reference, proof)
         self._compare_ends(proof)
         proof.seconds = time.monotonic() - begin
@@ -121,26 +121,26 @@ class ResumeProof:
         return RunConfig.from_dict(merge(self._run, {BLOCK: {"train": train, "log": log}}), "verify_resume")
 
     def _usual(self, unbroken: Attempt) -> tuple[float, float]:
-        """Median seconds of a step, and of a save as the log tells them."""
+        """Median seconds of a step, and of a save according to the log."""
         steps = [line["seconds"] for line in unbroken.traces[0]]
         log = (self._folder / "unbroken-trace" / "0.log").read_text()
         saves = [float(line.split("written in ")[1].split()[0]) for line in log.splitlines() if "written in " in line]
         return statistics.median(steps), statistics.median(saves or [0.1])
 
     def _note(self, number: int, kill: Kill, attempt: Attempt, store: CheckpointStore, proof: Proof) -> str:
-        """Add a kill to the proof; its line of the table. Where the next attempt goes on is known by then only for the last."""
+        """Add a kill to the proof, and to the one before it the step from which this attempt resumed; returns its line."""
         newest = store.newest()
         found = {**attempt.killed, "number": number, "newest": step_of(newest) if newest else 0}
         began = attempt.first_step
         if proof.kills and began is not None:
-            proof.kills[-1]["goes_on_from"] = began
+            proof.kills[-1]["resumed_from"] = began
             if began != proof.kills[-1]["newest"]:
                 wanted = proof.kills[-1]["newest"]
                 proof.problems.append(
-                    f"after kill {number - 1} it went on from step {began}, the newest checkpoint is of {wanted}"
+                    f"after kill {number - 1} it resumed from step {began}, but the newest checkpoint is of step {wanted}"
                 )
         if not attempt.killed:
-            proof.problems.append(f"kill {number} ({kill.kind}) did not happen: the run ended before")
+            proof.problems.append(f"kill {number} ({kill.kind}) did not happen: the run ended first")
             return f"{number:>4}  {kill.kind:<7} did not happen"
         proof.kills.append(found)
         others = "at once" if not kill.late else f"{kill.late:.2f} s"
@@ -153,7 +153,7 @@ class ResumeProof:
     def _compare_steps(
         self, name: str, attempt: Attempt, reference: list[dict[int, dict[str, Any]]], proof: Proof
     ) -> None:
-        """Every step that any attempt completed, on every rank, with the unbroken run's."""
+        """Compare each step that an attempt completed, on each rank, with that of the uninterrupted run."""
         for rank, trace in enumerate(attempt.traces):
             for line in trace:
                 expected = reference[rank][line["step"]]
@@ -161,25 +161,25 @@ class ResumeProof:
                 proof.steps_compared += 1
                 if differing:
                     proof.problems.append(
-                        f"{name}, rank {rank}, step {line['step'] + 1}: another {', '.join(differing)}"
+                        f"{name}, rank {rank}, step {line['step'] + 1}: different {', '.join(differing)}"
                     )
 
     def _compare_ends(self, proof: Proof) -> None:
-        """The last checkpoints, tensor by tensor, and the reported losses."""
+        """Compare the last checkpoints, tensor by tensor, and the reported losses."""
         ends = [self._folder / run / "checkpoints" / step_name(self.steps) for run in ("unbroken", "killed")]
         (proof.tensors, proof.state), (tensors, state) = (checkpoint_digests(end) for end in ends)
         for name in sorted(proof.tensors.keys() | tensors.keys()):
             if proof.tensors.get(name) != tensors.get(name):
                 proof.problems.append(f"the last checkpoints differ in {name}")
         if state != proof.state:
-            proof.problems.append(f"the last checkpoints count otherwise: {state}, unbroken {proof.state}")
+            proof.problems.append(f"the last checkpoints have different counters: {state}, uninterrupted {proof.state}")
         losses = [reported_losses(self._folder / run) for run in ("unbroken", "killed")]
         if losses[0] != losses[1] or len(losses[0]) != self.steps:
-            proof.problems.append("metrics.jsonl has other losses or gradient norms")
+            proof.problems.append("metrics.jsonl has different losses or gradient norms")
 
 
 def checkpoint_digests(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """A hash of every tensor of a checkpoint, of weights and optimizer state, and of what else is in them; its counters."""
+    """A hash of each tensor and other file of a checkpoint, weights and optimizer state, and its counters."""
     found: dict[str, str] = {}
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("engine/**/*"), *folder.glob("streams-*")]):
         name = path.relative_to(folder).as_posix()
@@ -193,13 +193,13 @@ def checkpoint_digests(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def reported_losses(run_dir: Path) -> list[tuple[int, str, str]]:
-    """(step, loss, gradient norm) of each line of metrics.jsonl, as they are written there."""
+    """(step, loss, gradient norm) of each line of metrics.jsonl with a loss."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], repr(line["loss"]), repr(line["grad_norm"])) for line in lines if "loss" in line]
 
 
-def plain_run(folder: Path) -> dict[str, Any]:
-    """A small run with dropout, clipping and its own data, which is made in `folder`."""
+def small_run(folder: Path) -> dict[str, Any]:
+    """A small run with dropout, clipping and a data set of its own, which is made in `folder`."""
     from megatronish.preprocessing.preprocess import PreprocessOptions, preprocess
 
     source = folder / "text.txt"
@@ -211,15 +211,15 @@ def plain_run(folder: Path) -> dict[str, Any]:
         doc_separator="\f",
     )  # fmt: skip
     data = {"path": preprocess(options, lambda line: None)[0].prefix}
-    return merge(PLAIN_RUN, {BLOCK: {"data": data}})
+    return merge(SMALL_RUN, {BLOCK: {"data": data}})
 
 
 def fresh_folder(folder: Path) -> Path:
-    """The folder, empty: what an earlier proof left goes. Raises ConfigError for one that holds anything else."""
+    """`folder`, emptied of an earlier proof. Raises ConfigError when it contains anything else."""
     known = folder / "verify_resume"
     if folder.exists() and any(folder.iterdir()):
         if not known.exists():
-            raise ConfigError(f"--folder {folder}: is not empty, and not of an earlier proof; name a new one.")
+            raise ConfigError(f"--folder {folder}: is not empty and not of an earlier proof; choose a new folder.")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     known.touch()

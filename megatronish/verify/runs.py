@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import pickle
-import tempfile
-import time
-import traceback
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -20,26 +15,26 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from megatronish.config.run import RunConfig
-from megatronish.errors import UserError
-from megatronish.launch.process import free_port, has_gpu
 from megatronish.model.linear import Linear
 from megatronish.model.transformer import IGNORED_LABEL, Head, Transformer
-from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
-from megatronish.verify.layouts import ACCUMULATION, SAMPLES, Layout
+from megatronish.ops.dtypes import DTYPES
+from megatronish.training.optimizers import parameter_groups
+from megatronish.training.schedules import learning_rate_multiplier
+from megatronish.verify.layouts import ACCUMULATION, SAMPLES, ParallelLayout
 from megatronish.verify.tracked_memory import RankBytes, expected_bytes, slack
 
 if TYPE_CHECKING:
     from megatronish.training.engine import Engine
 
-TIMEOUT_SECONDS = 300.0
 STATE = "state"  # folder of the engine's state within that of a leg
 Batch = dict[str, Any]
+Batches = Callable[[int], list[Batch]]  # the micro batches of a step
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run did: loss and gradient norm of each step, the weights after the last, and what a rank held of it (counted,
-    by formula, and how far above that it may be)."""
+    """Loss and gradient norm of each step, the weights after the last, and the bytes that the rank held: counted, by formula,
+    and the difference allowed between them."""
 
     losses: list[float]
     norms: list[float]
@@ -49,13 +44,13 @@ class Trace:
     slack: RankBytes | None = None
 
     def after(self, step: int) -> Trace:
-        """Without the first `step` steps."""
+        """The trace without its first `step` steps."""
         return replace(self, losses=self.losses[step:], norms=self.norms[step:])
 
 
 @dataclass(frozen=True)
 class Leg:
-    """Steps [first, stop) of a run, from the engine's state in `load` and then into that in `save`, where they are given."""
+    """Steps [first, stop) of a run. load: folder of the engine's state to begin from; save: folder for its state at the end."""
 
     first: int
     stop: int
@@ -64,7 +59,7 @@ class Leg:
 
 
 def make_batch(config: RunConfig, step: int, samples: range) -> Batch:
-    """The numbered samples of a step: random tokens in documents of uneven length, a third of the labels left out."""
+    """The numbered samples of a step: random tokens in documents of uneven length, with a third of the labels ignored."""
     model = config.megatronish.model
     length = model.seq_length
     tokens, labels, positions, bounds = [], [], [], [0]
@@ -88,8 +83,8 @@ def make_batch(config: RunConfig, step: int, samples: range) -> Batch:
 
 
 class _SplitProduct(torch.autograd.Function):
-    """x weight^T with every sum, of the product and of both its gradients, taken in several parts, each of them rounded: so
-    do ranks that share features, vocabulary or tokens."""
+    """x weight^T, where each sum, of the product and of both gradients, is taken in several parts and each part is rounded, as
+    on ranks that share features, the vocabulary or tokens."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, parts: int) -> Tensor:
@@ -106,7 +101,7 @@ class _SplitProduct(torch.autograd.Function):
 
 
 def _in_parts(a: Tensor, b: Tensor, parts: int) -> Tensor:
-    """a [..., n] b [n, m], the sum over n in as many parts."""
+    """a [..., n] times b [n, m], with the sum over n in `parts` parts."""
     width = -(-b.shape[0] // parts)
     pieces = zip(a.split(width, -1), b.split(width, 0), strict=True)
     return sum((left @ right for left, right in pieces), torch.zeros((), dtype=a.dtype, device=a.device))
@@ -128,38 +123,29 @@ class _SplitHead(Head):
         return logits
 
 
-def plain_run(config: RunConfig, *, parts: int = 1) -> Trace:
-    """One process without DeepSpeed: mean loss over the tokens of a step, global clipping, the run's optimizer.
+def plain_run(config: RunConfig, batches: Batches, *, parts: int = 1, perturb: int | None = None) -> Trace:
+    """One process without DeepSpeed: mean loss over the tokens of a step, global clipping, the run's optimizer and schedule.
 
-    In bf16 the optimizer keeps an fp32 master copy that starts from the bf16 weights. parts, 2 or 4: products are summed in
-    as many parts and gradients over as many times more micro batches: the same arithmetic with other roundings.
+    batches: the micro batches of a step, of all data-parallel ranks. In bf16 the optimizer keeps an fp32 master copy that
+    starts from the bf16 weights; the trace has these master weights. Two ways to measure what rounding alone does: `parts` sums
+    every product in that many parts; perturb, a seed, changes the initial master weights by up to 2^-9 of each (half a unit
+    in the last place of bf16).
     """
+    from megatronish.training.engine import build_optimizer
+
     ours, clip = config.megatronish, config.deepspeed.gradient_clipping
-    dtype = torch.bfloat16 if config.deepspeed.dtype == "bf16" else torch.float32
-    with_logits = (
-        ours.kernels.cross_entropy if ours.kernels.cross_entropy != "linear" else "auto"
-    )  # that is DeepSpeed's
-    kernels = ours.kernels.model_copy(update={"cross_entropy": with_logits})
-    model = Transformer(ours.model, kernels, seed=ours.train.seed).to(dtype)
-    master = Transformer(ours.model, kernels, seed=None)
-    master.load_state_dict(model.state_dict())
-    for module in model.modules() if parts > 1 else ():
-        for plain, split in ((Linear, _SplitLinear), (Head, _SplitHead)):
-            if isinstance(module, plain):
-                module.__class__ = split
-                cast(_SplitLinear, module).parts = parts
-    optimizer = build_torch_optimizer(parameter_groups(master, config.deepspeed.optimizer), config.deepspeed.optimizer)
-    micro = SAMPLES // ACCUMULATION // parts
+    model, master = _model_and_master(config, parts, perturb)
+    optimizer = build_optimizer(parameter_groups(master, config.deepspeed.optimizer), config, torch.device("cpu"))
     pairs = list(zip(model.parameters(), master.parameters(), strict=True))
     losses, norms = [], []
     for step in range(ours.train.steps):
         for low, high in pairs:
             low.data.copy_(high.data)
             high.grad = torch.zeros_like(high)
-        total = 0.0
-        tokens = int((make_batch(config, step, range(SAMPLES))["labels"] != IGNORED_LABEL).sum())
-        for first in range(0, SAMPLES, micro):
-            loss, _ = model.loss(**make_batch(config, step, range(first, first + micro)))
+        total, micro_batches = 0.0, batches(step)
+        tokens = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in micro_batches)
+        for batch in micro_batches:
+            loss, _ = model.loss(**batch)
             model.zero_grad()
             # Scaled before, as by the engine: at the start all labels' logits have nearly the same gradient, which bf16
             # rounds to one side, so a scale that comes after moves the norm by up to 2e-3.
@@ -173,16 +159,44 @@ def plain_run(config: RunConfig, *, parts: int = 1) -> Trace:
         norms.append(norm.item())
         if clip:
             torch.nn.utils.clip_grads_with_norm_(master.parameters(), clip, norm)
+        multiplier = learning_rate_multiplier(step, ours.train.steps, ours.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * multiplier
         optimizer.step()
-    weights = {name: p.detach().to(dtype).float() for name, p in master.named_parameters()}
-    return Trace(losses, norms, weights)
+    return Trace(
+        losses,
+        norms,
+        {name: p.detach() for name, p in master.named_parameters()},
+    )
+
+
+def _model_and_master(config: RunConfig, parts: int, perturb: int | None) -> tuple[Transformer, Transformer]:
+    """The model in the run's dtype, with products in `parts`, and its fp32 master copy."""
+    ours, dtype = config.megatronish, DTYPES[config.deepspeed.dtype]
+    # "linear" is DeepSpeed's fused head and loss.
+    head = "auto" if ours.kernels.cross_entropy == "linear" else ours.kernels.cross_entropy
+    kernels = ours.kernels.model_copy(update={"cross_entropy": head})
+    model = Transformer(ours.model, kernels, seed=ours.train.seed).to(dtype)
+    master = Transformer(ours.model, kernels, seed=None)
+    master.load_state_dict(model.state_dict())
+    if perturb is not None:
+        draw = torch.Generator().manual_seed(perturb)
+        with torch.no_grad():
+            for p in master.parameters():
+                p.mul_(1 + 2**-9 * (2 * torch.rand(p.shape, generator=draw) - 1))
+    for module in model.modules() if parts > 1 else ():
+        for plain, split in ((Linear, _SplitLinear), (Head, _SplitHead)):
+            if isinstance(module, plain):
+                module.__class__ = split
+                cast(_SplitLinear, module).parts = parts
+    return model, master
 
 
 class GradientCount:
-    """The most bytes of gradients that a rank holds between micro batches while this is entered.
+    """Records the largest number of gradient bytes that a rank holds between micro batches, as a context manager.
 
-    A pipeline's first stages run all micro batches forward before the first gradient, so there every gradient is a time to
-    count; elsewhere DeepSpeed still holds those that it is about to reduce then.
+    In a pipeline the count is taken after each gradient, too: the first stages run all forward passes before any gradient.
+    Elsewhere DeepSpeed holds gradients at that moment that it is about to reduce.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -203,98 +217,63 @@ class GradientCount:
         self.most = max(self.most, self._engine.local_optimizer_state().gradient_bytes())
 
 
-def layout_trace(config: RunConfig, layout: Layout, leg: Leg | None = None) -> Trace:
-    """The same steps, or those of a leg, through the engine on this rank of the layout. The process group exists.
+def engine_run(
+    config: RunConfig, data_size: int, batches: Callable[[int, int], list[Batch]], leg: Leg | None = None,
+    *, count_bytes: bool = False,
+) -> Trace:  # fmt: skip
+    """The same steps, or those of a leg, through the engine on this rank; the process group exists.
 
-    Weights are on the first rank only.
+    batches: the micro batches of (step, data-parallel rank); count_bytes: count what the rank holds, too. Weights are on the
+    first rank only.
     """
     from megatronish.parallel.mesh import build_mesh
     from megatronish.training.engine import device, start_engine
     from megatronish.training.loop import to_device
     from megatronish.training.setup.construction import build_model
 
-    leg = leg or Leg(0, config.megatronish.train.steps)
-    plan = config.batch_plan(layout.data)
-    mesh = build_mesh(config.megatronish.parallel, device().type)
+    ours = config.megatronish
+    leg = leg or Leg(0, ours.train.steps)
+    plan = config.batch_plan(data_size)
+    mesh = build_mesh(ours.parallel, device().type)
     engine = start_engine(build_model(config, plan, mesh), config, plan, mesh)
     if leg.load is not None:
         engine.load(leg.load, STATE)
     gradients = GradientCount(engine)
     losses, norms = [], []
     for step in range(leg.first, leg.stop):
-        batches = []
-        for index in range(plan.accumulation):
-            first = (index * plan.data_size + mesh.dp.rank) * plan.micro
-            batches.append(to_device(make_batch(config, step, range(first, first + plan.micro)), engine.device))
-        with gradients if step + 1 == leg.stop else nullcontext():
-            result = engine.train_step(batches, 1.0)
+        on_device = [to_device(batch, engine.device) for batch in batches(step, mesh.dp.rank)]
+        with gradients if count_bytes and step + 1 == leg.stop else nullcontext():
+            result = engine.train_step(on_device, learning_rate_multiplier(step, ours.train.steps, ours.schedule))
         mesh.data.sum_(result.loss_sum)
         losses.append((result.loss_sum / result.tokens).item())
         assert result.grad_norm is not None
         norms.append(float(result.grad_norm))
     if leg.save is not None:
         engine.save(leg.save, STATE)
+    trace = Trace(losses, norms, {name: value.float().cpu().clone() for name, value in engine.weights().items()})
+    if not count_bytes:
+        return trace
     held = RankBytes(engine.weight_bytes(), gradients.most, engine.local_optimizer_state().optimizer_bytes())
-    weights = {name: value.float().cpu() for name, value in engine.weights().items()}
-    return Trace(losses, norms, weights, held, expected_bytes(config, mesh), slack(config, mesh))
+    return replace(trace, held=held, formula=expected_bytes(config, mesh), slack=slack(config, mesh))
 
 
-def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(*arguments)` on each of `world` processes of this machine that share a process group; results by rank.
+def layout_trace(rank: int, config: RunConfig, layout: ParallelLayout, leg: Leg | None) -> Trace:
+    """`engine_run` of a layout over the samples of `make_batch`, with its bytes."""
+    plan = config.batch_plan(layout.data)
 
-    Forked where there is no GPU, which saves importing torch again. Raises UserError with the first rank's traceback when
-    one fails, or when they take longer than TIMEOUT_SECONDS.
-    """
-    context: Any = multiprocessing.get_context("spawn" if has_gpu() else "fork")
-    port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            context.Process(target=_rank_main, args=(rank, world, port, folder, function, arguments), daemon=True)
-            for rank in range(world)
-        ]
-        for process in ranks:
-            process.start()
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        while any(process.is_alive() for process in ranks):
-            if any(process.exitcode for process in ranks) or time.monotonic() > deadline:
-                break
-            time.sleep(0.02)
-        hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
-        ended = {rank: -process.exitcode for rank, process in enumerate(ranks) if (process.exitcode or 0) < 0}
-        for process in ranks:
-            process.kill()
-            process.join()
-        errors = sorted(Path(folder).glob("*.error"))
-        if errors:
-            raise UserError(f"rank {errors[0].stem} failed:\n{errors[0].read_text()}")
-        if ended:
-            told = ", ".join(f"rank {rank} by signal {number}" for rank, number in ended.items())
-            raise UserError(f"processes were ended: {told}. Signal 9 may be this machine's want of memory.")
-        if hung:
-            raise UserError(
-                f"ranks {hung} still ran after {TIMEOUT_SECONDS:.0f} s; the others had ended or waited too."
-            )
-        return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world)]
+    def batches(step: int, data_rank: int) -> list[Batch]:
+        firsts = [(index * plan.data_size + data_rank) * plan.micro for index in range(plan.accumulation)]
+        return [make_batch(config, step, range(first, first + plan.micro)) for first in firsts]
+
+    return engine_run(config, layout.data, batches, leg, count_bytes=True)
 
 
-def _rank_main(
-    rank: int, world: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
-    """One rank: its result, or its traceback, goes into a file."""
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+def plain_trace(config: RunConfig, parts: int = 1) -> Trace:
+    """`plain_run` over the samples of `make_batch`, with more micro batches where `parts` is a multiple of 2 or 4."""
+    micro = SAMPLES // ACCUMULATION
+    micro //= math.gcd(micro, parts)
+    return plain_run(
+        config,
+        lambda step: [make_batch(config, step, range(first, first + micro)) for first in range(0, SAMPLES, micro)],
+        parts=parts,
     )
-    log = os.open(Path(folder) / f"{rank}.log", os.O_CREAT | os.O_WRONLY)
-    os.dup2(log, 1)  # DeepSpeed's remarks on memory and missing libraries are no part of the table
-    os.dup2(log, 2)
-    try:
-        from megatronish.training.engine import start_process_group, stop_process_group
-
-        torch.set_num_threads(1)
-        start_process_group(timeout_minutes=TIMEOUT_SECONDS / 60)
-        result = function(*arguments)
-        (Path(folder) / f"{rank}.result").write_bytes(pickle.dumps(result))
-        stop_process_group()
-    except BaseException:
-        (Path(folder) / f"{rank}.error").write_text(traceback.format_exc())
-        os._exit(1)

@@ -1,4 +1,4 @@
-"""Bytes of weights, gradients and optimizer state on a rank: counted in a run, and by formula from the layout alone."""
+"""Bytes of weights, gradients and optimizer state on a rank, by formula from the layout."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megatronish.parallel.layers import part_of
 from megatronish.parallel.mesh import ParallelMesh
 from megatronish.parallel.pipeline import balanced_stages
 
-# Flat tensors are filled up to equal parts and aligned addresses, and under ZeRO-3 every tensor to equal parts.
+# Flat tensors, and under ZeRO-3 all tensors, are padded to equal parts and aligned addresses.
 PADDING_BYTES = 16
 
 
 @dataclass(frozen=True)
 class RankBytes:
-    """What a rank holds between micro batches. optimizer: moments, and the master weights where they are a copy."""
+    """Bytes that a rank holds between micro batches. optimizer: moments, and master weights where they are a copy."""
 
     weights: int
     gradients: int
@@ -29,7 +29,7 @@ class RankBytes:
 
     @property
     def total(self) -> int:
-        """All three."""
+        """The sum of all three."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -51,22 +51,22 @@ def expected_bytes(config: RunConfig, mesh: ParallelMesh) -> RankBytes:
 
 
 def slack(config: RunConfig, mesh: ParallelMesh) -> RankBytes:
-    """How far from the formula a rank may be: padding, and under ZeRO-2 the gradients of the tensors that its part begins and
-    ends in, which DeepSpeed keeps whole."""
+    """The difference from the formula that is allowed: padding, and under ZeRO-2 the full gradients of the two tensors in which
+    the rank's part begins and ends."""
     numbers = _numbers(config, mesh)
     padding = PADDING_BYTES * (len(numbers) + 4 * mesh.data.size)
-    whole = 2 * 4 * max(numbers.values()) if config.deepspeed.zero_optimization.stage == 2 else 0
-    return RankBytes(padding, padding + whole, padding)
+    full = 2 * 4 * max(numbers.values()) if config.deepspeed.zero_optimization.stage == 2 else 0
+    return RankBytes(padding, padding + full, padding)
 
 
 def rank_numbers(config: RunConfig, mesh: ParallelMesh) -> int:
-    """Numbers of the model on a rank."""
+    """The number of the model's parameters on a rank."""
     return sum(_numbers(config, mesh).values())
 
 
 def _numbers(config: RunConfig, mesh: ParallelMesh) -> dict[str, int]:
-    """The rank's part of each tensor: tables by rows of the vocabulary, matrices and their inner biases divided evenly, norms
-    and outer biases whole; key/value rows whole, too, where there are fewer key/value heads than ranks."""
+    """The size of the rank's part of each tensor: embeddings are divided by rows of the vocabulary, matrices and their inner
+    biases evenly; norms, outer biases and, with fewer key/value heads than ranks, key/value rows are not divided."""
     model, tensor = config.megatronish.model, mesh.tp.size
     held = {}
     for name, shape in _shapes(config, mesh).items():
@@ -85,7 +85,7 @@ def _numbers(config: RunConfig, mesh: ParallelMesh) -> dict[str, int]:
 
 
 def _shapes(config: RunConfig, mesh: ParallelMesh) -> dict[str, tuple[int, ...]]:
-    """Whole tensors of the rank's stage."""
+    """The shapes of the full tensors of the rank's stage."""
     ours = config.megatronish
     stage = balanced_stages(layer_costs(ours.model, ours.parallel.pipeline_balance), mesh.pp.size)[mesh.pp.rank]
     with torch.device("meta"):

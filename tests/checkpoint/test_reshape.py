@@ -17,7 +17,7 @@ from megatronish.checkpoint.optimizer_shards import MASTER, Extent, OptimizerSha
 from megatronish.checkpoint.train_state import TrainState, save_streams
 from megatronish.config.model import ModelConfig
 from megatronish.config.run import RunConfig
-from megatronish.errors import ConfigError
+from megatronish.errors import ConfigError, UserError
 from megatronish.model.transformer import Transformer
 from megatronish.parallel.layers import TensorShard
 from megatronish.training.setup.preparation import check_streams
@@ -193,7 +193,7 @@ def test_muon_stays_where_it_is(tmp_path: Path) -> None:
     muon = {"optimizer": MUON, "gradient_clipping": 0.0}
     run_ranks(1, pretrain_rank, layout_run(data, tmp_path / "run", "dp1 zero0", muon, steps=1), 1, group=False)
     config = layout_run(data, tmp_path / "run", "dp2 zero1", muon, steps=2)
-    with pytest.raises(AssertionError, match=r"data-parallel ranks 1, this run has 2, and the state of its optimizer"):
+    with pytest.raises(UserError, match=r"data-parallel ranks 1, this run has 2, and the state of its optimizer"):
         run_ranks(2, pretrain_rank, config, 2, group=False)
 
 

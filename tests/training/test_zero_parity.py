@@ -37,7 +37,9 @@ def plain_fp32(data: str) -> Trace:
 @pytest.fixture(scope="module")
 def plain_bf16(data: str) -> list[Trace]:
     """The plain bf16 loop, and the same with its initial weights moved by up to half a bf16 step, by two seeds."""
-    return [plain_loop(small_run(data, "unused"), 2, torch.bfloat16, perturb=seed) for seed in (None, 1, 2)]
+    return [
+        plain_loop(small_run(data, "unused", {"bf16": {"enabled": True}}), 2, perturb=seed) for seed in (None, 1, 2)
+    ]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

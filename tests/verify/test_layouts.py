@@ -1,4 +1,4 @@
-"""tools/verify_parallel.py finds layouts right, and wrong ones wrong."""
+"""tools/verify_parallel.py accepts correct layouts and reports faulty ones."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from megatronish.checkpoint.optimizer_shards import SavedOptimizerShards
 from megatronish.errors import ConfigError
 from megatronish.parallel import layers
-from megatronish.verify.layout_report import Distance, Verdict, Verification, first_deviation, measure
+from megatronish.verify.layout_report import Distance, LayoutVerdict, Verification, first_deviation, measure
 from megatronish.verify.layouts import DEFAULT_LAYOUTS, layout_run, parse_layout
-from megatronish.verify.runs import Trace, make_batch, plain_run
+from megatronish.verify.runs import Trace, make_batch, plain_trace
 from tools import verify_parallel
 
 
@@ -33,24 +33,24 @@ def test_layout_names() -> None:
 
 def verdicts(
     *names: str, moves: tuple[str, ...] = (), tied: bool = True, dtype: str = "fp32", layers: int = 1
-) -> list[Verdict]:
+) -> list[LayoutVerdict]:
     small = {"megatronish": {"model": {"num_layers": layers, "hidden_size": 32, "num_attention_heads": 4}}}
     layouts, ends = ([parse_layout(name) for name in some] for some in (names, moves))
     return list(Verification(layouts, ends, dtype, 3, [tied], small, lambda what: None).verdicts())
 
 
 @pytest.mark.distributed
-def test_right_layouts_are_found_right() -> None:
+def test_correct_layouts_agree_with_one_process() -> None:
     for verdict in [*verdicts("tp2s"), *verdicts("tp2dp2z2", dtype="bf16", tied=False)]:
         assert verdict.problem == "" and verdict.line().endswith("ok")
-        assert verdict.distance is not None and verdict.distance.loss > 0  # another order of sums: never all bits
+        assert verdict.distance is not None and verdict.distance.weight > 0  # another order of sums
         assert verdict.held is not None and verdict.formula is not None
         assert verdict.held.weights == verdict.formula.weights
 
 
 @pytest.mark.distributed
-def test_unmarked_parameters_are_found_by_the_gradient_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The silent error of DeepSpeed's ZeRO with tensor parallelism: without marks a rank's part is counted once."""
+def test_the_gradient_norm_exposes_unmarked_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the marks, DeepSpeed's ZeRO counts the tensor-parallel part of one rank only, without an error."""
     monkeypatch.setattr(layers, "_DEEPSPEED_MARK", "another_mark")
     (verdict,) = verdicts("tp2")
     assert verdict.problem.startswith("gradient norm of step 1 is")
@@ -58,11 +58,11 @@ def test_unmarked_parameters_are_found_by_the_gradient_norm(monkeypatch: pytest.
 
 
 @pytest.mark.distributed
-def test_moved_checkpoints_are_found_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways, the second and third step; and a moment that is lost on the way shows in the first step after."""
+def test_moved_checkpoints_agree_with_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps 2 and 3 after a move in both directions; a moment that is lost shows in the first step that depends on it."""
     there, back = verdicts(moves=("tp2", "pp2"), layers=2)
     assert (there.layout, back.layout) == ("tp2 > pp2", "pp2 > tp2")
-    assert there.problem == back.problem == "" and there.distance is not None and there.distance.loss > 0
+    assert there.problem == back.problem == "" and there.distance is not None and there.distance.weight > 0
     read = SavedOptimizerShards.read
     monkeypatch.setattr(
         SavedOptimizerShards, "read", lambda self, kind, wanted: read(self, kind, wanted) * (kind != "exp_avg_sq")
@@ -72,8 +72,8 @@ def test_moved_checkpoints_are_found_right(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.distributed
-def test_a_gradient_that_is_not_summed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms under sequence parallelism see a part of the sequence each."""
+def test_a_gradient_without_its_all_reduce_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under sequence parallelism the norms of each rank see a part of the sequence."""
     monkeypatch.setattr("megatronish.model.norm.all_reduce_gradient", lambda parameter, tp: None)
     (verdict,) = verdicts("tp2s")
     assert verdict.problem
@@ -107,10 +107,10 @@ def test_the_first_deviation_is_named() -> None:
 
 def test_another_order_of_sums_is_the_same_arithmetic() -> None:
     config = layout_run(parse_layout("tp2"), "fp32", 3, True, {})
-    plain, other = plain_run(config), plain_run(config, parts=2)
+    plain, other = plain_trace(config), plain_trace(config, parts=2)
     apart = measure(other, plain)
     assert 0 < apart.loss < 1e-6 and 0 < apart.weight < 1e-5
-    assert max(plain.norms) > config.deepspeed.gradient_clipping  # or clipping would not be looked at
+    assert max(plain.norms) > config.deepspeed.gradient_clipping  # clipping takes effect
 
 
 def test_batches_are_uneven_and_depend_on_step_and_sample_alone() -> None:
@@ -131,7 +131,7 @@ def test_batches_are_uneven_and_depend_on_step_and_sample_alone() -> None:
         (["--layouts", "tp2z0", "--dtype", "bf16"], "DeepSpeed would clip by a wrong gradient norm"),
         (["--layouts", "xx"], 'layout "xx" cannot be read'),
         (["--layouts", "dp3"], "do not divide over 3 ranks"),
-        (["--steps", "1"], "--steps counts from 2, for moves halve it, and --ranks from 1"),
+        (["--steps", "1"], "--steps must be at least 2, for moves halve it, and --ranks at least 1"),
         (["--model.layers", "3"], "unknown option --model.layers"),
         (["--deepspeed_config", "x.json"], "takes no --deepspeed_config"),
     ],
@@ -148,15 +148,15 @@ def test_bad_input(
 
 
 @pytest.mark.distributed
-def test_the_tool_tells_and_its_status_says_it(
+def test_the_output_and_exit_status_of_the_tool(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--layouts", "tp2", "--steps", "2", "--ties", "tied", "--json", str(tmp_path / "table.json")]
     monkeypatch.setattr("sys.argv", ["verify_parallel.py", *words, "--model.num_layers", "1"])
     monkeypatch.setattr(verify_parallel, "initialize_process", lambda: None)
     assert verify_parallel.main() == 0
-    told = capsys.readouterr()
-    assert "1 of 1 runs train as one process does" in told.out and "1/1 tp2 on 2 ranks" in told.err
+    printed = capsys.readouterr()
+    assert "1 of 1 runs agree with one process" in printed.out and "1/1 tp2 on 2 ranks" in printed.err
     (line,) = json.loads((tmp_path / "table.json").read_text())
     assert line["layout"] == "tp2" and line["problem"] == "" and line["distance"]["loss"] < 1e-5
     monkeypatch.setattr(layers, "_DEEPSPEED_MARK", "another_mark")

@@ -1,4 +1,4 @@
-"""The proof that killed runs go on bit for bit: it succeeds, in small, and would fail if they did not."""
+"""tools/verify_resume.py accepts a run that resumes bit for bit, and reports one that does not."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from megatronish.checkpoint.zero_state import LocalOptimizerState
 from megatronish.verify import resume
 from megatronish.verify.attempts import digest_of
 from megatronish.verify.kills import KINDS, Kill, plan_kills
-from megatronish.verify.resume import ResumeProof, plain_run
+from megatronish.verify.resume import ResumeProof, small_run
 
 pytestmark = pytest.mark.distributed
 
 
 def prove(folder: Path, kills: int, ranks: int = 1) -> tuple[Any, list[str]]:
     lines: list[str] = []
-    return ResumeProof(plain_run(folder), ranks, kills, 2, seed=4, folder=folder, tell=lambda _: None).prove(
-        lines.append
-    ), lines
+    proof = ResumeProof(small_run(folder), ranks, kills, 2, seed=4, folder=folder, progress=lambda _: None)
+    return proof.prove(lines.append), lines
 
 
 @pytest.mark.slow
@@ -35,8 +34,8 @@ def test_a_kill_of_each_kind(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_moment_that_is_not_restored_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Children are forked, so they load as this process would."""
+def test_a_moment_that_is_not_restored_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks are forked and inherit the patched load."""
     load = LocalOptimizerState.load
 
     def forgetful(self: LocalOptimizerState, saved: Any) -> None:
@@ -45,11 +44,11 @@ def test_a_moment_that_is_not_restored_is_found(tmp_path: Path, monkeypatch: pyt
             place.of(self._torch.state[place.flat]["exp_avg_sq"]).mul_(2.0)
 
     monkeypatch.setattr(LocalOptimizerState, "load", forgetful)
-    # The fifth step begins when the checkpoint of the second is there: that of the fourth has waited for it.
+    # When the fifth step begins, the checkpoint of the second is complete: the save of the fourth waited for it.
     monkeypatch.setattr(resume, "plan_kills", lambda *_: [Kill("step", 0, 4.0, 0.0)])
     proof, _ = prove(tmp_path, 1)
     found = "\n".join(proof.problems)
-    assert "another loss_sum" in found and "the last checkpoints differ in " in found
+    assert "different loss_sum" in found and "the last checkpoints differ in " in found
     assert f":{MASTER}/" in found and "exp_avg_sq/" in found and "batches" not in found
 
 
@@ -64,7 +63,7 @@ def test_kills_are_of_every_kind_and_the_same_for_a_seed() -> None:
     assert {kill.save for kill in kills if kill.kind != "step"} == {1, 2}
 
 
-def test_digests_tell_bits_shapes_and_types_apart() -> None:
+def test_digests_depend_on_bits_shapes_and_types() -> None:
     plain = torch.tensor([1.0, -0.0])
     others = [torch.tensor([1.0, 0.0]), plain[None], plain.double(), plain.view(torch.int32), [1.0, 0.0]]
     assert digest_of([plain]) == digest_of([plain.clone()])

@@ -110,7 +110,7 @@ def test_a_run_without_numbers_ends_after_so_many_steps_and_says_where_they_brea
         recorded = json.loads((box / f"rank-{rank:05d}.json").read_text())
         assert told["same"] == (True, True, True)
         assert told["broken"] is recorded["broken"] is None, "the norms make 0 of such numbers"
-        assert "every output is finite; " in told["report"] and "gradients are not" in told["report"]
+        assert "all outputs are finite; " in told["report"] and "gradients are not" in told["report"]
         assert math.isnan(recorded["gradients"]["embedding.weight"])
 
 
@@ -170,7 +170,7 @@ def test_a_good_step_replays_to_the_bit(stage: int, data: str, tmp_path: Path) -
     found = run_ranks(2, replay_rank, tmp_path / "run" / "black_box" / "step-00000011", group=False)
     for told in found:
         assert told["same"] == (True, True, True) and told["broken"] is None and told["before"] == 2
-    assert "every output is finite" in found[0]["report"] and "weight" in found[0]["report"]
+    assert "all outputs are finite" in found[0]["report"] and "weight" in found[0]["report"]
 
 
 def test_the_first_module_to_break_is_named() -> None:
