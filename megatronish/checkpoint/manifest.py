@@ -1,8 +1,8 @@
 """The manifest of a checkpoint: every file with its size and hash. It is written last, so a folder with one is complete.
 
-What is read is believed only as far as it agrees with the manifest, and the manifest only as far as it agrees with its own
-hash. Hashes are xxh3 of 128 bits: they find accidents, every single flipped bit included, and no forger, who could write
-another manifest. What a forger could gain is closed elsewhere: names cannot leave the folder, and no file can run code.
+Files are verified against the manifest, and the manifest against its own hash. Hashes are 128-bit xxh3. They detect
+accidental changes, every single flipped bit included, but not a forger, who could write another manifest. A forged manifest
+can do no harm: the names in it cannot leave the folder, and no file of a checkpoint can run code.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from typing import Any
 
 import xxhash
 
-from megatronish.checkpoint.paths import STATE_FILE
 from megatronish.errors import UserError
 from megatronish.files import is_inside_folder, sync
 
 MANIFEST_FILE = "manifest.json"
 FORMAT, VERSION = "megatronish-checkpoint", 1
 CHUNK_BYTES = 1 << 22
-LOADED_SUFFIXES = (".safetensors", ".pt", ".bin", ".model", ".json")  # of what some loader would open
+LOADED_SUFFIXES = (".safetensors", ".pt", ".bin", ".model", ".json")  # of files that a loader might open by pattern
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint that is not as it was written; the text names the files. certain: it cannot be good, read again or later."""
+    """A checkpoint that differs from what was written; the text names the files.
+
+    certain: reading it again later cannot help.
+    """
 
     def __init__(self, text: str, certain: bool = True) -> None:
         super().__init__(text)
@@ -37,7 +39,7 @@ class DamagedCheckpointError(UserError):
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must be. bytes: its size; xxh3: 128 bits of its contents, hexadecimal."""
+    """Size of a file in bytes, and the 128-bit xxh3 of its contents, in hexadecimal."""
 
     bytes: int
     xxh3: str
@@ -45,18 +47,18 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """Every file of a checkpoint by its path in the folder, but for the manifest's own."""
+    """The files of a checkpoint by path relative to its folder, without the manifest itself."""
 
     step: int
     files: Mapping[str, FileRecord]
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """Total size of the files."""
         return sum(record.bytes for record in self.files.values())
 
     def to_text(self) -> str:
-        """As it stands in the file."""
+        """The contents of the manifest file."""
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -67,7 +69,7 @@ class CheckpointManifest:
 
 
 def hash_file(path: Path) -> FileRecord:
-    """Size and hash of what a read of the file gives. Raises OSError."""
+    """Read a file for its size and hash. Raises OSError."""
     state, size = xxhash.xxh3_128(), 0
     buffer = memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
@@ -78,7 +80,7 @@ def hash_file(path: Path) -> FileRecord:
 
 
 def write_manifest(folder: Path, step: int, files: Mapping[str, FileRecord] | None = None) -> CheckpointManifest:
-    """Write the manifest of `folder`, synced; files that are not among `files` are hashed here. Raises OSError."""
+    """Write the manifest of `folder` and sync it. Files that are not in `files` are hashed here. Raises OSError."""
     known = dict(files or {})
     for name in sorted(_names_in(folder) - known.keys() - {MANIFEST_FILE}):
         known[name] = hash_file(folder / name)
@@ -90,13 +92,13 @@ def write_manifest(folder: Path, step: int, files: Mapping[str, FileRecord] | No
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
-    """The manifest of a checkpoint. Raises DamagedCheckpointError when it is missing, not as it was written, or leads outside."""
+    """Read a manifest. Raises DamagedCheckpointError if it is missing, was changed, or names a path outside the folder."""
     path = folder / MANIFEST_FILE
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         own = raw.pop("self")
         if raw["format"] != FORMAT:
-            raise DamagedCheckpointError(f"{path} is no manifest of a checkpoint")
+            raise DamagedCheckpointError(f"{path} is not the manifest of a checkpoint")
         if raw["version"] != VERSION:
             raise DamagedCheckpointError(
                 f"{path} has version {raw['version']}; this megatronish reads version {VERSION}", certain=False
@@ -122,20 +124,20 @@ def read_manifest(folder: Path) -> CheckpointManifest:
 
 
 def size_faults(folder: Path, manifest: CheckpointManifest) -> list[str]:
-    """What is wrong with the files of `folder` that shows without reading them: missing, of another size, links, strangers."""
+    """Faults that are found without reading the files: missing, of another size, symbolic links, not in the manifest."""
     faults = []
     for name, record in manifest.files.items():
         found = _size(folder, name)
         if found != record.bytes:
-            told = f"has {found:,} bytes, not {record.bytes:,}" if isinstance(found, int) else found
-            faults.append(f"{name} {told}")
-    strangers = sorted(_names_in(folder) - manifest.files.keys() - {MANIFEST_FILE})
-    faults += [f"{name} is not of it" for name in strangers if name.endswith(LOADED_SUFFIXES)]
+            what = f"has {found:,} bytes, not {record.bytes:,}" if isinstance(found, int) else found
+            faults.append(f"{name} {what}")
+    unknown = sorted(_names_in(folder) - manifest.files.keys() - {MANIFEST_FILE})
+    faults += [f"{name} is not in the manifest" for name in unknown if name.endswith(LOADED_SUFFIXES)]
     return faults
 
 
 def content_faults(folder: Path, manifest: CheckpointManifest, names: Iterable[str]) -> list[str]:
-    """Which of the named files cannot be read or differ in content; each is read once."""
+    """The files among `names` that cannot be read or have other contents; each is read once."""
     faults = []
     for name in names:
         try:
@@ -146,33 +148,8 @@ def content_faults(folder: Path, manifest: CheckpointManifest, names: Iterable[s
     return faults
 
 
-def verify_files(folder: Path, names: Iterable[str]) -> None:
-    """Check a folder whose files `names` (those of them that it has) are about to be read: all sizes, and these contents.
-
-    A folder that was exported, and is no checkpoint, has no manifest to check. Raises DamagedCheckpointError with what is wrong.
-    """
-    if not any((folder / name).exists() for name in (MANIFEST_FILE, STATE_FILE)):
-        return
-    manifest = read_manifest(folder)
-    faults = size_faults(folder, manifest)
-    faults = faults or content_faults(folder, manifest, [name for name in names if name in manifest.files])
-    if faults:
-        raise DamagedCheckpointError(
-            f"{folder} is damaged: {listed(faults)}. Use another checkpoint, or restore this one."
-        )
-
-
-def certainly_damaged(folder: Path, faults: Iterable[str]) -> bool:
-    """Whether a checkpoint with these faults cannot be good, or may be, once it can be read."""
-    try:
-        read_manifest(folder)
-    except DamagedCheckpointError as error:
-        return error.certain
-    return folder.exists() and not any("cannot be read" in fault for fault in faults)
-
-
-def listed(faults: list[str]) -> str:
-    """The first few of them in a sentence."""
+def first_few(faults: list[str]) -> str:
+    """The first three faults, and the number of the others."""
     more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
     return ", ".join(faults[:3]) + more
 
@@ -184,7 +161,7 @@ def _inner(path: Path, name: str) -> str:
 
 
 def _size(folder: Path, name: str) -> int | str:
-    """Bytes of the file, or what is wrong with it. No part of the path may be a link."""
+    """Size of the file in bytes, or its fault. No part of the path may be a symbolic link."""
     path = folder
     for part in PurePosixPath(name).parts:
         path = path / part
@@ -194,7 +171,7 @@ def _size(folder: Path, name: str) -> int | str:
             return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         if stat.S_ISLNK(found.st_mode):
             return "is a link, which may lead outside"
-    return found.st_size if stat.S_ISREG(found.st_mode) else "is no file"
+    return found.st_size if stat.S_ISREG(found.st_mode) else "is not a file"
 
 
 def _names_in(folder: Path) -> set[str]:

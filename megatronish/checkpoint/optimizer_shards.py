@@ -129,6 +129,10 @@ class SavedOptimizerShards:
     def __bool__(self) -> bool:
         return bool(self._files)
 
+    def close(self) -> None:
+        """Unmap the files, so that removing a checkpoint frees its disk space."""
+        self._files.clear()
+
     def __contains__(self, name: str) -> bool:
         return name in self._runs
 

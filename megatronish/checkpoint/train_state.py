@@ -146,11 +146,6 @@ class TrainState:
             )
 
 
-def load_step(folder: Path) -> int:
-    """Steps done of a checkpoint. Raises ConfigError when it cannot be read."""
-    return TrainState.load(folder).step
-
-
 def save_streams(folder: Path, rank: int, states: dict[str, Any] | None) -> None:
     """Write where a data-parallel rank's streamed text stands; nothing without any."""
     if states is not None:

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatronish.checkpoint.manifest import verify_files
+from megatronish.checkpoint.paths import run_folder
+from megatronish.checkpoint.store import CheckpointStore
 from megatronish.config.model import KernelConfig, ModelConfig
 from megatronish.files import sync, write_atomic
 from megatronish.model.transformer import Transformer
@@ -85,13 +86,14 @@ def load_model(
     dtype: torch.dtype | None = None,
     *,
     kernels: KernelConfig | None = None,
+    store: CheckpointStore | None = None,
 ) -> Transformer:
     """The model in `folder`, on `device`, in `dtype` (as saved by default), in evaluation mode.
 
     Raises ValueError for missing or torn files, for weights and configuration of different models (with the first
     tensor that differs), and for an attention backend that is not installed.
     """
-    with open_model(folder, device) as (config, file):
+    with open_model(folder, device, store) as (config, file):
         state = {name: file.get_tensor(name) for name in list(file.keys())}
     with torch.device("meta"):
         model = Transformer(config, kernels, seed=None)
@@ -125,13 +127,16 @@ def check_model_state(shapes: Mapping[str, Sequence[int]], config: ModelConfig, 
 
 
 @contextmanager
-def open_model(folder: str | Path, device: torch.device | str = "cpu") -> Iterator[tuple[ModelConfig, Any]]:
+def open_model(
+    folder: str | Path, device: torch.device | str = "cpu", store: CheckpointStore | None = None
+) -> Iterator[tuple[ModelConfig, Any]]:
     """The configuration in `folder` and its weights, an open safetensors file whose names and shapes are checked.
 
-    Raises ValueError as `load_model` does.
+    store: one that has read the manifest of `folder` already, if any. Raises ValueError as `load_model` does.
     """
-    verify_files(Path(folder), (WEIGHTS_FILE, CONFIG_FILE))
-    path, config = Path(folder) / WEIGHTS_FILE, load_config(folder)
+    folder = Path(folder)
+    (store or CheckpointStore(run_folder(folder))).verify(folder, (WEIGHTS_FILE, CONFIG_FILE))
+    path, config = folder / WEIGHTS_FILE, load_config(folder)
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:

@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatronish.checkpoint.manifest import verify_files
 from megatronish.checkpoint.paths import (
     BEST,
     RUN_FILE,
     STATE_FILE,
     TOKENIZER_RECORD_FILE,
-    find_checkpoint,
     run_folder,
 )
+from megatronish.checkpoint.store import CheckpointStore
 from megatronish.checkpoint.weights import WEIGHTS_FILE, load_model
 from megatronish.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatronish.errors import UserError
@@ -52,13 +51,14 @@ def load_for_inference(
     nothing there, when files are missing, torn or do not belong together.
     """
     path = Path(path)
-    folder = path if (path / WEIGHTS_FILE).exists() else find_checkpoint(path, BEST)
-    verify_files(folder, (STATE_FILE, RUN_FILE, TOKENIZER_RECORD_FILE, "tokenizer.json", "tokenizer.model"))
+    folder = path if (path / WEIGHTS_FILE).exists() else CheckpointStore.find(path, BEST)
+    store = CheckpointStore(run_folder(folder))
+    store.verify(folder, (STATE_FILE, RUN_FILE, TOKENIZER_RECORD_FILE, "tokenizer.json", "tokenizer.model"))
     state = _read_object(folder / STATE_FILE) if (folder / STATE_FILE).exists() else {}
     tokenizer = _load_tokenizer(folder)
     try:
         quantized = (folder / QUANTIZATION_FILE).exists()
-        model = load_quantized(folder, device, dtype) if quantized else load_model(folder, device, dtype)
+        model = (load_quantized if quantized else load_model)(folder, device, dtype, store=store)
     except UserError:
         raise
     except ValueError as error:  # what `load_model` says of files that do not fit

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megatronish.checkpoint.manifest import verify_files
+from megatronish.checkpoint.paths import run_folder
+from megatronish.checkpoint.store import CheckpointStore
 from megatronish.checkpoint.weights import CONFIG_FILE, WEIGHTS_FILE, load_config
 from megatronish.errors import UserError
 from megatronish.files import sync, write_atomic
@@ -192,10 +193,12 @@ def save_quantized(folder: Path, model: Transformer, form: Format, group: int) -
     sync(folder)
 
 
-def load_quantized(folder: Path, device: torch.device | str, dtype: torch.dtype | None) -> Transformer:
-    """The quantized model in `folder`, in evaluation mode. Raises UserError for files that are torn or do not fit."""
+def load_quantized(
+    folder: Path, device: torch.device | str, dtype: torch.dtype | None, *, store: CheckpointStore | None = None
+) -> Transformer:
+    """The quantized model in `folder`, in evaluation mode; store: see `open_model`. Raises UserError for files that are torn or do not fit."""
     path = folder / QUANTIZATION_FILE
-    verify_files(folder, (QUANTIZATION_FILE, WEIGHTS_FILE, CONFIG_FILE))
+    (store or CheckpointStore(run_folder(folder))).verify(folder, (QUANTIZATION_FILE, WEIGHTS_FILE, CONFIG_FILE))
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         form, group = found["format"], found["group"]

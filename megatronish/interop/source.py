@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatronish.checkpoint.paths import find_checkpoint
+from megatronish.checkpoint.store import CheckpointStore
 from megatronish.checkpoint.weights import CONFIG_FILE
 from megatronish.errors import UserError
 
@@ -16,7 +16,7 @@ def model_folder(path: Path, which: str) -> Path:
 
     Raises ConfigError where there is none.
     """
-    return path if (path / CONFIG_FILE).is_file() else find_checkpoint(path, which)
+    return path if (path / CONFIG_FILE).is_file() else CheckpointStore.find(path, which)
 
 
 @contextmanager

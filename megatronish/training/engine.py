@@ -46,7 +46,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import nn
 
 from megatronish.checkpoint.deepspeed_files import DeepSpeedFiles
-from megatronish.checkpoint.optimizer_shards import SavedOptimizerShards
+from megatronish.checkpoint.optimizer_shards import OptimizerShard, SavedOptimizerShards
 from megatronish.checkpoint.saver import CheckpointSnapshot
 from megatronish.checkpoint.staging import StagingBuffers
 from megatronish.checkpoint.zero_state import LocalOptimizerState, can_move
@@ -302,24 +302,26 @@ class Engine:
         """The rate of the first parameter group."""
         return self._engine.optimizer.param_groups[0]["lr"]
 
-    def snapshot(self, tag: str, copies: StagingBuffers | None = None) -> CheckpointSnapshot:
+    def optimizer_shard(self) -> OptimizerShard | None:
+        """What this rank writes of the optimizer state: views of it. None if DeepSpeed writes it itself (see `can_move`)."""
+        return self.local_optimizer_state().shard() if self.can_move else None
+
+    def snapshot(
+        self, tag: str, copies: StagingBuffers | None = None, shard: OptimizerShard | None = None
+    ) -> CheckpointSnapshot:
         """The engine's state (master weights, moments, loss scale) as it is now, to be written to folder/tag.
 
-        copies: where the state is copied to, so that it can be written while training goes on; without them it must be
-        written before the next step. Every rank calls it. Where DeepSpeed alone knows the layout (see `can_move`) it writes
-        the state itself: every rank then calls `write` in the thread of its collectives.
+        copies: buffers to which the state is copied, so that it can be written while training continues; without them it
+        must be written before the next step. shard: what `optimizer_shard` returned for the present state, if it was called.
+        Every rank calls it. Where only DeepSpeed knows the layout (see `can_move`) it writes the state itself: every rank
+        then calls `write` in the thread of its collectives.
         """
-        if not self.can_move:
+        shard = shard or self.optimizer_shard()
+        if shard is None:
             size = self.weight_bytes() + self.local_optimizer_state().optimizer_bytes()
             return CheckpointSnapshot(size, lambda folder: self._save_pickled(folder, tag))
-        shard = self.local_optimizer_state().shard()
-        size = shard.bytes
-        shard, rank = shard.on_host(copies), dist.get_rank()
-        return CheckpointSnapshot(size, lambda folder: shard.write(folder / tag, rank))
-
-    def state_bytes(self) -> int:
-        """Of what `snapshot` would copy."""
-        return self.local_optimizer_state().shard().bytes if self.can_move else 0
+        staged, rank = shard.on_host(copies), dist.get_rank()
+        return CheckpointSnapshot(shard.bytes, lambda folder: staged.write(folder / tag, rank))
 
     def save(self, folder: Path, tag: str) -> None:
         """Write the state now. Every rank calls it."""
@@ -332,10 +334,15 @@ class Engine:
             raise self._files.error
         return self._files.written
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Read what a snapshot wrote; what DeepSpeed wrote, under the same layout only. Every rank calls it."""
-        if saved := SavedOptimizerShards(folder / tag):
-            self.local_optimizer_state().load(saved)
+    def load(self, folder: Path, tag: str, shards: SavedOptimizerShards | None = None) -> None:
+        """Read what a snapshot wrote; what DeepSpeed wrote, under the same layout only. Every rank calls it.
+
+        shards: those of the folder, if they are open already. They are closed.
+        """
+        shards = shards or SavedOptimizerShards(folder / tag)
+        if shards:
+            self.local_optimizer_state().load(shards)
+            shards.close()
         elif self._engine.load_checkpoint(str(folder), tag=tag)[0] is None:
             raise FileNotFoundError(f"{folder}/{tag} holds no DeepSpeed checkpoint.")
 

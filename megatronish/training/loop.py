@@ -10,6 +10,7 @@ import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 import torch.distributed as dist
 
 from megatronish import __version__
-from megatronish.checkpoint.paths import TOKENIZER_RECORD_FILE
+from megatronish.checkpoint.optimizer_shards import OptimizerShard
+from megatronish.checkpoint.paths import RUN_FILE, TOKENIZER_RECORD_FILE
 from megatronish.checkpoint.run_lock import hold_run_dir
 from megatronish.checkpoint.saver import CheckpointSnapshot, Saver
 from megatronish.checkpoint.staging import StagingBuffers
-from megatronish.checkpoint.store import ENGINE_TAG, RUN_FILE, CheckpointStore
+from megatronish.checkpoint.store import ENGINE_TAG
 from megatronish.checkpoint.train_state import LAYOUT, TrainState, load_streams, save_streams
 from megatronish.checkpoint.weights import WEIGHTS_FILE, save_model
 from megatronish.config.run import RunConfig
@@ -137,7 +139,7 @@ class Trainer:
         self.device, self.state = device(), run.state
         self.dtype = DTYPES[run.config.deepspeed.dtype]
         self.flops = flops_per_token(ours.model).train
-        self.store = CheckpointStore(run.run_dir, ours.train.keep_last, ours.train.keep_every)
+        self.store = run.store
         self.copies = StagingBuffers()
         self.saver = Saver(
             self.store,
@@ -154,7 +156,7 @@ class Trainer:
         model = build_model(run.config, run.plan, self.mesh, run.imported)
         self.engine = start_engine(model, run.config, run.plan, self.mesh)
         if run.resume_from:
-            self.engine.load(run.resume_from, ENGINE_TAG)
+            self.engine.load(run.resume_from, ENGINE_TAG, run.shards)
         self.loader = self._open_loader(run.resume_from)
         self.monitor = None
         if rank.is_first:
@@ -424,16 +426,17 @@ class Trainer:
     def _save(self, done: int, is_best: bool) -> None:
         self._mark("saving", done)
         reason = "" if self.engine.can_move else "DeepSpeed writes this optimizer's state"
-        wanted = self.engine.state_bytes() + (self.engine.weight_bytes() if self.rank.is_first else 0)
+        shard = self.engine.optimizer_shard()
+        wanted = (shard.bytes if shard else 0) + (self.engine.weight_bytes() if self.rank.is_first else 0)
         reason = reason or self.saver.reason_to_wait(wanted - self.copies.bytes)
-        seconds = self.saver.save(done, self._snapshot, is_best, reason=reason)
+        seconds = self.saver.save(done, partial(self._snapshot, shard), is_best, reason=reason)
         if self.monitor:
             self.monitor.pause_ends(seconds)
 
-    def _snapshot(self, in_background: bool) -> CheckpointSnapshot:
+    def _snapshot(self, shard: OptimizerShard | None, in_background: bool) -> CheckpointSnapshot:
         """What this rank writes of the state as it is now; copied, if training goes on before it is written."""
         copies = self.copies if in_background else None
-        engine, weights = self.engine.snapshot(ENGINE_TAG, copies), self.engine.weights()
+        engine, weights = self.engine.snapshot(ENGINE_TAG, copies, shard), self.engine.weights()
         if copies:
             weights = {name: copies.take(f"weights/{name}", tensor) for name, tensor in weights.items()}
             copies.wait()

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from megatronish.checkpoint.store import CheckpointStore, step_name, step_of
+from megatronish.checkpoint.store import CheckpointStore, step_of
 from megatronish.config.base import merge
 from megatronish.config.run import BLOCK, RunConfig
 from megatronish.errors import ConfigError
@@ -166,7 +166,7 @@ class ResumeProof:
 
     def _compare_ends(self, proof: Proof) -> None:
         """Compare the last checkpoints, tensor by tensor, and the reported losses."""
-        ends = [self._folder / run / "checkpoints" / step_name(self.steps) for run in ("unbroken", "killed")]
+        ends = [CheckpointStore(self._folder / run).at(self.steps) for run in ("unbroken", "killed")]
         (proof.tensors, proof.state), (tensors, state) = (checkpoint_digests(end) for end in ends)
         for name in sorted(proof.tensors.keys() | tensors.keys()):
             if proof.tensors.get(name) != tensors.get(name):

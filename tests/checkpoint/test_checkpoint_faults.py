@@ -18,7 +18,6 @@ from megatronish.errors import ConfigError, UserError
 from megatronish.inference.load import load_for_inference
 from megatronish.launch.process import Rank
 from megatronish.launch.rendezvous import join_rendezvous, join_rendezvous_from_env
-from megatronish.training.monitoring.incidents import newest_before
 from megatronish.training.setup.resume_point import choose_checkpoint, shares
 from megatronish.verify.resume import checkpoint_digests
 from tests.distributed import run_ranks
@@ -69,7 +68,7 @@ def falls_back(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> str:
     folder = run_dir / "checkpoints"
     assert choose(run_dir) == folder / OLD
     said = capsys.readouterr().err
-    assert f"WARNING: going on from {folder / OLD} instead; 2 steps are trained again" in said
+    assert f"WARNING: resuming from {folder / OLD} instead; 2 steps are trained again" in said
     if (folder / f"damaged-{NEW}").exists():
         assert f"WARNING: it is kept as damaged-{NEW}" in said
         (folder / f"damaged-{NEW}").rename(folder / NEW)
@@ -106,7 +105,7 @@ def test_every_file_torn_or_changed(
     for name, whole, wrong in each_change(folder, change):
         (folder / name).write_bytes(wrong)
         said = falls_back(run_dir, capsys)
-        assert f"{folder} cannot be gone on from: " in said and name in said
+        assert f"cannot resume from {folder}: " in said and name in said
         if name in READ_FOR_INFERENCE:
             with pytest.raises(UserError, match=rf"{NEW} is damaged: {name} has"):
                 load_for_inference(folder)
@@ -141,7 +140,7 @@ def test_a_file_too_many(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> N
     """A loader that looks for files by pattern would read it."""
     folder = run_dir / "checkpoints" / NEW
     shutil.copy(folder / "engine" / "state-rank-00000.safetensors", folder / "engine" / "state-rank-00002.safetensors")
-    assert "engine/state-rank-00002.safetensors is not of it" in falls_back(run_dir, capsys)
+    assert "engine/state-rank-00002.safetensors is not in the manifest" in falls_back(run_dir, capsys)
     (folder / "engine" / "state-rank-00002.safetensors").unlink()
     (folder / "notes.txt").write_text("of the user")
     assert choose(run_dir) == folder
@@ -164,7 +163,7 @@ def test_none_is_good(run_dir: Path) -> None:
     with pytest.raises(ConfigError) as error:
         choose(run_dir)
     lines = str(error.value).splitlines()
-    assert lines[0] == "none of 2 checkpoint(s) that this run could go on from is good:"
+    assert lines[0] == "none of 2 checkpoint(s) that this run could resume from is good:"
     assert lines[1].startswith(f"  {folder / NEW}: state.json has 2 bytes, not ")
     assert lines[2].startswith(f"  {folder / OLD}: {folder / OLD} has no manifest.json")
     assert sorted(os.listdir(folder)) == ["latest", OLD, NEW]
@@ -193,9 +192,9 @@ def test_one_that_was_asked_for_by_name(run_dir: Path) -> None:
 
 def test_a_rollback_passes_over_a_damaged_one(run_dir: Path) -> None:
     store, folder = CheckpointStore(run_dir, 2), run_dir / "checkpoints"
-    assert [newest_before(store, step) for step in (5, 4, 2)] == [folder / NEW, folder / OLD, None]
+    assert [store.newest_before(step) for step in (5, 4, 2)] == [folder / NEW, folder / OLD, None]
     (folder / NEW / "state.json").write_text('{"st')
-    assert newest_before(store, 5) == folder / OLD
+    assert store.newest_before(5) == folder / OLD
 
 
 def choose_on_rank(rank: int, run_dir: Path) -> Path | None:

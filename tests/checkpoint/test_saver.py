@@ -27,7 +27,7 @@ from megatronish.checkpoint.manifest import read_manifest
 from megatronish.checkpoint.run_lock import hold_run_dir
 from megatronish.checkpoint.saver import SaveFailedError, Saver
 from megatronish.checkpoint.staging import StagingBuffers
-from megatronish.checkpoint.store import CheckpointStore, faults_of
+from megatronish.checkpoint.store import CheckpointStore
 from megatronish.config.run import RunConfig
 from megatronish.errors import ConfigError, exit_on_user_error
 from megatronish.launch.consensus import Consensus
@@ -155,7 +155,7 @@ class TestRanks:
         assert outcomes[0] == outcomes[1] == outcomes[2] and outcomes[0].bytes == 3
         folder = tmp_path / "checkpoints" / "step-00000005"
         assert sorted(read_manifest(folder).files) == ["rank-0", "rank-1", "rank-2", "state.json"]
-        assert faults_of(folder) == []
+        assert CheckpointStore(tmp_path).faults(folder) == []
 
     @pytest.mark.parametrize("failing", [0, 2])
     def test_one_that_fails_leaves_nothing_and_all_know(self, failing: int, tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_a_read_only_folder() -> None:
             assert ranks.wait() == {0: 0}, ranks.said(0)
             said = ranks.said(0)
         assert f"Permission denied ({good.parent}/.writing-step-00000005)" in said
-        assert faults_of(good) == [] and CheckpointStore(folder, 2).newest() == good
+        assert CheckpointStore(folder).faults(good) == [] and CheckpointStore(folder).newest() == good
         for path in (folder, good.parent, good):
             path.chmod(0o755)
 

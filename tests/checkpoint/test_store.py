@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from megatronish.checkpoint import store
 from megatronish.checkpoint.manifest import MANIFEST_FILE
 from megatronish.checkpoint.store import CheckpointStore, check_writable, step_name
 from megatronish.errors import ConfigError
@@ -107,7 +106,7 @@ def test_a_failure_at_each_step_of_the_commit(call: int, tmp_path: Path, monkeyp
         patch.setattr(Path, "rename", failing_rename)
         save_alone(kept, 10, content(10))
     found = kept.newest()
-    assert found is not None and not store.faults_of(found)
+    assert found is not None and not kept.faults(found)
     step = (found / "state.json").read_text()
     assert (found / "engine" / "weights").read_text() == f"weights {step}"
     saved = save(kept, 15)

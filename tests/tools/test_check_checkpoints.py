@@ -48,4 +48,4 @@ def test_good_damaged_and_adopted(
     assert "none: holds no checkpoint" in capsys.readouterr().err
     (first / "state.json").unlink()
     assert check("--adopt", str(first), monkeypatch=monkeypatch) == 2
-    assert "is no checkpoint with a state.json" in capsys.readouterr().err
+    assert "is not a checkpoint with a state.json" in capsys.readouterr().err

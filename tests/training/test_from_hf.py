@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from megatronish.checkpoint.paths import find_checkpoint
+from megatronish.checkpoint.store import CheckpointStore
 from megatronish.checkpoint.weights import load_model
 from megatronish.config.run import RunConfig
 from megatronish.data.tokenizers.tokenizer import train_bpe
@@ -105,7 +105,7 @@ def test_the_first_loss_is_the_models_own(layout: str, tmp_path: Path) -> None:
     assert list(found) == [1, 2, 3] and found[1] == pytest.approx(expected, rel=1e-5)
     assert found[1] > 6.5 and found[2] != found[1]  # random bytes would cost 5.55 nats, random small weights too
 
-    checkpoint = find_checkpoint(tmp_path / "run")
+    checkpoint = CheckpointStore.find(tmp_path / "run")
     export_model(checkpoint, tmp_path / "out")
     tokens = torch.arange(32)[None]
     with torch.no_grad():

@@ -61,7 +61,7 @@ def main() -> int:
 
 def measure(preset: str, overrides: dict[str, Any], saves: int, folder: Path) -> str:
     """The line of one model."""
-    from megatronish.checkpoint.manifest import hash_file, read_manifest
+    from megatronish.checkpoint.manifest import hash_file
     from megatronish.checkpoint.saver import Saver
     from megatronish.checkpoint.staging import StagingBuffers
     from megatronish.checkpoint.store import CheckpointStore
@@ -87,7 +87,7 @@ def measure(preset: str, overrides: dict[str, Any], saves: int, folder: Path) ->
         stalls["sync"].append(saver.save(2 * number + 1, take, reason="measured"))
     newest = store.newest()
     assert newest is not None
-    manifest = read_manifest(newest)
+    manifest = store.manifest(newest)
     hashing = timed(lambda: [hash_file(newest / name) for name in manifest.files])
     first, *later = stalls["async"]
     return (

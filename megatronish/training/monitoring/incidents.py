@@ -9,8 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatronish.checkpoint.store import CheckpointStore, faults_of
-from megatronish.checkpoint.train_state import TrainState, load_step
+from megatronish.checkpoint.store import CheckpointStore
+from megatronish.checkpoint.train_state import TrainState
 from megatronish.launch.process import Rank
 from megatronish.training.engine import Engine
 from megatronish.training.monitoring.black_box import (
@@ -53,7 +53,7 @@ class Incidents:
             diagnosis = Diagnosis(weights=weight_norms(self._engine.module))
         write_rank(folder, self._rank.rank, trained, diagnosis)
         if self._rank.is_first:
-            checkpoint = newest_before(self._store, step)
+            checkpoint = self._store.newest_before(step)
             write_event(folder, self._event(kind, trained, state, loss, score, checkpoint), checkpoint)
         if dist.get_world_size() > 1:
             dist.barrier()
@@ -61,7 +61,7 @@ class Incidents:
 
     def checkpoint_before(self, step: int) -> Path | None:
         """The newest complete checkpoint of fewer than `step` steps, the same on every rank."""
-        found: Path | None = _first_says(newest_before(self._store, step) if self._rank.is_first else None)
+        found: Path | None = _first_says(self._store.newest_before(step) if self._rank.is_first else None)
         return found
 
     def _event(
@@ -99,9 +99,3 @@ def _first_says(told: Any) -> Any:
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(said, src=0)
     return said[0]
-
-
-def newest_before(store: CheckpointStore, step: int) -> Path | None:
-    """The newest checkpoint of fewer than `step` steps whose manifest and sizes are right."""
-    good = (path for path in store.complete() if not faults_of(path))
-    return max((path for path in good if load_step(path) < step), key=load_step, default=None)

@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from megatronish.checkpoint.store import RUN_FILE
+from megatronish.checkpoint.paths import RUN_FILE
 from megatronish.config.parallel import ParallelConfig
 from megatronish.launch.process import Rank
 from megatronish.model.accounting import flops_per_token, parameter_counts

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from megatronish.checkpoint.optimizer_shards import SavedOptimizerShards
 from megatronish.checkpoint.paths import TOKENIZER_RECORD_FILE
-from megatronish.checkpoint.store import ENGINE_TAG, CheckpointStore, check_writable, faults_of, none_good
+from megatronish.checkpoint.store import ENGINE_TAG, CheckpointStore, check_writable, no_good_checkpoint
 from megatronish.checkpoint.train_state import TrainState, load_streams
 from megatronish.checkpoint.weights import load_config
 from megatronish.checkpoint.zero_state import can_move
@@ -34,8 +34,10 @@ class Prepared:
     plan: BatchPlan
     data: TrainingData
     run_dir: Path
+    store: CheckpointStore
     resume_from: Path | None
     state: TrainState
+    shards: SavedOptimizerShards | None = field(default=None, repr=False)  # of resume_from, open until it is loaded
     moved: str = ""  # how the layout differs from that of the checkpoint
     imported: HuggingFaceWeights | None = None  # what a run begins with instead of random weights
 
@@ -60,13 +62,15 @@ def prepare(config: RunConfig, rank: Rank) -> Prepared:
     )
     run_dir = Path(ours.train.save_dir)
     check_writable(run_dir)
-    wanted = CheckpointStore(run_dir, ours.train.keep_last).wanted(ours.train.resume)
-    run = Prepared(config, plan, data, run_dir, None, TrainState.start(config, plan, data.fingerprint, data.order))
+    store = CheckpointStore(run_dir, ours.train.keep_last, ours.train.keep_every)
+    wanted = store.wanted(ours.train.resume)
+    start = TrainState.start(config, plan, data.fingerprint, data.order)
+    run = Prepared(config, plan, data, run_dir, store, None, start)
     if wanted:
-        faults = {str(path): faults_of(path) for path in wanted}
-        found = next((path for path in wanted if not faults[str(path)]), None)
+        faults = {path: store.faults(path) for path in wanted}
+        found = next((path for path in wanted if not faults[path]), None)
         if found is None:
-            raise none_good(faults)
+            raise no_good_checkpoint(faults)
         return continue_from(run, found)
     if ours.model.from_hf is not None:
         run = replace(run, imported=HuggingFaceWeights(ours.model.from_hf, ours.model))
@@ -79,12 +83,13 @@ def continue_from(run: Prepared, found: Path) -> Prepared:
     model = run.config.megatronish.model
     check_same_model(found, run.config)
     check_same_tokenizer(found, run.data)
-    moves = check_engine_state(found, model) and can_move(run.config)
+    shards = open_optimizer_shards(found, model)
+    moves = bool(shards) and can_move(run.config)
     fresh = TrainState.start(run.config, run.plan, run.data.fingerprint, run.data.order)
     saved = TrainState.load(found)
     state = saved.continue_as(fresh, found, moves=moves)
     check_streams(found, saved, state)
-    return replace(run, resume_from=found, state=state, moved=saved.moved(fresh), imported=None)
+    return replace(run, resume_from=found, state=state, shards=shards, moved=saved.moved(fresh), imported=None)
 
 
 def check_same_model(checkpoint: Path, config: RunConfig) -> None:
@@ -127,22 +132,22 @@ def check_imported_tokenizer(folder: Path, data: TrainingData) -> None:
         )
 
 
-def check_engine_state(checkpoint: Path, model: ModelConfig) -> bool:
-    """Whether the checkpoint's optimizer state can be read by any layout.
+def open_optimizer_shards(checkpoint: Path, model: ModelConfig) -> SavedOptimizerShards:
+    """The checkpoint's optimizer state; empty if DeepSpeed wrote it, which can be read under the same layout only.
 
-    Raises ConfigError where there is none, as in a copy made for inference, or not all of it.
+    Raises ConfigError if there is no optimizer state, as in a copy made for inference, or if it is incomplete.
     """
     folder = checkpoint / ENGINE_TAG
-    if saved := SavedOptimizerShards(folder):
+    shards = SavedOptimizerShards(folder)
+    if shards:
         with torch.device("meta"):
-            saved.check_complete(name for name, _ in Transformer(model, seed=None).named_parameters())
-        return True
-    if not any(folder.glob("*.pt")):
+            shards.check_complete(name for name, _ in Transformer(model, seed=None).named_parameters())
+    elif not any(folder.glob("*.pt")):
         raise ConfigError(
             f"{folder} holds no training state, so this checkpoint can be read but not continued. "
             "Use another one, or begin afresh with --train.resume never and another --train.save_dir."
         )
-    return False
+    return shards
 
 
 def check_streams(checkpoint: Path, saved: TrainState, now: TrainState) -> None:
