@@ -1,4 +1,4 @@
-"""What the user has to mend, and how a program ends on it. Apart from the models: pydantic costs a tool a tenth of a second."""
+"""Errors that the user can fix, and how a program exits on one. Separate from config/, whose pydantic takes 0.1 s to import."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 
-OTHER_RANK_DELAY_SECONDS = 10.0  # launchers end the other ranks within 3 s of the first one's end
+OTHER_RANK_DELAY_SECONDS = 10.0  # launchers end the other ranks within 3 s after the first one exits
 
 
 class UserError(ValueError):
-    """Something the user has to mend; its text is the whole message, so launchers print it without a traceback."""
+    """An error that the user can fix. Its text is the complete message, so launchers print it without a traceback."""
 
 
 class ConfigError(UserError):
-    """A run description the user has to mend."""
+    """An invalid run configuration."""
 
 
 class DataError(UserError):
-    """A problem with data that the user can fix; the message names the place, the values and the fix."""
+    """A problem with data; the message names the location, the values and the fix."""
 
 
 @contextlib.contextmanager
 def exit_on_user_error(is_first: bool = True, name: str = "") -> Iterator[None]:
-    """End the program on a UserError: its text on stderr, exit status 2, no traceback.
+    """Exit with status 2 on a UserError, and print its text to stderr without a traceback.
 
-    The first rank speaks for all: another, called `name`, says its error only if the launcher has not ended it
-    OTHER_RANK_DELAY_SECONDS later, for then the first rank has not met with that error. Ctrl-C ends it with status 130, as a shell does.
+    The first rank prints it at once. Another rank, called `name`, waits OTHER_RANK_DELAY_SECONDS and prints its error only
+    if the launcher has not ended it by then: in that case the first rank has not met the same error. Ctrl-C exits with
+    status 130, as in a shell.
     """
     try:
         yield
     except KeyboardInterrupt:
         if is_first:
-            print("\nstopped by Ctrl-C; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+            print("\nstopped by Ctrl-C; the same command resumes from the last checkpoint", file=sys.stderr, flush=True)
         sys.exit(130)
     except UserError as error:
         if is_first:
@@ -46,6 +47,6 @@ def exit_on_user_error(is_first: bool = True, name: str = "") -> Iterator[None]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """' Did you mean "x"?' for the nearest known name, or '' when nothing is near."""
+    """' Did you mean "x"?' for the closest known name, or '' if none is close."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f' Did you mean "{near[0]}"?' if near else ""

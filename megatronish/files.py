@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and are on the disk when a function returns; names that stay in their folder."""
+"""Atomic, synced writes of files, and a check that a path stays in its folder."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path, PurePosixPath
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` by a file with `text` (UTF-8), so that a reader sees the old or the new one and never half of one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Replace `path` atomically by a file with `text` (UTF-8): a reader sees the old contents or the new, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        aside.write_text(text, encoding="utf-8")
-        sync(aside)
-        aside.replace(path)
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     sync(path.parent)
 
 
@@ -35,7 +35,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def is_inside_folder(name: str) -> bool:
-    """Whether a path, as a manifest gives it, stays in the manifest's folder whatever it is joined to."""
+    """Whether a relative path, as read from a manifest, stays in the folder that it is joined to."""
     path = PurePosixPath(name)
     plain = bool(name) and str(path) == name and "\\" not in name and "\0" not in name
     return plain and not path.is_absolute() and not {"..", "."} & set(path.parts) and ":" not in path.parts[0]

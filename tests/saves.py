@@ -12,17 +12,17 @@ from megatronish.launch.rendezvous import join_rendezvous
 
 
 def lone_saver(
-    store: CheckpointStore, told: list[str] | None = None, background: bool = False, stop_on_error: bool = False
+    store: CheckpointStore, reports: list[str] | None = None, background: bool = False, stop_on_error: bool = False
 ) -> Saver:
-    """A saver of the only rank; what it tells goes to `told`."""
-    heard = told if told is not None else []
-    return Saver(store, Consensus(join_rendezvous(0, 1, "", 0, 1.0), "test"), background, stop_on_error, heard.append)
+    """A saver of a single rank; the lines that it reports are appended to `reports`."""
+    lines = reports if reports is not None else []
+    return Saver(store, Consensus(join_rendezvous(0, 1, "", 0, 1.0), "test"), background, stop_on_error, lines.append)
 
 
 def save_alone(
     store: CheckpointStore, step: int, write: Callable[[Path], None], is_best: bool = False, size: int = 0
 ) -> SaveOutcome:
-    """Save one checkpoint, in the foreground; what came of it."""
+    """Save one checkpoint, in the foreground; its outcome."""
     saver = lone_saver(store)
     saver.save(step, lambda _: snapshot(write, size), is_best, reason="a test")
     outcome = saver.wait()
@@ -31,7 +31,7 @@ def save_alone(
 
 
 def snapshot(write: Callable[[Path], None], size: int = 0) -> CheckpointSnapshot:
-    """What `write` writes, all of which is claimed as this rank's."""
+    """A snapshot whose files are those that `write` writes."""
 
     def write_and_list(folder: Path) -> list[Path]:
         write(folder)

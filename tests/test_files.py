@@ -1,4 +1,4 @@
-"""Files that appear whole."""
+"""Atomic, synced writes, and paths that stay in their folder."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The state of the optimizer on the disk, in a form that any layout can take up.
+"""Optimizer shards: the optimizer state on disk, in a form that every parallel layout can load.
 
-Each rank writes one safetensors file with what it holds of the master weights and of each moment, as flat runs of numbers,
-and with each run the place it has in the whole tensor. A rank of another layout reads the runs that make up what it holds.
+Each rank writes one safetensors file with its part of the master weights and of each moment, as flat ranges of numbers, and
+the extent of each range in the full tensor. A rank of another layout reads the ranges that make up its own part.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from megatronish.errors import ConfigError
 from megatronish.parallel.layers import TensorShard
 
 FILES = "state-rank-{:05d}.safetensors"
-MASTER = "master"  # the weights as the optimizer keeps them; its moments have their own names
+MASTER = "master"  # the kind of the master weights; moments have the optimizer's names
 
 
 @dataclass(frozen=True)
 class Extent:
-    """A run of numbers of the whole tensor `name`: entries [start, stop) of the flattened part that `shard` cuts from it.
+    """A range of the tensor `name`: entries [start, stop) of the flattened part that `shard` takes from the full tensor.
 
-    shape: that part's. shard None: the part is the whole tensor.
+    shape: that of the part. shard None: the part is the full tensor.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Extent:
 
     @property
     def full(self) -> tuple[int, ...]:
-        """Shape of the whole tensor."""
+        """Shape of the full tensor."""
         return self.shape if self.shard is None else self.shard.full
 
     @property
     def cut(self) -> tuple[tuple[int, int], ...]:
-        """Which rows or columns of the whole tensor the part has; () for all."""
+        """Which rows or columns of the full tensor the part has; () for all."""
         return () if self.shard is None else self.shard.segments
 
     def to_json(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class Extent:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> Extent:
-        """What `to_json` gave."""
+        """The inverse of `to_json`."""
         cut = raw["shard"]
         if cut is not None:
             segments = tuple((first, last) for first, last in cut["segments"])
@@ -66,18 +66,18 @@ class Extent:
 
 @dataclass(frozen=True)
 class OptimizerShard:
-    """A rank's part of the state. held: by parameter where it belongs and its numbers of each kind, 1-D; scalars: of all."""
+    """A rank's part of the optimizer state. held: per parameter its extent and its 1-D numbers of each kind; scalars: shared."""
 
     held: Mapping[str, tuple[Extent, Mapping[str, Tensor]]]
     scalars: Mapping[str, float]
 
     @property
     def bytes(self) -> int:
-        """Of the numbers."""
+        """Size of the numbers."""
         return sum(numbers.nbytes for _, kinds in self.held.values() for numbers in kinds.values())
 
     def on_host(self, copies: StagingBuffers | None) -> OptimizerShard:
-        """The same on the CPU: in `copies`, which later steps leave alone, or where the numbers are there already, themselves."""
+        """The shard on the CPU: copied to `copies`, so that later steps do not change it, or, without, as views where possible."""
 
         def taken(key: str, numbers: Tensor) -> Tensor:
             return numbers.cpu() if copies is None else copies.take(key, numbers)
@@ -89,7 +89,7 @@ class OptimizerShard:
         return OptimizerShard(held, self.scalars)
 
     def write(self, folder: Path, rank: int) -> list[Path]:
-        """Write the rank's file, if it holds anything; the paths that were written."""
+        """Write the rank's file, if it has any numbers; the paths that were written."""
         if not self.held:
             return []
         tensors = {f"{kind}/{key}": numbers for key, (_, kinds) in self.held.items() for kind, numbers in kinds.items()}
@@ -104,13 +104,13 @@ class OptimizerShard:
 
 
 class SavedOptimizerShards:
-    """The files of `OptimizerShard.write` in a folder, read piece by piece. Raises ConfigError for one that cannot be read."""
+    """The files that `OptimizerShard.write` wrote to a folder, read range by range. Raises ConfigError if one cannot be read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.scalars: dict[str, float] = {}
         self._files: dict[Path, AbstractContextManager[Any]] = {}
-        self._runs: dict[str, list[tuple[Path, str, Extent]]] = {}  # by name of the whole tensor
+        self._runs: dict[str, list[tuple[Path, str, Extent]]] = {}  # by name of the full tensor
         kinds: set[str] = set()
         for path in sorted(folder.glob(FILES.replace("{:05d}", "*"))):
             try:
@@ -137,7 +137,7 @@ class SavedOptimizerShards:
         return name in self._runs
 
     def check_complete(self, names: Iterable[str]) -> None:
-        """Raise ConfigError, with the first tensor that differs, unless these are in the files with every number."""
+        """Raise ConfigError, with the first tensor that is incomplete, unless the files have all numbers of these tensors."""
         for name in names:
             runs = [extent for _, _, extent in self._runs.get(name, [])]
             there = sum(extent.stop - extent.start for extent in runs)
@@ -149,27 +149,27 @@ class SavedOptimizerShards:
                 )
 
     def read(self, kind: str, wanted: Extent) -> Tensor:
-        """The numbers of one kind that `wanted` asks for, 1-D on the CPU."""
+        """The numbers of one kind in the extent `wanted`, 1-D on the CPU."""
         runs = self._runs[wanted.name]
-        alike = [run for run in runs if run[2].cut == wanted.cut]
-        if alike:
-            return self._join(kind, alike, wanted.start, wanted.stop)
-        whole = torch.empty(0)
+        same_part = [run for run in runs if run[2].cut == wanted.cut]
+        if same_part:
+            return self._join(kind, same_part, wanted.start, wanted.stop)
+        full = torch.empty(0)
         for cut in dict.fromkeys(extent.cut for _, _, extent in runs):
             part_runs = [run for run in runs if run[2].cut == cut]
             extent = part_runs[0][2]
             part = self._join(kind, part_runs, 0, math.prod(extent.shape)).view(extent.shape)
             if extent.shard is None:
-                whole = part
+                full = part
                 break
-            if not whole.numel():
-                whole = torch.empty(extent.full, dtype=part.dtype)
-            extent.shard.put(whole, part)
-        part = whole if wanted.shard is None else wanted.shard.take(whole)
+            if not full.numel():
+                full = torch.empty(extent.full, dtype=part.dtype)
+            extent.shard.put(full, part)
+        part = full if wanted.shard is None else wanted.shard.take(full)
         return part.flatten()[wanted.start : wanted.stop]
 
     def _join(self, kind: str, runs: list[tuple[Path, str, Extent]], start: int, stop: int) -> Tensor:
-        """Entries [start, stop) of one part, from the runs of it."""
+        """Entries [start, stop) of one part, from its ranges."""
         pieces = []
         for path, key, extent in sorted(runs, key=lambda run: run[2].start):
             first, last = max(start, extent.start), min(stop, extent.stop)

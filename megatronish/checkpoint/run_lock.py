@@ -1,9 +1,10 @@
-"""One run directory, one job: the first rank holds a lock in it for as long as it lives."""
+"""A lock that keeps two jobs from using the same run directory. The first rank holds it until it exits."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -14,23 +15,18 @@ from typing import Any
 
 from megatronish.errors import ConfigError
 
-try:
-    import fcntl
-except ImportError:  # where there is none, the file's record alone tells
-    fcntl = None  # type: ignore[assignment]
-
 LOCK_FILE = ".lock"
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # what file systems without locks answer
-WAIT_SECONDS = 3.0  # for the process before, of a job that is just being restarted, to be gone
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # errors of file systems without locks
+WAIT_SECONDS = 3.0  # for the previous process of a job that is being restarted to exit
 
 
 @contextlib.contextmanager
 def hold_run_dir(run_dir: Path, is_first: bool, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
-    """Keep other jobs out of a run directory, which is made if missing. Does nothing on other ranks than the first.
+    """Lock a run directory, which is created if missing. Does nothing on ranks other than the first.
 
-    The lock is the kernel's (fcntl), which ends with the process however that ends, works over NFS and is not inherited by
-    the loader's processes. Where there are none the holder's record in the file counts as long as its process lives. Raises
-    ConfigError, naming the holder, when another job has it, and when the folder cannot be written.
+    The lock is one of the kernel (fcntl): it is released whenever the process exits, works over NFS and is not inherited by
+    data loader processes. On file systems without locks, the record of the holder in the file counts while its process is
+    alive. Raises ConfigError if another job holds the lock, with its process, and if the folder cannot be written.
     """
     if not is_first:
         yield
@@ -57,10 +53,8 @@ def hold_run_dir(run_dir: Path, is_first: bool, wait_seconds: float = WAIT_SECON
 
 
 def _take(file: int) -> bool:
-    """Whether this process now has the lock, or the last holder that said so is gone where there are no locks."""
+    """Whether this process now holds the lock; without locks, whether the recorded holder is gone."""
     try:
-        if fcntl is None:
-            return not _lives(_record(file))
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except OSError as error:
@@ -76,7 +70,7 @@ def _own_record() -> dict[str, Any]:
 
 
 def _record(file: int) -> dict[str, Any]:
-    """What the holder wrote; {} when it has not, or has left."""
+    """The record of the holder; {} if there is none."""
     try:
         content = json.loads(os.pread(file, 4096, 0))
         return content if isinstance(content, dict) else {}
@@ -85,7 +79,7 @@ def _record(file: int) -> dict[str, Any]:
 
 
 def _lives(record: dict[str, Any]) -> bool:
-    """Whether the process of a record may still run: surely not when it is of this host and gone."""
+    """Whether the process of a record may be alive: not if it is of this host and does not exist."""
     if not record or record == _own_record():
         return False
     if record.get("host") != socket.gethostname():
@@ -95,12 +89,12 @@ def _lives(record: dict[str, Any]) -> bool:
     except (ProcessLookupError, KeyError, TypeError, ValueError):
         return False
     except PermissionError:
-        pass  # it is another user's
+        pass  # it belongs to another user
     return record.get("started") == _start_of(int(record["pid"]))
 
 
 def _start_of(pid: int) -> str:
-    """When a process of this host began, in ticks since the machine did, which no change of the clock moves; '' if unknown."""
+    """Start time of a process of this host in clock ticks since boot; '' if unknown."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -111,5 +105,5 @@ def _refusal(run_dir: Path, record: dict[str, Any]) -> str:
     holder = f"process {record['pid']} on {record['host']}" if {"pid", "host"} <= record.keys() else "another process"
     return (
         f"train.save_dir {run_dir} is in use: {holder} trains there, and two jobs would overwrite each other's checkpoints. Wait for "
-        f"it, end it, or choose another --train.save_dir. (If it is surely gone, with its machine, remove {run_dir / LOCK_FILE}.)"
+        f"it, stop it, or choose another --train.save_dir. (If it is certainly gone, with its machine, remove {run_dir / LOCK_FILE}.)"
     )

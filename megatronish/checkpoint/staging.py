@@ -1,7 +1,7 @@
-"""Copies of tensors in host memory that is kept from one checkpoint to the next.
+"""Staging buffers in host memory, reused from one checkpoint to the next.
 
-Fresh memory costs the kernel a page fault each 4 KB, ten times what the copy itself takes (tools/bench/checkpoint.py); on a
-GPU the kept memory is page-locked, and copies to it run at the speed of the bus.
+New memory costs a page fault per 4 KB, which takes ten times as long as the copy itself (tools/bench/checkpoint.py). For
+tensors on a GPU the buffers are page-locked, so that copies run at the speed of the bus.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 class StagingBuffers:
-    """Buffers by name. A tensor of the same name takes the place of the one before, whose file must be written by then."""
+    """Buffers by name. A copy overwrites the previous one of the same name, whose file must be written by then."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
         self._devices: set[torch.device] = set()
 
     def take(self, name: str, tensor: Tensor) -> Tensor:
-        """A copy of `tensor` on the CPU, which is whole after `wait`."""
+        """A copy of `tensor` on the CPU, which is complete after `wait`."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             pinned = tensor.device.type == "cuda"
@@ -31,11 +31,11 @@ class StagingBuffers:
 
     @property
     def bytes(self) -> int:
-        """Of memory that is kept."""
+        """Size of the buffers."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def wait(self) -> None:
-        """Return when every copy is whole."""
+        """Wait until every copy is complete."""
         for device in self._devices:
             torch.cuda.synchronize(device)
         self._devices.clear()

@@ -11,7 +11,7 @@ All ranks write into `.writing-step-...`; when every rank has finished, the fold
 that a checkpoint appears atomically. Folders are renamed before they are deleted, so that no partial checkpoint keeps a
 valid name: `.removing-step-...` is to be deleted, `.replaced-step-...` is kept until the same step has been saved again. A
 damaged checkpoint becomes `damaged-step-...`, for the user to inspect. saver.py decides when a checkpoint is saved, and
-training/setup/resume_point.py which one a run resumes from.
+training/setup/resume_point.py from which one to resume.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""All that a resume needs besides tensors: counters, and what the checkpoint was made with."""
+"""The training state without tensors: counters, and the settings that the checkpoint was made with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatronish.config.run import BatchPlan, RunConfig
 from megatronish.errors import ConfigError
 
 STREAMS_FILE = "streams-rank-{:05d}.json"
-# What must be as it was for a run to go on, and what may have changed; with the words for each.
+# What must be unchanged for a run to resume, and what may have changed; with names for messages.
 RUN = {"optimizer": "optimizer", "dtype": "training dtype", "seed": "train.seed"}
 LAYOUT = {
     "data_size": "data-parallel ranks",
@@ -25,29 +25,31 @@ LAYOUT = {
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands after `step` optimizer steps.
+    """The state of a run after `step` optimizer steps.
 
-    Random numbers need no place here: dropout is seeded by (seed, step, rank), the data order by (seed, sample).
+    It has no random states: dropout is seeded by (seed, step, rank), the data order by (seed, sample).
     """
 
     step: int  # optimizer steps done
     samples: int  # samples consumed over all ranks
     tokens: int  # tokens trained on over all ranks
-    best_loss: float | None  # lowest validation loss so far, nats a token
+    best_loss: float | None  # lowest validation loss so far, nats per token
     data_size: int  # data-parallel ranks
     zero_stage: int
     optimizer: str
     dtype: str
     seed: int
-    data_identity: str  # of the contents of the data that the samples are counted in
-    data_order: dict[str, str] = field(default_factory=dict)  # settings that fix the order; empty before they were kept
-    tensor: int = 1  # ranks that share every matrix
-    pipeline: int = 1  # ranks that share the layer list
-    sequence: int = 1  # ranks that share every sample
+    data_identity: str  # hash of the contents of the data that the samples are counted in
+    data_order: dict[str, str] = field(
+        default_factory=dict
+    )  # settings that determine the order; empty in old checkpoints
+    tensor: int = 1  # tensor-parallel ranks
+    pipeline: int = 1  # pipeline stages
+    sequence: int = 1  # sequence-parallel ranks
     skipped: int = 0  # steps done without an update: the learning rate's schedule does not count them
     left_out: list[list[int]] = field(default_factory=list)  # samples [first, stop) that are not trained on
     rollbacks: int = 0
-    losses: list[float] = field(default_factory=list)  # of the last steps, finite ones: what a spike is measured by
+    losses: list[float] = field(default_factory=list)  # finite losses of the last steps, from which spikes are detected
 
     @classmethod
     def start(
@@ -73,7 +75,7 @@ class TrainState:
         )
 
     def advance(self, samples: int, tokens: int, updated: bool = True) -> TrainState:
-        """The state one step later; without an update its samples are passed over and its tokens not counted."""
+        """The state one step later; without an update its samples are skipped and its tokens not counted."""
         return replace(
             self,
             step=self.step + 1,
@@ -83,7 +85,7 @@ class TrainState:
         )
 
     def leaves_out(self, samples: int) -> bool:
-        """Whether any of the next `samples` samples is one to leave out: then the step they make is."""
+        """Whether any of the next `samples` samples is to be left out, and with it their step."""
         return any(first < self.samples + samples and self.samples < stop for first, stop in self.left_out)
 
     def save(self, folder: Path) -> None:
@@ -92,26 +94,26 @@ class TrainState:
 
     @classmethod
     def load(cls, folder: Path) -> TrainState:
-        """Read folder/state.json. Raises ConfigError when it is missing or not one of ours."""
+        """Read folder/state.json. Raises ConfigError if it is missing or invalid."""
         path = folder / STATE_FILE
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             return cls(**{"data_order": {}, **{item.name: raw[item.name] for item in fields(cls) if item.name in raw}})
         except FileNotFoundError:
-            raise ConfigError(f"{folder}: no {STATE_FILE}; this is no checkpoint of megatronish.") from None
+            raise ConfigError(f"{folder}: no {STATE_FILE}; this is not a checkpoint of megatronish.") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: cannot be read ({error!r}); use an older checkpoint.") from None
 
     def continue_as(self, fresh: TrainState, where: Path, *, moves: bool) -> TrainState:
         """This state in the layout of `fresh`, the state that the run would start with.
 
-        moves: whether the optimizer state of the checkpoint `where` can be taken up by another layout. Raises ConfigError,
-        naming both values and the mends, for another layout otherwise, and always for another optimizer or dataset.
+        moves: whether another layout can load the optimizer state of the checkpoint `where`. Raises ConfigError, with both
+        values and the fix, for another layout if not, and always for another optimizer, dtype, seed or dataset.
         """
         for name, words in (*(() if moves else LAYOUT.items()), *RUN.items()):
             saved, now = getattr(self, name), getattr(fresh, name)
             if saved != now:
-                why = "" if name in RUN else ", and the state of its optimizer cannot be laid out anew"
+                why = "" if name in RUN else ", and its optimizer state cannot be moved to another layout"
                 raise ConfigError(
                     f"{where} was saved with {words} {saved}, this run has {now}{why}. Start with {saved} to continue it, "
                     "or begin afresh with --train.resume never and another --train.save_dir."
@@ -120,7 +122,7 @@ class TrainState:
         return replace(self, **{name: getattr(fresh, name) for name in LAYOUT})
 
     def moved(self, fresh: TrainState) -> str:
-        """What differs between the layout of this state and that of `fresh`; '' for the same."""
+        """The differences between the layout of this state and that of `fresh`; '' if there are none."""
         return ", ".join(
             f"{words} {getattr(self, name)} -> {getattr(fresh, name)}"
             for name, words in LAYOUT.items()
@@ -147,14 +149,14 @@ class TrainState:
 
 
 def save_streams(folder: Path, rank: int, states: dict[str, Any] | None) -> None:
-    """Write where a data-parallel rank's streamed text stands; nothing without any."""
+    """Write the positions of a data-parallel rank in streamed text, if there is any."""
     if states is not None:
         path = folder / STREAMS_FILE.format(rank)
         path.write_text(json.dumps(states, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def load_streams(folder: Path, rank: int) -> dict[str, Any] | None:
-    """What `save_streams` wrote, None if nothing. Raises ConfigError when it cannot be read."""
+    """What `save_streams` wrote, or None. Raises ConfigError if it cannot be read."""
     path = folder / STREAMS_FILE.format(rank)
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -34,9 +34,8 @@ def save_model(
 ) -> None:
     """Write weights and configuration into `folder` (made if missing).
 
-    Each file is written beside its place, synced, and renamed into it, so a reader sees the old file or the new one and
-    never half of one. The configuration is also in the weights' header: `load_model` refuses a pair that does not
-    belong together. metadata: further strings for the header. Raises ValueError if the weights are not those of
+    Each file is replaced atomically, so a reader sees the old file or the new one and never a part. The configuration is
+    also in the header of the weights: `load_model` refuses a pair that does not belong together. metadata: further strings for the header. Raises ValueError if the weights are not those of
     `config`, naming the first that differs.
     """
     folder = Path(folder)
@@ -58,7 +57,7 @@ def save_model(
 
 
 def weights_header(config: ModelConfig, metadata: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What the header of WEIGHTS_FILE says beside the tensors."""
+    """The metadata in the header of WEIGHTS_FILE."""
     return {**(metadata or {}), "format": "pt", "model_config": config.model_dump_json(indent=2)}
 
 
@@ -118,7 +117,7 @@ def check_model_state(shapes: Mapping[str, Sequence[int]], config: ModelConfig, 
             raise ValueError(f"{source} is of another model: it has no tensor {name!r}, which should be {list(shape)}")
         if tuple(shapes[name]) != shape:
             raise ValueError(
-                f"{source} is of another model: {name!r} has shape {list(shapes[name])}, the configuration says "
+                f"{source} is of another model: {name!r} has shape {list(shapes[name])}, in the configuration "
                 f"{list(shape)}"
             )
     for name in shapes:
@@ -146,7 +145,7 @@ def open_model(
             written = (file.metadata() or {}).get("model_config")
             if written is not None and ModelConfig.model_validate_json(written) != config:
                 raise ValueError(
-                    f"{path} and {CONFIG_FILE} beside it were not saved together: their configurations differ. Save the "
+                    f"{path} and the {CONFIG_FILE} next to it were not saved together: their configurations differ. Save the "
                     "model again, or restore the file that belongs to the weights"
                 )
             yield config, file

@@ -1,8 +1,8 @@
-"""What of the optimizer's state a rank holds, and where DeepSpeed keeps it.
+"""The local optimizer state of a rank, and where DeepSpeed stores it.
 
-DeepSpeed's optimizers lay parameters behind one another in flat fp32 tensors, of which a rank holds a part (ZeRO 1-3) or
-all (ZeRO 0); torch's optimizer sees the flat tensors. Here every parameter's numbers are found in them, to be written out
-or replaced. AdamW's and Lion's moments are numbers of each weight; Muon's are not laid out so (`can_move`).
+DeepSpeed's optimizers concatenate parameters in flat fp32 tensors, of which a rank holds a part (ZeRO 1-3) or all (ZeRO 0);
+torch's optimizer updates the flat tensors. This module finds the numbers of each parameter in them, to write or to replace
+them. AdamW's and Lion's moments have the layout of the weights; Muon's do not (`can_move`).
 """
 
 from __future__ import annotations
@@ -19,24 +19,29 @@ from megatronish.config.run import RunConfig
 from megatronish.parallel.layers import shard_of
 from megatronish.parallel.mesh import ParallelMesh
 
-SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of the loss scale, what is no setting
+SCALER = (
+    "cur_scale",
+    "cur_iter",
+    "last_overflow_iter",
+    "cur_hysteresis",
+)  # the state of the loss scaler, without its settings
 
 
 @dataclass(frozen=True)
 class FlatSlice:
-    """Numbers [at, at + length of extent) of `flat`, a tensor that torch's optimizer steps, are those of `extent`."""
+    """Numbers [at, at + length of extent) of `flat`, a tensor that torch's optimizer updates, are those of `extent`."""
 
     extent: Extent
     flat: Tensor
     at: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The numbers in `tensor`, the flat one or a moment of it: a view."""
+        """A view of the numbers in `tensor`, the flat one or a moment of it."""
         return tensor.detach().view(-1)[self.at : self.at + self.extent.stop - self.extent.start]
 
 
 def can_move(config: RunConfig) -> bool:
-    """Whether this run's optimizer state can be written in a form that other layouts read."""
+    """Whether this run's optimizer state can be written in a form that other layouts can read."""
     zero = config.deepspeed.zero_optimization
     sections = (zero.offload_optimizer, zero.offload_param)
     on_disk = any(section is not None and section.device == "nvme" for section in sections)
@@ -56,11 +61,11 @@ class LocalOptimizerState:
         self._torch: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         self._is_zero3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
         self._is_unfused = hasattr(optimizer, "fp32_groups")
-        # ZeRO 1 and 2: None for a parameter of which another rank has all.
+        # ZeRO 1 and 2: None for a parameter that is entirely on another rank.
         self._is_partitioned = any(hasattr(p, "_hp_mapping") for p in model.parameters())
 
     def shard(self) -> OptimizerShard:
-        """What this rank, and none before it, holds: views of the tensors themselves. Every rank calls it."""
+        """What this rank holds and writes: views of the tensors, without replicas. Every rank calls it."""
         held, scalars = {}, self.scaler_numbers()
         for name, place in self._slices():
             state = self._torch.state[place.flat]
@@ -72,7 +77,7 @@ class LocalOptimizerState:
 
     @torch.no_grad()
     def load(self, saved: SavedOptimizerShards) -> None:
-        """Take up what `shard` gave, as it was written, under this layout or another. Every rank calls it."""
+        """Load shards that were written under this layout or another. Every rank calls it."""
         for flat in self._flat_tensors():
             state: dict[str, Any] = {kind: torch.zeros_like(flat) for kind in saved.moments}
             if "step" in saved.scalars:
@@ -80,7 +85,7 @@ class LocalOptimizerState:
             self._torch.state[flat] = state
         for _, place in self._slices():
             extent = place.extent
-            if extent.name not in saved:  # a head that is the embedding, and was not apart from it
+            if extent.name not in saved:  # a head that is tied to the embedding was not written
                 extent = Extent("embedding.weight", extent.shape, extent.shard, extent.start, extent.stop)
             place.of(place.flat).copy_(saved.read(MASTER, extent))
             for kind in saved.moments:
@@ -89,7 +94,7 @@ class LocalOptimizerState:
         self._update_weights()
 
     def set_scaler(self, numbers: Mapping[str, float]) -> None:
-        """Give the loss scale of fp16 the numbers that `scaler_numbers` gave; others are passed over."""
+        """Set the state of fp16's loss scaler to what `scaler_numbers` returned; other numbers are ignored."""
         scaler = self._scaler()
         for key in self.scaler_numbers().keys() & numbers.keys():
             setattr(scaler, key, type(getattr(scaler, key))(numbers[key]))
@@ -102,7 +107,7 @@ class LocalOptimizerState:
         return _bytes([*masters, *(value for value in states if isinstance(value, Tensor) and value.ndim)])
 
     def gradient_bytes(self) -> int:
-        """Bytes of the gradients held now: as autograd left them, and as DeepSpeed gathers them up."""
+        """Bytes of the present gradients, those of autograd and those in DeepSpeed's buffers."""
         found = [p.grad for p in self._model.parameters() if p.grad is not None]
         for name in (
             "averaged_gradients",
@@ -117,14 +122,14 @@ class LocalOptimizerState:
         return _bytes(found)
 
     def _is_writer(self) -> bool:
-        """Whether this rank's numbers are no copies of another data-parallel rank's."""
+        """Whether this rank's numbers are not replicas of another data-parallel rank's."""
         return self._is_zero3 or self._is_partitioned or self._mesh.data.rank == 0
 
     def _is_first_copy(self, extent: Extent) -> bool:
         return self._mesh.tp.rank == 0 or not (extent.shard is None or extent.shard.replicated)
 
     def _slices(self) -> Iterator[tuple[str, FlatSlice]]:
-        """Where each parameter of this rank is, with its own name."""
+        """Where each parameter of this rank is stored, by its local name."""
         masters = self._unfused_masters() if self._is_unfused else {}
         named: Iterator[tuple[str, Any]] = self._model.named_parameters()  # Any: DeepSpeed adds attributes
         for name, p in named:
@@ -132,7 +137,7 @@ class LocalOptimizerState:
                 continue
             if self._is_zero3:
                 group, at, length = self._optimizer.grad_position[self._optimizer.get_param_id(p)]
-                start = length * self._mesh.data.rank  # the last ranks' parts are filled up
+                start = length * self._mesh.data.rank  # the last rank's part is padded
                 flat, stop = self._optimizer.fp32_partitioned_groups_flat[group], min(start + length, p.ds_numel)
             elif self._is_partitioned:
                 mapping = p._hp_mapping
@@ -159,17 +164,17 @@ class LocalOptimizerState:
         return [flat for group in self._torch.param_groups for flat in group["params"]]
 
     def _scaler(self) -> Any:
-        """What keeps the loss scale of fp16."""
+        """The object with the loss scale of fp16."""
         own = getattr(self._optimizer, "loss_scale_config", None)
         return own if self._is_unfused else getattr(self._optimizer, "loss_scaler", None)
 
     def scaler_numbers(self) -> dict[str, float]:
-        """Where the loss scale of fp16 stands."""
+        """State of the loss scaler of fp16."""
         found = vars(self._scaler()) if self._scaler() is not None else {}
         return {key: float(found[key]) for key in SCALER if isinstance(found.get(key), int | float)}
 
     def _update_weights(self) -> None:
-        """Make the weights of the forward pass those of the master copy."""
+        """Copy the master weights to the weights of the forward pass."""
         if self._is_zero3:
             self._optimizer.checkpoint_event_prologue()
             for group in range(len(self._optimizer.fp32_partitioned_groups_flat)):
@@ -183,7 +188,7 @@ class LocalOptimizerState:
 
 
 def _bytes(tensors: list[Tensor]) -> int:
-    """Of the memory behind contiguous tensors; where they overlap it is counted once."""
+    """Memory of contiguous tensors; overlaps are counted once."""
     runs = sorted((tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in tensors)
     total, end = 0, 0
     for start, length in runs:

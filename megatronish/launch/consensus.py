@@ -1,6 +1,6 @@
-"""What all ranks come to know without a collective: each says something, the first rank decides, all hear it.
+"""Coordination of all ranks through a key-value store, without collectives: every rank gives a value, the first rank decides.
 
-Over the store of the rendezvous, so a background thread may do it while the main thread is in a collective.
+It uses the store of the rendezvous, so a background thread can coordinate while the main thread is in a collective.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatronish.launch.rendezvous import PATIENCE_SECONDS, Rendezvous
+from megatronish.launch.rendezvous import REPLY_SECONDS, Rendezvous
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.002, 0.25
-LONGEST_PAUSE_OF_MANY = 1.0  # thousands of ranks must not wear the store out
+LONGEST_PAUSE_OF_MANY = 1.0  # limits the load of thousands of ranks on the store
 MANY = 64
 
 
 class ConsensusError(RuntimeError):
-    """The other ranks, or the store, are gone."""
+    """The other ranks, or the store, cannot be reached any more."""
 
 
 class Consensus:
-    """A series of decisions by the ranks of a rendezvous, each of which every rank takes part in, in the same order.
+    """A series of decisions. Every rank of the rendezvous takes part in each of them, in the same order.
 
-    name: of the series; several may go on at once, in several threads.
+    name: of the series. Several series can run at the same time, in several threads.
     """
 
     def __init__(self, rendezvous: Rendezvous, name: str) -> None:
@@ -37,64 +37,62 @@ class Consensus:
         self._number = 0
         self._stop = threading.Event()
 
-    def agree(self, mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
-        """What `decide`, on the first rank, makes of the values of all ranks, listed by rank; values are JSON.
+    def agree(self, value: Any, decide: Callable[[list[Any]], Any]) -> Any:
+        """The result of `decide`, which the first rank calls with the values of all ranks, by rank. Values are JSON.
 
-        Raises ConsensusError when a rank is gone or `decide` raised, whose error the first rank raises itself.
+        Raises ConsensusError if a rank is gone, and if `decide` raised; the first rank raises the original error.
         """
         self._number += 1
         if self.world_size == 1:
-            return decide([mine])
+            return decide([value])
         try:
-            return self._lead(mine, decide) if self.rank == 0 else self._follow(mine)
+            return self._lead(value, decide) if self.rank == 0 else self._follow(value)
         except dist.DistError as error:
             raise ConsensusError(f"the other ranks cannot be reached: {str(error).splitlines()[0]}") from None
 
     def stop(self) -> None:
-        """Have a thread that waits in `agree` raise ConsensusError."""
+        """Make a thread that waits in `agree` raise ConsensusError."""
         self._stop.set()
 
     def leave(self) -> None:
-        """Say that this rank has heard everything; the first rank, with which the store may end, waits a little for the others."""
+        """Report that this rank has read every result. The first rank, which may hold the store, waits shortly for the others."""
         with contextlib.suppress(dist.DistError):
             if self.rank:
                 self._store.set(f"left {self.rank}", "")
                 return
-            everyone, deadline = (
-                [f"left {rank}" for rank in range(1, self.world_size)],
-                time.monotonic() + PATIENCE_SECONDS,
-            )
-            while everyone and not self._store.check(everyone) and time.monotonic() < deadline:
+            others = [f"left {rank}" for rank in range(1, self.world_size)]
+            deadline = time.monotonic() + REPLY_SECONDS
+            while others and not self._store.check(others) and time.monotonic() < deadline:
                 time.sleep(FIRST_PAUSE)
 
-    def _lead(self, mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
+    def _lead(self, value: Any, decide: Callable[[list[Any]], Any]) -> Any:
         others = [self._key(rank) for rank in range(1, self.world_size)]
-        self._await(others)
-        values = [mine, *(json.loads(self._store.get(key)) for key in others)]
-        for old in (*others, self._key("answer")):  # of the decision before: every rank has heard it by now
-            self._store.delete_key(old.replace(f"{self._number} ", f"{self._number - 1} ", 1))
+        self._wait_for(others)
+        values = [value, *(json.loads(self._store.get(key)) for key in others)]
+        for key in (*others, self._key("result")):  # every rank has read the previous result by now
+            self._store.delete_key(key.replace(f"{self._number} ", f"{self._number - 1} ", 1))
         try:
-            answer = decide(values)
+            result = decide(values)
         except BaseException as error:
-            self._store.set(self._key("answer"), json.dumps({"failed": f"{type(error).__name__}: {error}"}))
+            self._store.set(self._key("result"), json.dumps({"error": f"{type(error).__name__}: {error}"}))
             raise
-        self._store.set(self._key("answer"), json.dumps({"answer": answer}))
-        return answer
+        self._store.set(self._key("result"), json.dumps({"result": result}))
+        return result
 
-    def _follow(self, mine: Any) -> Any:
-        self._store.set(self._key(self.rank), json.dumps(mine))
-        self._await([self._key("answer")])
-        heard = json.loads(self._store.get(self._key("answer")))
-        if "failed" in heard:
-            raise ConsensusError(f"rank 0 failed: {heard['failed']}")
-        return heard["answer"]
+    def _follow(self, value: Any) -> Any:
+        self._store.set(self._key(self.rank), json.dumps(value))
+        self._wait_for([self._key("result")])
+        reply = json.loads(self._store.get(self._key("result")))
+        if "error" in reply:
+            raise ConsensusError(f"rank 0 failed: {reply['error']}")
+        return reply["result"]
 
-    def _key(self, what: int | str) -> str:
-        return f"{self._number} {what}"
+    def _key(self, name: int | str) -> str:
+        return f"{self._number} {name}"
 
-    def _await(self, keys: list[str]) -> None:
+    def _wait_for(self, keys: list[str]) -> None:
         pause, longest = FIRST_PAUSE, LONGEST_PAUSE if self.world_size < MANY else LONGEST_PAUSE_OF_MANY
         while not self._store.check(keys):
             if self._stop.wait(pause):
-                raise ConsensusError("this rank ends")
+                raise ConsensusError("this rank is exiting")
             pause = min(1.5 * pause, longest)

@@ -1,4 +1,4 @@
-"""How a process ends: within bounded time, whatever its threads, its peers or its libraries still wait for."""
+"""Exiting a process within bounded time, whatever its threads, its peers or its libraries are waiting for."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import NoReturn
 
 SHUTDOWN_SECONDS = 20.0
-INTERRUPTED_SECONDS = 3.0  # the same, after Ctrl-C
+INTERRUPTED_SECONDS = 3.0  # instead of SHUTDOWN_SECONDS, after Ctrl-C
 FLUSH_SECONDS = 1.0
-EXIT_STOPPED = 75  # exit status of a run that the watchdog ended: EX_TEMPFAIL of sysexits.h, "try again"
-EXIT_SAVED = 76  # exit status of a run that was asked to stop, by a signal or its time limit, and saved before it did
+EXIT_STOPPED = 75  # exit status of a run that the watchdog ended: EX_TEMPFAIL of sysexits.h, "temporary failure"
+EXIT_SAVED = 76  # exit status of a run that saved and stopped because of a signal or its time limit
 
-STATUS_FILE = (
-    "MEGATRONISH_STATUS_FILE"  # in the environment: where the first rank writes its status for launchers/supervise.py
-)
+# Environment variable with the file to which the first rank writes its exit status, for launchers/supervise.py.
+STATUS_FILE = "MEGATRONISH_STATUS_FILE"
 
 
 def exit_now(status: int) -> NoReturn:
-    """End this process with `status` at once: no clean-up, only the output that a second is enough to write."""
+    """Exit with `status` at once, without clean-up. Buffered output is written if that takes at most FLUSH_SECONDS."""
 
     def flush() -> None:
         sys.stdout.flush()
@@ -36,7 +35,7 @@ def exit_now(status: int) -> NoReturn:
 
 
 def exit_within(seconds: float, status: int) -> threading.Timer:
-    """Have this process end in `seconds` with exit status `status`, however its threads hang, unless cancelled."""
+    """Exit with `status` in `seconds`, even if threads hang, unless the returned timer is cancelled."""
     timer = threading.Timer(seconds, exit_now, (status,))
     timer.daemon = True
     timer.start()
@@ -44,10 +43,10 @@ def exit_within(seconds: float, status: int) -> threading.Timer:
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:
-    """Run `main` and end the process with its status within SHUTDOWN_SECONDS of its return.
+    """Run `main` and exit with its status within SHUTDOWN_SECONDS after it returns.
 
-    The exit functions of libraries run, the interpreter's own end does not: there a process can hang, in the destructor of
-    a communicator or a thread, where nothing in Python can interrupt it any more.
+    The `atexit` functions of libraries run, the interpreter's finalization does not: there a process can hang in the
+    destructor of a communicator or a thread, where nothing in Python can interrupt it.
     """
     try:
         status = main()
@@ -57,10 +56,10 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         traceback.print_exc()
         status = 1
     exit_within(SHUTDOWN_SECONDS, status)
-    if (told := os.environ.get(STATUS_FILE)) and os.environ.get("RANK", "0") == "0":
-        Path(told).write_text(str(status), encoding="ascii")
+    if (file := os.environ.get(STATUS_FILE)) and os.environ.get("RANK", "0") == "0":
+        Path(file).write_text(str(status), encoding="ascii")
     atexit._run_exitfuncs()
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and status == 0 and not mpi.Is_finalized():
-        mpi.Finalize()  # mpirun calls a rank that ends without it a failure, and ends the others: right unless all is well
+        mpi.Finalize()  # if a rank exits without it, mpirun reports a failure and ends the other ranks
     exit_now(status)

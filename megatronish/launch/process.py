@@ -1,8 +1,8 @@
-"""What a training process settles before torch is loaded: its rank, its threads, its allocator.
+"""Initialization of a process before torch is imported: its rank, its threads, its allocator.
 
-`deepspeed`, `torchrun`, `mpirun`, `srun` and plain `python` each tell a process its rank in their own variables;
-`initialize_process` reads them once, writes the torch.distributed names, and tunes the process for the machine.
-It must run before `import torch`: OpenMP reads its variables when it is loaded.
+`deepspeed`, `torchrun`, `mpirun`, `srun` and plain `python` pass the rank in environment variables of their own.
+`initialize_process` reads them once, sets those of torch.distributed, and configures threads and allocator. It must run
+before `import torch`, because OpenMP reads its variables when it is loaded.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ PORT_BASE, PORT_SPAN = 20000, 9000  # below the ephemeral range, so that no clie
 
 
 class LaunchError(UserError):
-    """The environment of this process does not say who its peers are."""
+    """The ranks cannot be found or do not agree: wrong environment variables, or a rendezvous that failed."""
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Where this process stands among its peers."""
+    """Rank and world size of this process, in the run and on its machine, and the launcher that set them."""
 
     rank: int
     world_size: int
@@ -40,7 +40,7 @@ class Rank:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that talks to the user and writes the files."""
+        """Whether this is the rank that prints and writes files."""
         return self.rank == 0
 
     @property
@@ -52,7 +52,7 @@ class Rank:
 def find_rank(env: MutableMapping[str, str]) -> Rank:
     """Read the rank from the launcher's variables: torch's names first, then Open MPI's, then Slurm's.
 
-    Raises LaunchError when a variable is missing or no number, or the rank is not below the number of ranks.
+    Raises LaunchError if a variable is missing or not a number, or the rank is not below the world size.
     """
 
     def number(name: str, default: str | None = None) -> int:
@@ -60,14 +60,14 @@ def find_rank(env: MutableMapping[str, str]) -> Rank:
         if text is None:
             raise LaunchError(f"the launcher set some of the rank variables but not {name}; start all ranks with it.")
         if not text.isdecimal():
-            raise LaunchError(f"{name}={text!r} is no number; it is set by the launcher, unset it in your shell.")
+            raise LaunchError(f"{name}={text!r} is not a number; the launcher sets it, so unset it in your shell.")
         return int(text)
 
     found = _read_rank(env, number)
     if not (found.rank < found.world_size and found.local_rank < found.local_world_size):
         raise LaunchError(
-            f"rank {found.rank} of {found.world_size} (local rank {found.local_rank} of {found.local_world_size}) cannot "
-            "be: ranks count from 0. Unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE in your shell."
+            f"rank {found.rank} of {found.world_size} (local rank {found.local_rank} of {found.local_world_size}) is "
+            "not possible: ranks count from 0. Unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE in your shell."
         )
     return found
 
@@ -88,7 +88,7 @@ def _read_rank(env: MutableMapping[str, str], number: Callable[..., int]) -> Ran
             "mpirun",
         )
     if "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env:
-        # srun sets SLURM_NTASKS_PER_NODE only when asked; the counts a node are always in SLURM_STEP_TASKS_PER_NODE.
+        # srun sets SLURM_NTASKS_PER_NODE only on request; the tasks of each node are always in SLURM_STEP_TASKS_PER_NODE.
         tasks = tasks_of_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"), number("SLURM_NODEID", "0"))
         return Rank(number("SLURM_PROCID"), number("SLURM_NTASKS"), number("SLURM_LOCALID"), tasks, "srun")
     if "RANK" in env or "WORLD_SIZE" in env:
@@ -97,7 +97,7 @@ def _read_rank(env: MutableMapping[str, str], number: Callable[..., int]) -> Ran
 
 
 def _deepspeed_local_size(env: MutableMapping[str, str], world: int) -> str:
-    """`deepspeed` names its local ranks only in CUDA_VISIBLE_DEVICES; CROSS_SIZE is the number of nodes."""
+    """`deepspeed` lists its local ranks only in CUDA_VISIBLE_DEVICES; CROSS_SIZE is the number of nodes."""
     visible = env.get("CUDA_VISIBLE_DEVICES", "")
     if "CROSS_SIZE" in env and visible:
         return str(len(visible.split(",")))
@@ -105,13 +105,13 @@ def _deepspeed_local_size(env: MutableMapping[str, str], world: int) -> str:
 
 
 def tasks_of_node(counts: str, node: int) -> int:
-    """How many tasks Slurm starts on a node, by number: ('2(x3),1', 3) -> 1. Raises LaunchError when it names no count."""
+    """How many tasks Slurm starts on a node, by number: ('2(x3),1', 3) -> 1. Raises LaunchError if there is none."""
     tasks: list[int] = []
     for part in counts.split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         tasks += [int(found[1])] * int(found[2] or 1) if found else []
     if node >= len(tasks):
-        raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE={counts!r} says nothing of node {node} (SLURM_NODEID).")
+        raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE={counts!r} has no entry for node {node} (SLURM_NODEID).")
     return tasks[node]
 
 
@@ -126,14 +126,14 @@ def first_host(node_list: str) -> str:
 def find_master(rank: Rank, env: MutableMapping[str, str]) -> tuple[str, int]:
     """Address and port of the rendezvous.
 
-    MASTER_ADDR and MASTER_PORT win; Open MPI agrees through mpi4py; Slurm takes its first host. Raises LaunchError when
-    ranks on several machines have no way to agree.
+    MASTER_ADDR and MASTER_PORT are used if they are set. Otherwise ranks of Open MPI get them from rank 0 through mpi4py, and
+    those of Slurm use the first host of the job. Raises LaunchError if ranks on several machines cannot agree on one.
     """
     if "MASTER_ADDR" in env and "MASTER_PORT" in env:
         port = env["MASTER_PORT"]
         if not (port.isdecimal() and 0 < int(port) < 1 << 16):
             raise LaunchError(
-                f"MASTER_PORT={port!r} is no TCP port; it is set by the launcher, unset it in your shell."
+                f"MASTER_PORT={port!r} is not a TCP port; the launcher sets it, so unset it in your shell."
             )
         return env["MASTER_ADDR"], int(port)
     if rank.world_size == 1:
@@ -161,23 +161,23 @@ def _agree_by_mpi(rank: Rank, env: MutableMapping[str, str]) -> tuple[str, int]:
         name = socket.gethostname()
         address = "127.0.0.1" if rank.local_world_size == rank.world_size else socket.gethostbyname(name)
         if address.startswith("127.") and rank.local_world_size < rank.world_size:
-            address = name  # /etc/hosts names this machine by an address that means another one elsewhere
+            address = name  # /etc/hosts maps this machine to a loopback address, which other machines cannot use
         here = (address, free_port())
     address, port = MPI.COMM_WORLD.bcast(here, root=0)
     return address, port
 
 
 def device_number(rank: Rank, visible: str | None) -> int:
-    """Which of the GPUs that a rank sees is its own; visible: CUDA_VISIBLE_DEVICES.
+    """Index of a rank's GPU among those visible to it; visible: CUDA_VISIBLE_DEVICES.
 
-    srun --gpus-per-task and mpirun wrappers show each rank one GPU, which is number 0 there, whatever the rank.
+    srun --gpus-per-task and mpirun wrappers show each rank one GPU, which has index 0 for each of them.
     """
     own = rank.launcher in ("srun", "mpirun") and visible is not None and visible != "" and "," not in visible
     return 0 if own else rank.local_rank
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on, below the ephemeral range; drawn, so that two runs seldom find the same one."""
+    """A free TCP port below the ephemeral range, drawn at random, so that two runs are unlikely to choose the same one."""
     for port in (PORT_BASE + secrets.randbelow(PORT_SPAN) for _ in range(100)):
         with socket.socket() as probe:
             try:
@@ -191,16 +191,16 @@ def free_port() -> int:
 
 
 def has_gpu() -> bool:
-    """Whether an NVIDIA driver serves this machine, asked without loading torch."""
+    """Whether this machine has an NVIDIA driver, found without importing torch."""
     return Path("/dev/nvidiactl").exists() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def initialize_process() -> Rank:
-    """Make this process ready for torch; returns its rank. Call before `import torch`.
+    """Prepare this process for torch and return its rank. Call before `import torch`.
 
-    Sets the torch.distributed variables; on machines without GPUs also the threads a rank may use, a passive OpenMP
-    wait policy (spinning ranks starve each other on shared cores) and allocator thresholds (glibc maps every tensor over
-    32 MiB anew, which costs more than the arithmetic on it).
+    Sets the torch.distributed variables. On machines without GPUs it also sets the number of threads, a passive OpenMP
+    wait policy (ranks that spin slow down others on shared cores) and allocator thresholds (by default glibc maps new
+    memory for every tensor over 32 MiB, which takes longer than the arithmetic on it).
     """
     env = os.environ
     rank = find_rank(env)
@@ -218,35 +218,33 @@ def initialize_process() -> Rank:
     if not has_gpu():
         env.setdefault("DS_ACCELERATOR", "cpu")
         env.setdefault("OMP_WAIT_POLICY", "passive")
-        said = env.get("OMP_NUM_THREADS")
-        if said is None or (
-            said == "1" and rank.launcher == "torchrun"
-        ):  # torchrun writes 1 where the user said nothing
+        threads = env.get("OMP_NUM_THREADS")
+        if threads is None or (threads == "1" and rank.launcher == "torchrun"):  # torchrun sets 1 by default
             env["OMP_NUM_THREADS"] = str(claim_cores(rank))
         tune_allocator()
     return rank
 
 
 def claim_cores(rank: Rank) -> int:
-    """The cores this rank may use: its share of the launcher's cores, or fewer if it was bound to fewer.
+    """The number of cores for this rank: its share of the launcher's cores, or fewer if it is bound to fewer.
 
-    Open MPI binds each of one or two ranks to a single core, however many the machine has: that is undone, while a
-    binding that leaves a rank its share (`--bind-to`, `--map-by ...:pe=N`) stays.
+    Open MPI binds each of one or two ranks to a single core by default, which is undone. A binding that leaves a rank its
+    share (`--bind-to`, `--map-by ...:pe=N`) is kept.
     """
     mine = os.sched_getaffinity(0)
     try:
-        whole = os.sched_getaffinity(os.getppid())
+        available = os.sched_getaffinity(os.getppid())
     except OSError:  # the launcher runs outside this container
-        whole = mine
-    share = max(1, len(whole) // rank.local_world_size)
+        available = mine
+    share = max(1, len(available) // rank.local_world_size)
     if rank.launcher == "mpirun" and len(mine) < share:
-        os.sched_setaffinity(0, whole)
+        os.sched_setaffinity(0, available)
         return share
     return min(share, len(mine))
 
 
 def tune_allocator() -> bool:
-    """Keep freed tensors in the heap instead of giving each back to the kernel; False where the libc is not glibc."""
+    """Keep freed tensors in the heap instead of returning each to the kernel. False if the C library is not glibc."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):

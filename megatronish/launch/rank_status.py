@@ -1,6 +1,6 @@
-"""Where a rank stands: its step, its phase, the collective it waits in and the line that called it.
+"""The status of a rank: its step, its phase, the collective it waits in and the line that called it.
 
-Read from outside by a sampler, so that the training loop pays for one assignment a step and nothing in between.
+A sampler in another thread reads it, so the training loop only pays for one assignment per step.
 """
 
 from __future__ import annotations
@@ -15,78 +15,80 @@ from dataclasses import dataclass
 from types import CodeType, FrameType
 
 COLLECTIVES = (os.path.join("torch", "distributed") + os.sep, os.path.join("deepspeed", "comm") + os.sep)
-BUSY_SHARE = 0.1  # of a core: a process that computes so much moves, though its stack may not show it
+BUSY_SHARE = 0.1  # of a core: a process that uses more makes progress, even if its stack does not change
 
 
 @dataclass(frozen=True)
 class RankStatus:
-    """Of one rank at one moment. still: seconds since it last moved; waits of samples: how often it was seen waiting in a
-    collective, while training."""
+    """Status of one rank at one moment. location: file, line and function; idle: seconds since it last made progress; waits: how
+    many of `samples`, taken while training, found it in a collective."""
 
     step: int
     phase: str
     collective: str
-    place: str
-    still: float
+    location: str
+    idle: float
     waits: int = 0
     samples: int = 0
 
 
 class Sampler:
-    """Looks at the main thread now and then. count_cpu: computing counts as moving (on GPUs waiting computes, too)."""
+    """Samples the stack of the main thread. count_cpu: use of the CPU counts as progress (not on GPUs: waiting uses it, too)."""
 
     def __init__(self, count_cpu: bool) -> None:
         self.step, self.phase = 0, "starting"
         self._count_cpu = count_cpu
         self._main = threading.main_thread().ident
         self._libraries = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")})
-        # By id: hashing a code object reads all of it. The object is kept, so that its id stays its own.
+        # By id, because hashing a code object reads all of it. The object is kept so that its id is not reused.
         self._roles: dict[int, tuple[CodeType, str]] = {}
         self._lines: dict[tuple[int, int], bool] = {}
         self._last: tuple[int, ...] = ()
         self._cpu = time.process_time()
-        self._still, self._waits, self._samples = 0.0, 0, 0
-        self._collective, self._place = "", ""
+        self._idle, self._waits, self._samples = 0.0, 0, 0
+        self._collective, self._location = "", ""
 
-    def look(self, elapsed: float) -> None:
+    def sample(self, elapsed: float) -> None:
         """Take a sample; elapsed: seconds since the last one."""
         frames = sys._current_frames()
-        stack = list(_outwards(frames.get(self._main or 0)))
+        stack = list(_frames_outwards(frames.get(self._main or 0)))
         mark = (self.step, hash(self.phase), *(id(frame.f_code) ^ frame.f_lasti for frame in stack))
         cpu = time.process_time()
         busy = self._count_cpu and cpu - self._cpu > BUSY_SHARE * elapsed
-        self._still = 0.0 if busy or mark != self._last else self._still + elapsed
+        self._idle = 0.0 if busy or mark != self._last else self._idle + elapsed
         self._last, self._cpu = mark, cpu
-        self._collective, self._place = self._read(stack)
-        if not self._collective:  # on GPUs the backward pass, and its collectives, run in a thread of their own
+        self._collective, self._location = self._read(stack)
+        if not self._collective:  # on GPUs the backward pass and its collectives run in another thread
             for thread, frame in frames.items():
                 if thread not in (self._main, threading.get_ident()):
-                    collective, place = self._read(list(_outwards(frame)))
+                    collective, location = self._read(list(_frames_outwards(frame)))
                     if collective:
-                        self._collective, self._place = collective, place
+                        self._collective, self._location = collective, location
                         break
         if self.phase == "training":
             self._samples += 1
             self._waits += bool(self._collective)
 
-    def rank_status(self) -> RankStatus:
-        """As of the last sample."""
-        return RankStatus(self.step, self.phase, self._collective, self._place, self._still, self._waits, self._samples)
+    def status(self) -> RankStatus:
+        """The status as of the last sample."""
+        return RankStatus(
+            self.step, self.phase, self._collective, self._location, self._idle, self._waits, self._samples
+        )
 
     def _read(self, stack: list[FrameType]) -> tuple[str, str]:
-        """Name of the collective that a stack (innermost frame first) waits in, or '', and the line of ours that leads there."""
-        collective, place = "", ""
+        """The collective that a stack (innermost frame first) waits in, or '', and the line outside libraries that led there."""
+        collective, location = "", ""
         for depth, frame in enumerate(stack):
             role = self._role(frame.f_code)
             if role == "collective" and not collective and frame.f_code.co_name not in ("wrapper", "log_wrapper"):
                 collective = frame.f_code.co_name
-            if depth == 0 and not collective and self._awaits_work(frame):
+            if depth == 0 and not collective and self._is_wait(frame):
                 collective = "wait for a collective"
             if role == "ours":
                 path = frame.f_code.co_filename.split(os.sep)
-                place = f"{'/'.join(path[-2:])}:{frame.f_lineno} ({frame.f_code.co_name})"
+                location = f"{'/'.join(path[-2:])}:{frame.f_lineno} ({frame.f_code.co_name})"
                 break
-        return collective, place
+        return collective, location
 
     def _role(self, code: CodeType) -> str:
         known = self._roles.get(id(code))
@@ -100,8 +102,8 @@ class Sampler:
             known = self._roles[id(code)] = (code, role)
         return known[1]
 
-    def _awaits_work(self, frame: FrameType) -> bool:
-        """Whether the line is `handle.wait()`: what a collective started earlier is awaited by, in a call without a frame."""
+    def _is_wait(self, frame: FrameType) -> bool:
+        """Whether the line is `handle.wait()`, which waits for an asynchronous collective without a Python frame of its own."""
         if self._role(frame.f_code) == "library" and os.sep + "deepspeed" + os.sep not in frame.f_code.co_filename:
             return False
         key = (id(frame.f_code), frame.f_lineno)
@@ -110,7 +112,7 @@ class Sampler:
         return self._lines[key]
 
 
-def _outwards(frame: FrameType | None) -> list[FrameType]:
+def _frames_outwards(frame: FrameType | None) -> list[FrameType]:
     stack = []
     while frame is not None:
         stack.append(frame)

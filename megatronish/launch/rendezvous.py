@@ -1,7 +1,7 @@
-"""The rendezvous of the ranks of a run: checks that each joins exactly once and with the same configuration.
+"""The rendezvous of the ranks of a run: each joins exactly once, and with the same configuration.
 
-Rank 0 (or torchrun's agent) holds a key-value store at MASTER_ADDR:MASTER_PORT. Every rank writes there where it runs and
-what it was told; rank 0 compares, and writes what came of it. Process groups are made over the same store.
+Rank 0 (or torchrun's agent) holds a key-value store at MASTER_ADDR:MASTER_PORT. Every rank writes its process and its
+settings to it; rank 0 compares the settings and writes the outcome. Process groups use the same store.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch.distributed as dist
 from megatronish.launch.process import LaunchError
 
 POLL_SECONDS = 0.05
-PATIENCE_SECONDS = 5.0  # of another rank, beyond rank 0's own limit, for rank 0 to say what is wrong
+REPLY_SECONDS = 5.0  # how long other ranks wait for rank 0's outcome after its own timeout
 OUTCOME = "outcome"
 
 
 @dataclass(frozen=True)
 class RankProcess:
-    """Where a rank runs. pid_namespace: names the pid namespace, so that ranks know which of them can signal each other."""
+    """The process of a rank. pid_namespace: host and pid namespace; ranks with the same one can send each other signals."""
 
     rank: int
     host: str
@@ -34,8 +34,8 @@ class RankProcess:
     pid_namespace: str
 
     @classmethod
-    def here(cls, rank: int) -> RankProcess:
-        """Of this process."""
+    def current(cls, rank: int) -> RankProcess:
+        """This process."""
         host = socket.gethostname()
         namespace = ""
         with contextlib.suppress(OSError):
@@ -48,7 +48,7 @@ class RankProcess:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """The ranks that have met. store: shared by them; address: of the host that holds it, as this rank names it."""
+    """The ranks that joined. store: shared by them; address: that of the host of the store, as seen from this rank."""
 
     store: dist.Store
     address: str
@@ -61,69 +61,71 @@ class Rendezvous:
 
 
 def join_rendezvous(
-    rank: int, world_size: int, address: str, port: int, seconds: float, told: Mapping[str, str] | None = None
+    rank: int, world_size: int, address: str, port: int, seconds: float, settings: Mapping[str, str] | None = None
 ) -> Rendezvous:
-    """Wait up to `seconds` for every rank.
+    """Join the rendezvous and wait up to `seconds` for every rank.
 
-    told: what all ranks must have been told alike, name -> value. Raises LaunchError, with the same text on every rank that
-    can be told, when a rank does not come, comes twice, or was told something else.
+    settings: name -> value; must be the same on all ranks. Raises LaunchError, with the same text on every rank that can be
+    reached, if a rank is missing, joins twice, or has other settings.
     """
-    here = RankProcess.here(rank)
+    here = RankProcess.current(rank)
     if world_size == 1:
         return Rendezvous(dist.HashStore(), address, 0, (here,))
     store = _open_store(here, world_size, address, port, seconds)
-    deadline = time.monotonic() + seconds  # counted from when rank 0 is there: it may be the last
+    deadline = time.monotonic() + seconds  # starts when rank 0 has joined, which may be last
     times = store.add(f"count {rank}", 1)
     if times > 1:
         raise LaunchError(
-            f"{here} came to {address}:{port}, and a rank {rank} had come before: two nodes were started with the same node "
-            "number, or another run uses this port. Give every node its own number (torchrun --node-rank)."
+            f"{here} joined at {address}:{port}, but another rank {rank} had joined before: two nodes were started with the "
+            "same node number, or another run uses this port. Give every node its own number (torchrun --node-rank)."
         )
-    said = {"world_size": str(world_size), **(told or {})}
-    store.set(f"rank {rank}", json.dumps({"place": asdict(here), "told": said}))
+    settings = {"world_size": str(world_size), **(settings or {})}
+    store.set(f"rank {rank}", json.dumps({"process": asdict(here), "settings": settings}))
     if rank == 0:
         outcome = _gather(store, world_size, f"{address}:{port}", seconds, deadline)
         store.set(OUTCOME, json.dumps(outcome))
         if "error" in outcome:
-            _wait_for_listeners(store, outcome["listeners"])
+            _wait_for_readers(store, outcome["readers"])
     else:
-        outcome = _await_outcome(store, here, f"{address}:{port}", deadline + PATIENCE_SECONDS)
+        outcome = _wait_for_outcome(store, here, f"{address}:{port}", deadline + REPLY_SECONDS)
         if "error" in outcome:
-            with contextlib.suppress(dist.DistError):  # rank 0 has not waited
-                store.add("told", 1)
+            with contextlib.suppress(dist.DistError):  # rank 0 did not wait
+                store.add("outcome read", 1)
     if "error" in outcome:
         raise LaunchError(outcome["error"])
-    return Rendezvous(store, address, rank, tuple(RankProcess(**place) for place in outcome["processes"]))
+    return Rendezvous(store, address, rank, tuple(RankProcess(**process) for process in outcome["processes"]))
 
 
-def join_rendezvous_from_env(seconds: float, told: Mapping[str, str] | None = None) -> Rendezvous:
-    """`join_rendezvous` as RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say (startup.initialize_process sets them)."""
+def join_rendezvous_from_env(seconds: float, settings: Mapping[str, str] | None = None) -> Rendezvous:
+    """`join_rendezvous` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which `initialize_process` sets."""
     env = os.environ
     rank, world_size, port = (int(env[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    return join_rendezvous(rank, world_size, env["MASTER_ADDR"], port, seconds, told)
+    return join_rendezvous(rank, world_size, env["MASTER_ADDR"], port, seconds, settings)
 
 
 def _open_store(here: RankProcess, world_size: int, address: str, port: int, seconds: float) -> dist.Store:
     """The store at address:port; rank 0 holds it, unless torchrun's agent does."""
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    holds = here.rank == 0 and not agent
-    if not holds:
-        _await_listener(here, address, port, seconds)
+    is_server = here.rank == 0 and not agent
+    if not is_server:
+        _wait_for_server(here, address, port, seconds)
     try:
         store = dist.TCPStore(
-            address, port, world_size, holds, timeout=datetime.timedelta(seconds=seconds), wait_for_workers=False
+            address, port, world_size, is_server, timeout=datetime.timedelta(seconds=seconds), wait_for_workers=False
         )
     except dist.DistError as error:
         raise LaunchError(
             f"{here} of {world_size} cannot join the rendezvous at {address}:{port}: {str(error).splitlines()[0]}\nIs another "
             "run using that port? Choose one: deepspeed --master_port 29501 (torchrun --master-port, or MASTER_PORT)."
         ) from None
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an agent's store outlives its ranks
+    attempt = os.environ.get(
+        "TORCHELASTIC_RESTART_COUNT", "0"
+    )  # the agent's store is kept when the ranks are restarted
     return dist.PrefixStore(f"megatronish {attempt}", store)
 
 
-def _await_listener(here: RankProcess, address: str, port: int, seconds: float) -> None:
-    """Return when something listens at address:port. torch waits there too, with a page of stack traces."""
+def _wait_for_server(here: RankProcess, address: str, port: int, seconds: float) -> None:
+    """Return when address:port accepts connections. TCPStore would wait as well, but fails with a page of stack traces."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -133,78 +135,78 @@ def _await_listener(here: RankProcess, address: str, port: int, seconds: float) 
             reason = error.strerror or str(error)
         if time.monotonic() > deadline:
             raise LaunchError(
-                f"{here} finds no rank 0 at {address}:{port} within {seconds:g} s ({reason}). Likely causes: rank 0 was not "
-                f"started or has ended, MASTER_ADDR is not the address of its machine, or a firewall is between."
+                f"{here} found no rank 0 at {address}:{port} within {seconds:g} s ({reason}). Likely causes: rank 0 was not "
+                f"started or has ended, MASTER_ADDR is not the address of its machine, or a firewall blocks the port."
             )
         time.sleep(0.2)
 
 
 def _gather(store: dist.Store, world_size: int, where: str, seconds: float, deadline: float) -> dict:
-    """Rank 0: wait for the others and compare what they were told. What came of it: {"processes"} or {"error", "listeners"}."""
-    came: dict[int, dict] = {}
+    """Rank 0: wait for the others and compare their settings. Returns {"processes"}, or {"error", "readers"}."""
+    joined: dict[int, dict] = {}
     missing = set(range(world_size))
-    pause, told_at = POLL_SECONDS, time.monotonic() + 15.0
+    pause, report_at = POLL_SECONDS, time.monotonic() + 15.0
     while True:
         for rank in sorted(missing):
             if store.check([f"rank {rank}"]):
-                came[rank] = json.loads(store.get(f"rank {rank}"))
+                joined[rank] = json.loads(store.get(f"rank {rank}"))
                 missing.discard(rank)
-        problem = _difference(came)
+        problem = _difference(joined)
         if problem or not missing:
             break
         now = time.monotonic()
         if now > deadline:
-            hosts = sorted({entry["place"]["host"] for entry in came.values()})
+            hosts = sorted({entry["process"]["host"] for entry in joined.values()})
             problem = (
-                f"of {world_size} ranks only {len(came)} came to {where} within {seconds:g} s: {ranks_text(missing)} "
-                f"{'is' if len(missing) == 1 else 'are'} missing. {ranks_text(came)} came from {', '.join(hosts[:8])}. Were all "
+                f"only {len(joined)} of {world_size} ranks joined at {where} within {seconds:g} s: {ranks_text(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} missing. {ranks_text(joined)} joined from {', '.join(hosts[:8])}. Were all "
                 "nodes started, with the same number of ranks? Is that address reachable from them? --train.start_timeout "
                 "SECONDS waits longer."
             )
             break
-        if now > told_at:
+        if now > report_at:
             print(f"waiting for {ranks_text(missing)} at {where}", flush=True)
-            told_at = now + 60.0
+            report_at = now + 60.0
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
     if problem:
-        return {"error": problem, "listeners": len(came) - 1}
-    return {"processes": [came[rank]["place"] for rank in range(world_size)]}
+        return {"error": problem, "readers": len(joined) - 1}
+    return {"processes": [joined[rank]["process"] for rank in range(world_size)]}
 
 
-def _difference(came: Mapping[int, dict]) -> str:
-    """What a rank was told otherwise than rank 0, as a message; '' when all agree."""
-    if 0 not in came:
+def _difference(joined: Mapping[int, dict]) -> str:
+    """A message with the first setting that differs from rank 0's, or ''."""
+    if 0 not in joined:
         return ""
-    first = came[0]
-    for rank in sorted(came):
-        for name in sorted({*came[rank]["told"], *first["told"]}):
-            mine, his = first["told"].get(name, "nothing"), came[rank]["told"].get(name, "nothing")
-            if mine != his:
-                place, origin = RankProcess(**came[rank]["place"]), RankProcess(**first["place"])
+    first = joined[0]
+    for rank in sorted(joined):
+        for name in sorted({*joined[rank]["settings"], *first["settings"]}):
+            values = [entry["settings"].get(name, "not set") for entry in (joined[rank], first)]
+            if values[0] != values[1]:
+                process, origin = RankProcess(**joined[rank]["process"]), RankProcess(**first["process"])
                 return (
-                    f"{place} was told another {name.replace('_', ' ')} than {origin}: {his}, not {mine}. Start all nodes "
-                    "with the same command, files and installation."
+                    f"{process} has another {name.replace('_', ' ')} than {origin}: {values[0]}, not {values[1]}. Start all "
+                    "nodes with the same command, files and installation."
                 )
     return ""
 
 
-def _await_outcome(store: dist.Store, here: RankProcess, where: str, deadline: float) -> dict:
-    """What rank 0 makes of the rendezvous; in waits of a second, so that Ctrl-C is heard."""
+def _wait_for_outcome(store: dist.Store, here: RankProcess, where: str, deadline: float) -> dict:
+    """The outcome that rank 0 writes; polled, so that Ctrl-C is not delayed."""
     while time.monotonic() < deadline:
         try:
             if store.check([OUTCOME]):
                 return json.loads(store.get(OUTCOME))
         except dist.DistError:
-            return {"error": f"{here} was waiting at {where}, and rank 0 went away. Its output says why."}
-        time.sleep(POLL_SECONDS if here.rank < 64 else 0.5)  # thousands of ranks must not wear the store out
-    return {"error": f"{here} waited at {where}, and rank 0 did not answer: it hangs, or it was never started."}
+            return {"error": f"{here} was waiting at {where}, but rank 0 exited. See its output."}
+        time.sleep(POLL_SECONDS if here.rank < 64 else 0.5)  # limits the load of thousands of ranks on the store
+    return {"error": f"{here} waited at {where}, but rank 0 did not respond: it hangs, or it was not started."}
 
 
-def _wait_for_listeners(store: dist.Store, count: int) -> None:
-    """Rank 0 leaves with the store: the others must have read the outcome first, or a few seconds have gone."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while store.add("told", 0) < count and time.monotonic() < deadline:
+def _wait_for_readers(store: dist.Store, count: int) -> None:
+    """Rank 0: keep the store until the others have read the outcome, for at most REPLY_SECONDS."""
+    deadline = time.monotonic() + REPLY_SECONDS
+    while store.add("outcome read", 0) < count and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
 
 

@@ -1,6 +1,7 @@
-"""Lines of JSON between rank 0 and every other rank, over sockets of their own that never block.
+"""Non-blocking sockets between rank 0 and every other rank, which carry messages as lines of JSON.
 
-A socket tells at once when the process at its other end is gone, whatever killed it; a stopped or frozen one is silent.
+A socket is closed as soon as the process at its other end is gone, whatever killed it; from a stopped or frozen process
+nothing arrives.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ Message = dict[str, Any]
 ADDRESS_KEY = "watchdog address"
 LONGEST_LINE = 1 << 16
 CONNECT_SECONDS = 30.0
-GONE: Message = {"gone": True}  # what `receive` gives for a link that has ended
+GONE: Message = {"gone": True}  # what `receive` returns for a connection that was closed
 
 
 @dataclass
-class _RankSocket:
-    """One connection; `rank` is None until the other end has named itself."""
+class _Peer:
+    """One connection. rank: None until the peer has sent its rank."""
 
     connection: socket.socket
     rank: int | None
@@ -38,13 +39,13 @@ class _RankSocket:
     outgoing: bytearray = field(default_factory=bytearray)
 
     def push(self) -> None:
-        """Send what the socket takes now."""
+        """Send as much as the socket accepts now."""
         if self.outgoing:
-            with contextlib.suppress(OSError):  # full or gone: the next read tells which
+            with contextlib.suppress(OSError):  # full, or closed, which the next read finds
                 del self.outgoing[: self.connection.send(self.outgoing)]
 
     def pull(self) -> tuple[list[bytes], bool]:
-        """Whole lines that have come, and whether the other end is gone."""
+        """The complete lines that arrived, and whether the peer is gone."""
         gone = False
         try:
             data = self.connection.recv(LONGEST_LINE)
@@ -60,7 +61,7 @@ class _RankSocket:
 
 
 class RankSockets:
-    """Rank 0's sockets to all others, or another rank's link to rank 0. Used by one thread after it is made.
+    """Rank 0's connections to all other ranks, or another rank's connection to rank 0. Used by one thread after construction.
 
     Raises LaunchError when rank 0 cannot be reached.
     """
@@ -69,41 +70,40 @@ class RankSockets:
         self._rank = rendezvous.rank
         self._selector = selectors.DefaultSelector()
         self._hangups = select.epoll()
-        self._sockets: dict[int, _RankSocket] = {}
-        self._uncalled = set(range(1, rendezvous.world_size)) if rendezvous.rank == 0 else set()
+        self._peers: dict[int, _Peer] = {}
+        self._unconnected = set(range(1, rendezvous.world_size)) if rendezvous.rank == 0 else set()
         self._listener: socket.socket | None = None
         if rendezvous.world_size == 1:
             return
         if rendezvous.rank == 0:
             self._listen(rendezvous)
         else:
-            self._call(rendezvous)
+            self._connect(rendezvous)
         self_reference = weakref.ref(self)
 
         def close_in_child() -> None:
-            """A forked loader process would keep the connections of a killed rank open."""
-            sockets = self_reference()
-            if sockets is not None:
+            """Otherwise a forked data loader process would keep the connections of a killed rank open."""
+            if (sockets := self_reference()) is not None:
                 sockets._close_sockets()
 
         os.register_at_fork(after_in_child=close_in_child)
 
     def _listen(self, rendezvous: Rendezvous) -> None:
-        alone = all(place.pid_namespace == rendezvous.processes[0].pid_namespace for place in rendezvous.processes)
-        address = "127.0.0.1" if alone else own_address(rendezvous.address)
+        is_local = len({process.pid_namespace for process in rendezvous.processes}) == 1
+        address = "127.0.0.1" if is_local else own_address(rendezvous.address)
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        loops = address.startswith("127.") or address == "::1"
+        is_loopback = address.startswith("127.") or address == "::1"
         self._listener = socket.create_server(
-            ("" if loops and not alone else address, 0), family=family, backlog=rendezvous.world_size
+            ("" if is_loopback and not is_local else address, 0), family=family, backlog=rendezvous.world_size
         )
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self._token = secrets.token_hex(16)
-        # An address that loops means something only here: others then take the one by which they found the store.
-        told = [address if alone or not loops else "", self._listener.getsockname()[1], self._token]
-        rendezvous.store.set(ADDRESS_KEY, json.dumps(told))
+        # A loopback address is of no use to other machines, which then use the address of the store.
+        entry = [address if is_local or not is_loopback else "", self._listener.getsockname()[1], self._token]
+        rendezvous.store.set(ADDRESS_KEY, json.dumps(entry))
 
-    def _call(self, rendezvous: Rendezvous) -> None:
+    def _connect(self, rendezvous: Rendezvous) -> None:
         address, port, token = json.loads(rendezvous.store.get(ADDRESS_KEY))
         address = address or rendezvous.address
         try:
@@ -111,7 +111,7 @@ class RankSockets:
         except OSError as error:
             raise LaunchError(
                 f"{rendezvous.processes[rendezvous.rank]} cannot reach the watchdog of {rendezvous.processes[0]} at {address}:{port} "
-                f"({error.strerror or error}): a firewall? Ranks need free TCP ports between their machines. "
+                f"({error.strerror or error}). Check for a firewall: ranks need TCP connections between their machines. "
                 "--train.hang_timeout 0 starts without a watchdog."
             ) from None
         self._add(connection, 0)
@@ -120,39 +120,39 @@ class RankSockets:
     def _add(self, connection: socket.socket, rank: int | None) -> None:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        link = _RankSocket(connection, rank)
-        self._selector.register(connection, selectors.EVENT_READ, link)
+        peer = _Peer(connection, rank)
+        self._selector.register(connection, selectors.EVENT_READ, peer)
         self._hangups.register(connection, select.EPOLLRDHUP)
         if rank is not None:
-            self._sockets[rank] = link
+            self._peers[rank] = peer
 
     def send(self, rank: int, message: Message) -> None:
-        """Hand a message to a rank; lost when the link has ended. A heartbeat is left out while an older message waits."""
-        self._push([rank] if rank in self._sockets else [], message)
+        """Send a message to a rank, if it is connected. A heartbeat is dropped while an earlier message is still queued."""
+        self._push([rank] if rank in self._peers else [], message)
 
     def send_all(self, message: Message) -> None:
-        """`send` to every linked rank."""
-        self._push(list(self._sockets), message)
+        """`send` to every connected rank."""
+        self._push(list(self._peers), message)
 
     def _push(self, ranks: list[int], message: Message) -> None:
         line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
-        for link in [self._sockets[rank] for rank in ranks]:
-            if not (link.outgoing and "beat" in message):
-                link.outgoing += line
-                link.push()
+        for peer in [self._peers[rank] for rank in ranks]:
+            if not (peer.outgoing and "beat" in message):
+                peer.outgoing += line
+                peer.push()
 
     def flush(self, seconds: float) -> None:
-        """Wait up to `seconds` until all messages are handed to the kernel."""
+        """Wait up to `seconds` until the kernel has accepted all messages."""
         deadline = time.monotonic() + seconds
-        while any(link.outgoing for link in self._sockets.values()) and time.monotonic() < deadline:
-            for link in self._sockets.values():
-                link.push()
+        while any(peer.outgoing for peer in self._peers.values()) and time.monotonic() < deadline:
+            for peer in self._peers.values():
+                peer.push()
             time.sleep(0.01)
 
     def receive(self, seconds: float) -> list[tuple[int, Message]]:
-        """What came from which rank; GONE for a link that ended. Waits `seconds`, or until a link ends.
+        """Messages with the rank that sent them; GONE for a closed connection. Waits `seconds`, or until one is closed.
 
-        Heartbeats do not wake this thread: a thousand are read in one go.
+        Heartbeats do not wake this thread, so that those of a thousand ranks are read at once.
         """
         self._hangups.poll(seconds)
         found: list[tuple[int, Message]] = []
@@ -161,14 +161,14 @@ class RankSockets:
                 self._accept()
             else:
                 found += self._read(key.data)
-        for link in self._sockets.values():
-            link.push()
+        for peer in self._peers.values():
+            peer.push()
         return found
 
-    def welcome(self, seconds: float) -> list[tuple[int, Message]]:
-        """Rank 0: wait up to `seconds` until every rank has called; what came meanwhile. A rank it does not know it cannot tell."""
+    def accept_all(self, seconds: float) -> list[tuple[int, Message]]:
+        """Rank 0: wait up to `seconds` until every rank has connected, so that all can be sent messages; those that arrived."""
         deadline, found = time.monotonic() + seconds, []
-        while self._uncalled and time.monotonic() < deadline:
+        while self._unconnected and time.monotonic() < deadline:
             found += self.receive(0.01)
         return found
 
@@ -178,47 +178,47 @@ class RankSockets:
             while True:
                 self._add(self._listener.accept()[0], None)
 
-    def _read(self, link: _RankSocket) -> list[tuple[int, Message]]:
-        lines, gone = link.pull()
+    def _read(self, peer: _Peer) -> list[tuple[int, Message]]:
+        lines, gone = peer.pull()
         messages: list[tuple[int, Message]] = []
         for line in lines:
             try:
                 message = json.loads(line)
-                if link.rank is None:
+                if peer.rank is None:
                     if not hmac.compare_digest(str(message["token"]), self._token):
-                        raise ValueError("a stranger")
-                    link.rank = int(message["rank"])
-                    self._sockets[link.rank] = link
-                    self._uncalled.discard(link.rank)
-                messages.append((link.rank, message))
+                        raise ValueError("wrong token")
+                    peer.rank = int(message["rank"])
+                    self._peers[peer.rank] = peer
+                    self._unconnected.discard(peer.rank)
+                messages.append((peer.rank, message))
             except (ValueError, KeyError, TypeError):
                 gone = True
                 break
         if gone:
-            self._selector.unregister(link.connection)
-            self._hangups.unregister(link.connection)
-            link.connection.close()
-            if link.rank is not None:
-                self._sockets.pop(link.rank, None)
-                messages.append((link.rank, GONE))
+            self._selector.unregister(peer.connection)
+            self._hangups.unregister(peer.connection)
+            peer.connection.close()
+            if peer.rank is not None:
+                self._peers.pop(peer.rank, None)
+                messages.append((peer.rank, GONE))
         return messages
 
     def close(self) -> None:
-        """End every link."""
+        """Close all connections."""
         self._selector.close()
         self._hangups.close()
         self._close_sockets()
 
     def _close_sockets(self) -> None:
-        for link in self._sockets.values():
-            link.connection.close()
-        self._sockets = {}
+        for peer in self._peers.values():
+            peer.connection.close()
+        self._peers = {}
         if self._listener is not None:
             self._listener.close()
 
 
 def own_address(towards: str) -> str:
-    """The address of this machine that a host's packets come from: no packet is sent to find it."""
+    """The address of this machine on the route to a host. No packet is sent."""
     try:
         family, _, _, _, target = socket.getaddrinfo(towards, 1, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:

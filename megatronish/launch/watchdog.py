@@ -1,14 +1,14 @@
-"""A watchdog a rank: when ranks no longer work together, all end within a stated time, with one message.
+"""A watchdog in every rank: if ranks fail or hang, all ranks exit within bounded time, with one message.
 
-A thread of every rank looks where the main thread stands (rank_status.py) and tells rank 0, over a socket (sockets.py). Rank 0's
-thread judges, the others judge rank 0:
-- a socket that closes without a farewell: that process is gone;
-- no heartbeat for `timeout` seconds: stopped, frozen, or cut off;
-- no rank moved for `timeout` seconds (ten times as long while starting, which reads checkpoints, or saving): stuck;
-- a rank that reports its own error: as it says.
-Then rank 0 prints the message, every rank writes its stacks to a file and ends with status 75 (exit.EXIT_STOPPED), and ranks that
-cannot hear it are killed by those on their machine. Time is monotonic and of each rank alone; the time in which a rank itself
-was stopped is not counted, so that a job can be suspended and continued as a whole.
+A thread of every rank samples the status of the main thread (rank_status.py) and sends it to rank 0 over a socket
+(sockets.py). Rank 0 monitors the other ranks, and they monitor rank 0, for these failures:
+- a socket was closed without a "bye" message: that process is gone;
+- no heartbeat for `timeout` seconds: the process is stopped, frozen, or unreachable;
+- no rank made progress for `timeout` seconds (ten times as long while starting, which reads checkpoints, or saving);
+- a rank reports an error of its own.
+Rank 0 then prints a message, every rank writes its stacks to a file and exits with status 75 (exit.EXIT_STOPPED), and ranks
+that do not respond are killed by those on their machine. Each rank uses its own monotonic clock and does not count the time
+in which it was stopped itself, so that a job can be suspended and continued.
 """
 
 from __future__ import annotations
@@ -34,43 +34,46 @@ from megatronish.launch.rendezvous import RankProcess, Rendezvous
 from megatronish.launch.sockets import GONE, Message, RankSockets
 
 STACKS = "stacks"
-# Has a rank write its stacks whatever it does: from inside the signal, where a frame that is being made crashes it (CPython's
-# issue 116008). So only where it is killed anyway and SIGUSR2, which its watching thread answers, gave nothing.
+# Writes the stacks of a rank from its signal handler, which can crash the rank while a frame is being created (CPython issue
+# 116008). Only used before a rank is killed, if its watchdog thread did not respond to SIGUSR2.
 LAST_RESORT = signal.SIGVTALRM
-PATIENT_PHASES = {"starting": 10.0, "saving": 10.0}
-LOOK_SECONDS = 0.25
+SLOW_PHASES = {"starting": 10.0, "saving": 10.0}
+SAMPLE_SECONDS = 0.25
 BEAT_SECONDS = 1.0
-BEAT_SECONDS_A_RANK = 0.02  # rank 0 reads a heartbeat in 50 microseconds: 0.25% of its time, however many ranks
-WELCOME_SECONDS = 2.0  # for all ranks to call rank 0: they do at once after they have met
-ANSWER_SECONDS = 3.0  # for a rank that is to be killed to begin writing its stacks; one at work does in LOOK_SECONDS
-WRITING_SECONDS = 0.5  # to end doing so
-GRACE_SECONDS = 2.0  # for a rank's error to turn out to be every rank's, or the consequence of a death
-LONGEST_ERROR = 20_000  # letters of a traceback that are told
-SLOW_SECONDS = 60.0  # over which ranks are compared
+BEAT_SECONDS_PER_RANK = 0.02  # rank 0 reads a heartbeat in 50 us: 0.25% of its time, whatever the number of ranks
+CONNECTED_SECONDS = 2.0  # for all ranks to connect to rank 0, which they do right after the rendezvous
+ANSWER_SECONDS = (
+    3.0  # for a rank that is to be killed to begin writing its stacks; a running one does in SAMPLE_SECONDS
+)
+WRITING_SECONDS = 0.5  # to finish writing them
+GRACE_SECONDS = 2.0  # for an error to turn out to be the same on every rank, or the consequence of another rank's exit
+MAX_ERROR = 20_000  # characters of a traceback that are reported
+SLOW_SECONDS = 60.0  # period over which ranks are compared
 
 
 class Watchdog:
-    """Watches this rank and, with the others', the run. Use as a context manager.
+    """Monitors this rank and, together with those of the other ranks, the run. Use as a context manager.
 
-    timeout: seconds, above 0; folder: of the run, `folder/stacks` takes a file a rank; count_cpu, compare: whether waiting
-    leaves the CPU idle (gloo), and whether slow ranks are to be told. Raises LaunchError when rank 0 cannot be reached.
+    timeout: seconds, above 0; folder: of the run; each rank writes a file in `folder/stacks`; count_cpu: whether waiting in a
+    collective leaves the CPU idle (gloo); compare: whether to report slow ranks. Raises LaunchError if rank 0 cannot be
+    reached.
     """
 
     def __init__(
         self, rendezvous: Rendezvous, timeout: float, folder: Path, count_cpu: bool, compare: bool = False
     ) -> None:
         self._rendezvous, self._timeout, self._compare = rendezvous, timeout, compare
-        self.beat_seconds = min(max(BEAT_SECONDS, BEAT_SECONDS_A_RANK * rendezvous.world_size), timeout / 4)
+        self.beat_seconds = min(max(BEAT_SECONDS, BEAT_SECONDS_PER_RANK * rendezvous.world_size), timeout / 4)
         self._sampler = Sampler(count_cpu)
         self._rank_statuses: dict[int, RankStatus] = {}
-        self._silence = {place.rank: 0.0 for place in self._listened_to()}
+        self._silence = {process.rank: 0.0 for process in self._monitored()}
         self._failures: dict[int, tuple[float, Message]] = {}
         self._compared: dict[int, RankStatus] = {}
         self._compare_at = SLOW_SECONDS
-        self._told_slow: set[int] = set()
+        self._reported_slow: set[int] = set()
         self._failing: Message | None = None  # of this rank; set by the main thread
         self._own_status: int | None = None
-        self._speaking = threading.RLock()  # one of the two threads says why; `_end` keeps it
+        self._reporting = threading.RLock()  # held by the thread that reports a failure; `_exit_all` never releases it
         self._closing = threading.Event()
         self._folder = folder / STACKS
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +83,7 @@ class Watchdog:
         self._sockets = RankSockets(rendezvous)
         faulthandler.enable(self._stacks)
         faulthandler.register(LAST_RESORT, self._stacks, all_threads=True)
-        # Signals by number, as they come: the watching thread reads them whatever the main thread waits in.
+        # The watchdog thread reads signal numbers from this pipe, whatever the main thread waits in.
         self._signals, self._signals_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._before = (
             signal.set_wakeup_fd(self._signals_in, warn_on_full_buffer=False),
@@ -102,16 +105,16 @@ class Watchdog:
 
     @property
     def thread_ident(self) -> int:
-        """Of the watching thread."""
+        """Identifier of the watchdog thread."""
         assert self._thread.ident is not None
         return self._thread.ident
 
     def mark(self, phase: str, step: int) -> None:
-        """Say what this rank does now: "training", "validating" or "saving"; steps done."""
+        """Set the phase of this rank ("training", "validating" or "saving") and the number of steps done."""
         self._sampler.step, self._sampler.phase = step, phase
 
     def close(self) -> None:
-        """Take leave of the other ranks: from now on this one may end."""
+        """Send "bye" to the other ranks: this rank may exit from now on."""
         self._closing.set()
         self._thread.join()
         wakeup, handler = self._before
@@ -127,10 +130,10 @@ class Watchdog:
             self._folder.rmdir()
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others that this rank cannot go on.
+        """Report to the other ranks that this one failed.
 
-        Returns when its own error is what the user must see, which the caller raises. Where rank 0 tells it, or it only
-        follows from another rank's end, the process ends in here.
+        Returns if the caller is to raise the error, because it is the one to show to the user. If rank 0 reports it, or if
+        it is only a consequence of another rank's exit, the process exits here.
         """
         lost = not isinstance(error, UserError) and communication_failed(error)
         if isinstance(error, UserError):
@@ -138,64 +141,64 @@ class Watchdog:
         elif isinstance(error, KeyboardInterrupt):
             status, text = 130, "stopped by Ctrl-C"
         else:
-            status, text = 1, "".join(traceback.format_exception(error)).strip()[-LONGEST_ERROR:]
+            status, text = 1, "".join(traceback.format_exception(error)).strip()[-MAX_ERROR:]
         if lost:
             text = "".join(traceback.format_exception_only(error)).strip()
         else:
-            with self._speaking:
+            with self._reporting:
                 self._own_status = status
         self._failing = {"failed": text, "status": status, "lost": lost}
         if self._rendezvous.rank or lost:
             self._thread.join(3 * GRACE_SECONDS)
         else:
-            self._closing.wait(1.0)  # until the others are told
+            self._closing.wait(1.0)  # until the others are notified
 
-    def _listened_to(self) -> Iterable[RankProcess]:
+    def _monitored(self) -> Iterable[RankProcess]:
         return self._rendezvous.processes[1:] if self._rendezvous.rank == 0 else self._rendezvous.processes[:1]
 
     def _watch(self) -> None:
-        """The thread: until this rank takes leave, or, should the watchdog itself fail, without leaving the others alarmed."""
+        """The watchdog thread. It always sends "bye", so that an error of the watchdog itself does not stop the run."""
         try:
-            for rank, message in self._sockets.welcome(min(WELCOME_SECONDS, self._timeout / 4)):
-                self._hear(rank, message)
-            self._rounds()
+            for rank, message in self._sockets.accept_all(min(CONNECTED_SECONDS, self._timeout / 4)):
+                self._handle(rank, message)
+            self._run()
         finally:
             self._sockets.send_all({"bye": True})
             self._sockets.flush(1.0)
             self._sockets.close()
 
-    def _rounds(self) -> None:
-        """Hear, look, tell and judge, again and again."""
-        looked = time.monotonic()
-        beaten, ran = 0.0, self.beat_seconds  # seconds that this process ran; the first beat goes at once
-        told_failure = False
+    def _run(self) -> None:
+        """Receive, sample, send and check in a loop."""
+        sampled = time.monotonic()
+        beaten, ran = 0.0, self.beat_seconds  # seconds that this process ran; the first heartbeat is sent at once
+        failure_sent = False
         while not self._closing.is_set():
-            while (rest := looked + LOOK_SECONDS - time.monotonic()) > 0 and not self._closing.is_set():
+            while (rest := sampled + SAMPLE_SECONDS - time.monotonic()) > 0 and not self._closing.is_set():
                 for rank, message in self._sockets.receive(rest):
-                    self._hear(rank, message)
-            if self._asked_for_stacks():
+                    self._handle(rank, message)
+            if self._stacks_requested():
                 faulthandler.dump_traceback(self._stacks, all_threads=True)
             now = time.monotonic()
-            elapsed = min(now - looked, 2 * LOOK_SECONDS)  # a longer gap means that this process was stopped
-            looked, ran = now, ran + elapsed
-            self._sampler.look(elapsed)
-            if self._failing and not told_failure:
-                told_failure = True
-                self._tell_failure(self._failing)
-            self._judge_failures()
+            elapsed = min(now - sampled, 2 * SAMPLE_SECONDS)  # a longer gap means that this process was stopped
+            sampled, ran = now, ran + elapsed
+            self._sampler.sample(elapsed)
+            if self._failing and not failure_sent:
+                failure_sent = True
+                self._send_failure(self._failing)
+            self._check_failures()
             if ran - beaten >= self.beat_seconds:
-                self._rank_statuses[self._rendezvous.rank] = rank_status = self._sampler.rank_status()
-                self._sockets.send_all({"beat": astuple(rank_status)})
-                self._judge(ran - beaten)
+                self._rank_statuses[self._rendezvous.rank] = status = self._sampler.status()
+                self._sockets.send_all({"beat": astuple(status)})
+                self._check(ran - beaten)
                 beaten = ran
 
-    def _asked_for_stacks(self) -> bool:
+    def _stacks_requested(self) -> bool:
         """Whether SIGUSR2 has come since the last call."""
         with contextlib.suppress(BlockingIOError):
             return signal.SIGUSR2 in os.read(self._signals, 1 << 16)
         return False
 
-    def _hear(self, rank: int, message: Message) -> None:
+    def _handle(self, rank: int, message: Message) -> None:
         if rank not in self._silence:
             return
         self._silence[rank] = 0.0
@@ -208,22 +211,22 @@ class Watchdog:
             self._failures.setdefault(rank, (time.monotonic(), message))
         elif "stop" in message:
             self._kill(message["kill"])
-            self._end(message["stop"], "")
+            self._exit_all(message["stop"], "")
         elif message == GONE:
-            self._gone(rank)
+            self._handle_gone(rank)
 
-    def _gone(self, rank: int) -> None:
-        """A rank's process has ended without a farewell; if it told an error before, that error is the reason."""
+    def _handle_gone(self, rank: int) -> None:
+        """A rank's process exited without "bye". If it reported an error before, that error is the reason."""
         if rank in self._failures:
             del self._silence[rank]
             return
-        speaks = self._rendezvous.rank <= 1  # where rank 0 is gone, rank 1 speaks for the others
-        self._end(
+        reports = self._rendezvous.rank <= 1  # if rank 0 is gone, rank 1 reports it
+        self._exit_all(
             EXIT_STOPPED,
-            failure_messages.process_ended(self._rendezvous.processes[rank], self._rank_statuses) if speaks else "",
+            failure_messages.process_ended(self._rendezvous.processes[rank], self._rank_statuses) if reports else "",
         )
 
-    def _tell_failure(self, failing: Message) -> None:
+    def _send_failure(self, failing: Message) -> None:
         if self._rendezvous.rank:
             self._sockets.send_all(failing)
         elif failing["lost"]:
@@ -234,70 +237,71 @@ class Watchdog:
             self._sockets.flush(1.0)
             self._closing.set()
 
-    def _judge(self, elapsed: float) -> None:
-        """End the run if it does not go on; elapsed: seconds since the last judgement."""
+    def _check(self, elapsed: float) -> None:
+        """Stop the run if a rank is silent or no rank makes progress; elapsed: seconds since the last check."""
         for rank in self._silence:
             self._silence[rank] += elapsed
-        # Rank 1 judges a silent rank 0 before the others do: who kills it first would leave rank 1 a dead one to explain.
-        patience = self._timeout + (2 * GRACE_SECONDS if self._rendezvous.rank > 1 else 0.0)
-        quiet = [place for place in self._listened_to() if self._silence.get(place.rank, 0.0) > patience]
+        # Rank 1 detects a silent rank 0 before the others do; otherwise one of them would kill it before rank 1 can report it.
+        limit = self._timeout + (2 * GRACE_SECONDS if self._rendezvous.rank > 1 else 0.0)
+        quiet = [process for process in self._monitored() if self._silence.get(process.rank, 0.0) > limit]
         if quiet:
             text = (
                 failure_messages.no_heartbeat(quiet, self._timeout, self._rank_statuses)
                 if self._rendezvous.rank <= 1
                 else ""
             )
-            self._end(EXIT_STOPPED, text, quiet)
+            self._exit_all(EXIT_STOPPED, text, quiet)
         if self._rendezvous.rank == 0:
-            self._tell_slow_ranks(elapsed)
+            self._report_slow_ranks(elapsed)
         elif self._silence:
-            return  # rank 0 judges; without it every rank judges itself
+            return  # rank 0 checks for progress; without it every rank checks itself
         known = {
             rank: rank_status for rank, rank_status in self._rank_statuses.items() if rank or not self._rendezvous.rank
         }
         if not known.keys() >= self._silence.keys():
             return
-        still = min(rank_status.still for rank_status in known.values())
-        if still > self._timeout * max(PATIENT_PHASES.get(rank_status.phase, 1.0) for rank_status in known.values()):
-            self._end(EXIT_STOPPED, failure_messages.no_progress(self._rendezvous.processes, still, known))
+        idle = min(rank_status.idle for rank_status in known.values())
+        if idle > self._timeout * max(SLOW_PHASES.get(rank_status.phase, 1.0) for rank_status in known.values()):
+            self._exit_all(EXIT_STOPPED, failure_messages.no_progress(self._rendezvous.processes, idle, known))
 
-    def _judge_failures(self) -> None:
-        """Rank 0 only: what a rank told of itself, after the grace in which rank 0 may say it itself."""
+    def _check_failures(self) -> None:
+        """Rank 0 only: report the error of another rank, unless rank 0 fails in the same way within GRACE_SECONDS."""
         for rank, (when, message) in self._failures.items():
             if time.monotonic() - when < (2 if message["lost"] else 1) * GRACE_SECONDS:
                 continue
-            with self._speaking:
+            with self._reporting:
                 if self._rendezvous.rank or self._own_status is not None:
                     return
-                place, rank_status = self._rendezvous.processes[rank], self._rank_statuses.get(rank)
+                process, rank_status = self._rendezvous.processes[rank], self._rank_statuses.get(rank)
                 if message["lost"]:
-                    self._end(
-                        EXIT_STOPPED, failure_messages.collective_failed(place, message["failed"], self._rank_statuses)
+                    self._exit_all(
+                        EXIT_STOPPED,
+                        failure_messages.collective_failed(process, message["failed"], self._rank_statuses),
                     )
                 status = EXIT_STOPPED if message["status"] == 1 else message["status"]
-                self._end(status, failure_messages.rank_failed(place, message["failed"], rank_status))
+                self._exit_all(status, failure_messages.rank_failed(process, message["failed"], rank_status))
 
-    def _tell_slow_ranks(self, elapsed: float) -> None:
+    def _report_slow_ranks(self, elapsed: float) -> None:
         self._compare_at -= elapsed
         if not self._compare or self._compare_at > 0:
             return
-        enough = int(SLOW_SECONDS / LOOK_SECONDS / 2)
+        min_samples = int(SLOW_SECONDS / SAMPLE_SECONDS / 2)
         for rank, note in failure_messages.slow_ranks(
-            self._rendezvous.processes, self._compared, self._rank_statuses, enough
+            self._rendezvous.processes, self._compared, self._rank_statuses, min_samples
         ).items():
-            if rank not in self._told_slow:
-                self._told_slow.add(rank)
+            if rank not in self._reported_slow:
+                self._reported_slow.add(rank)
                 _write(f"note: {note}")
         self._compared, self._compare_at = dict(self._rank_statuses), SLOW_SECONDS
 
-    def _end(self, status: int, text: str, quiet: Iterable[RankProcess] = ()) -> NoReturn:
-        """End this rank, and from rank 0 all of them, after saying why; ranks in `quiet` cannot hear it and are killed."""
-        self._speaking.acquire()
-        kill = [[place.pid_namespace, place.pid, place.rank] for place in quiet]
+    def _exit_all(self, status: int, text: str, quiet: Iterable[RankProcess] = ()) -> NoReturn:
+        """Report the failure and exit; on rank 0, make all ranks exit. Ranks in `quiet` do not respond and are killed."""
+        self._reporting.acquire()
+        kill = [[process.pid_namespace, process.pid, process.rank] for process in quiet]
         if text:
             _write(f"error: {text}")
         if text and status == EXIT_STOPPED:
-            _write(f"Stacks of the ranks: {self._folder}. The same command goes on from the last checkpoint.")
+            _write(f"Stacks of the ranks: {self._folder}. The same command resumes from the last checkpoint.")
         if self._rendezvous.rank == 0:
             self._sockets.send_all({"stop": status, "kill": kill})
             self._sockets.flush(1.0)
@@ -306,21 +310,21 @@ class Watchdog:
         exit_now(status if self._own_status is None else self._own_status)
 
     def _kill(self, identities: Iterable[list]) -> None:
-        """Have ranks of this machine that do not answer write their stacks, then kill them."""
+        """Make unresponsive ranks of this machine write their stacks, then kill them."""
         mine = self._rendezvous.processes[self._rendezvous.rank].pid_namespace
         local = {pid: rank for pid_namespace, pid, rank in identities if pid_namespace == mine and pid != os.getpid()}
         if not local:
             return
         before = {pid: _size(self._stacks_of(rank)) for pid, rank in local.items()}
 
-        def mute() -> list[int]:
+        def without_stacks() -> list[int]:
             return [pid for pid, rank in local.items() if _size(self._stacks_of(rank)) == before[pid]]
 
         _send(local, signal.SIGUSR2, signal.SIGCONT)
         deadline = time.monotonic() + ANSWER_SECONDS
-        while mute() and time.monotonic() < deadline:
+        while without_stacks() and time.monotonic() < deadline:
             time.sleep(0.05)
-        _send(mute(), LAST_RESORT)
+        _send(without_stacks(), LAST_RESORT)
         time.sleep(WRITING_SECONDS)
         _send(local, signal.SIGKILL)
 
@@ -329,7 +333,7 @@ class Watchdog:
 
 
 def communication_failed(error: BaseException) -> bool:
-    """Whether an exception came out of a collective: then another rank's end may be the reason."""
+    """Whether an exception was raised by a collective, so that another rank's exit may be the reason."""
     import torch.distributed as dist
 
     if isinstance(error, dist.DistError):
@@ -356,7 +360,7 @@ def _send(pids: Iterable[int], *numbers: signal.Signals) -> None:
 
 
 def _write(text: str) -> None:
-    """To stderr without its lock, which a hanging main thread may hold."""
-    lead = "\n" if sys.stdout.isatty() else ""  # below the live line
-    with contextlib.suppress(OSError):  # nobody reads it any more
+    """Write to stderr without its lock, which a hanging main thread may hold."""
+    lead = "\n" if sys.stdout.isatty() else ""  # after the progress line
+    with contextlib.suppress(OSError):  # the reader is gone
         os.write(2, f"{lead}{text}\n".encode())

@@ -146,7 +146,7 @@ class Trainer:
             Consensus(rendezvous, "checkpoints"),
             background=ours.train.async_save,
             stop_on_error=ours.train.on_save_error == "stop",
-            tell=self._say,
+            report=self._say,
             local_ranks=rank.local_world_size,
         )
         peak = find_peak(self.device, self.dtype)

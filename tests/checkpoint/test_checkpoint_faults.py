@@ -1,4 +1,4 @@
-"""What can happen to a checkpoint on the disk: it is found, named, and the newest good one is gone on from instead."""
+"""Faults of a checkpoint on disk: each is detected and reported, and the newest good checkpoint is used instead."""
 
 from __future__ import annotations
 
@@ -64,34 +64,34 @@ def choose(run_dir: Path, resume: str = "auto") -> Path | None:
 
 
 def falls_back(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """What is said when the newer checkpoint is not gone on from and the older one is; the newer one is put back after."""
+    """Resume from the older checkpoint; what is printed about the newer one, which gets its name back afterwards."""
     folder = run_dir / "checkpoints"
     assert choose(run_dir) == folder / OLD
-    said = capsys.readouterr().err
-    assert f"WARNING: resuming from {folder / OLD} instead; 2 steps are trained again" in said
+    output = capsys.readouterr().err
+    assert f"WARNING: resuming from {folder / OLD} instead; 2 steps are trained again" in output
     if (folder / f"damaged-{NEW}").exists():
-        assert f"WARNING: it is kept as damaged-{NEW}" in said
+        assert f"WARNING: it is kept as damaged-{NEW}" in output
         (folder / f"damaged-{NEW}").rename(folder / NEW)
-    return said
+    return output
 
 
 def each_change(folder: Path, change: Callable[[bytes], list[bytes]]) -> list[tuple[str, bytes, bytes]]:
     """(file, its contents, contents that a fault leaves) for each file of a checkpoint."""
     found = []
     for name in files_of(folder):
-        whole = (folder / name).read_bytes()
-        found += [(name, whole, wrong) for wrong in change(whole)]
+        original = (folder / name).read_bytes()
+        found += [(name, original, wrong) for wrong in change(original)]
     return found
 
 
-def tenths(whole: bytes) -> list[bytes]:
-    return [whole[: len(whole) * part // 10] for part in range(10)]
+def tenths(original: bytes) -> list[bytes]:
+    return [original[: len(original) * part // 10] for part in range(10)]
 
 
-def flipped(whole: bytes) -> list[bytes]:
+def flipped(original: bytes) -> list[bytes]:
     """A bit in the middle, in the first and in the last byte."""
-    offsets = {0, len(whole) // 2, len(whole) - 1}
-    return [whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :] for at in offsets]
+    offsets = {0, len(original) // 2, len(original) - 1}
+    return [original[:at] + bytes([original[at] ^ (1 << at % 8)]) + original[at + 1 :] for at in offsets]
 
 
 @pytest.mark.parametrize("change", [tenths, flipped])
@@ -102,14 +102,14 @@ def test_every_file_torn_or_changed(
     assert (
         len(files_of(folder)) == 8
     )  # two ranks' states, weights, configuration, tokenizer record, run, state, manifest
-    for name, whole, wrong in each_change(folder, change):
+    for name, original, wrong in each_change(folder, change):
         (folder / name).write_bytes(wrong)
-        said = falls_back(run_dir, capsys)
-        assert f"cannot resume from {folder}: " in said and name in said
+        output = falls_back(run_dir, capsys)
+        assert f"cannot resume from {folder}: " in output and name in output
         if name in READ_FOR_INFERENCE:
             with pytest.raises(UserError, match=rf"{NEW} is damaged: {name} has"):
                 load_for_inference(folder)
-        (folder / name).write_bytes(whole)
+        (folder / name).write_bytes(original)
     assert choose(run_dir) == folder, "and with every file as it was it is good"
     assert load_for_inference(folder).info.step == 4
 
@@ -118,10 +118,10 @@ def test_a_missing_file(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> No
     """A rank's shard above all."""
     folder = run_dir / "checkpoints" / NEW
     for name in set(files_of(folder)) - {MANIFEST_FILE}:
-        whole = (folder / name).read_bytes()
+        original = (folder / name).read_bytes()
         (folder / name).unlink()
         assert f"{name} is missing" in falls_back(run_dir, capsys)
-        (folder / name).write_bytes(whole)
+        (folder / name).write_bytes(original)
 
 
 def test_no_manifest(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,7 +169,7 @@ def test_none_is_good(run_dir: Path) -> None:
     assert sorted(os.listdir(folder)) == ["latest", OLD, NEW]
 
 
-def test_a_run_goes_on_from_the_good_one(data: str, run_dir: Path) -> None:
+def test_a_run_resumes_from_the_good_one(data: str, run_dir: Path) -> None:
     """Two steps are trained again, to the contents of before."""
     newest = run_dir / "checkpoints" / NEW
     before = checkpoint_digests(newest)
@@ -181,8 +181,8 @@ def test_a_run_goes_on_from_the_good_one(data: str, run_dir: Path) -> None:
     assert checkpoint_digests(newest) == before
 
 
-def test_one_that_was_asked_for_by_name(run_dir: Path) -> None:
-    """Another one is no substitute."""
+def test_a_checkpoint_given_by_path(run_dir: Path) -> None:
+    """It is not replaced by another one."""
     folder = run_dir / "checkpoints"
     (folder / NEW / "run.json").unlink()
     with pytest.raises(ConfigError, match="none of 1 checkpoint"):
@@ -190,7 +190,7 @@ def test_one_that_was_asked_for_by_name(run_dir: Path) -> None:
     assert choose(run_dir, str(folder / OLD)) == folder / OLD
 
 
-def test_a_rollback_passes_over_a_damaged_one(run_dir: Path) -> None:
+def test_a_rollback_skips_a_damaged_one(run_dir: Path) -> None:
     store, folder = CheckpointStore(run_dir, 2), run_dir / "checkpoints"
     assert [store.newest_before(step) for step in (5, 4, 2)] == [folder / NEW, folder / OLD, None]
     (folder / NEW / "state.json").write_text('{"st')
@@ -202,12 +202,12 @@ def choose_on_rank(rank: int, run_dir: Path) -> Path | None:
 
 
 @pytest.mark.distributed
-def test_all_ranks_go_on_from_the_same(run_dir: Path) -> None:
-    """Only one rank reads the damaged file; all go on from the older checkpoint."""
+def test_all_ranks_resume_from_the_same(run_dir: Path) -> None:
+    """Only one rank reads the damaged file; all resume from the older checkpoint."""
     folder = run_dir / "checkpoints"
     path = folder / NEW / "engine" / "state-rank-00001.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    original = path.read_bytes()
+    path.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
     files = read_manifest(folder / NEW).files
     readers = [share for share in shares(files, 3) if "engine/state-rank-00001.safetensors" in share]
     assert len(readers) == 1 and sorted(name for share in shares(files, 3) for name in share) == sorted(files)
@@ -265,6 +265,6 @@ def test_a_file_that_cannot_be_read(
 
     with monkeypatch.context() as patch, contextlib.suppress(KeyError):
         patch.setattr(Path, "open", failing)
-        said = falls_back(run_dir, capsys)
-    assert "model.safetensors cannot be read (Input/output error)" in said
+        output = falls_back(run_dir, capsys)
+    assert "model.safetensors cannot be read (Input/output error)" in output
     assert folder.exists()

@@ -1,4 +1,4 @@
-"""What DeepSpeed pickles: a run with Muon goes on from it, and nothing that a stranger put there is run."""
+"""The files that DeepSpeed pickles: a run with Muon resumes from them, and no code in a forged file runs."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def pretrain_rank(rank: int, config: RunConfig) -> str:
 
 @pytest.mark.distributed
 def test_a_malicious_pickle_in_a_checkpoint(tmp_path: Path) -> None:
-    """Its manifest is right, as a forger's would be: still nothing of it runs, from whichever of the files."""
+    """Its manifest is valid, as a forger's would be; still none of its code runs, whichever file it is in."""
     data = make_dataset(tmp_path)
 
     def config(steps: int) -> RunConfig:
@@ -77,13 +77,15 @@ def test_a_malicious_pickle_in_a_checkpoint(tmp_path: Path) -> None:
     assert not list(checkpoint.rglob("*.py")), "a program has no place in a checkpoint"
     trace = tmp_path / "was here"
     for path in files:
-        whole = path.read_bytes()
+        original = path.read_bytes()
         torch.save({"module": Malicious(trace)}, path)
         write_manifest(checkpoint, 1)
-        (said,) = run_ranks(1, pretrain_rank, config(2), group=False)
-        assert said.startswith(f"{path} was refused: it is torn, or holds what no checkpoint of megatronish does"), said
+        (message,) = run_ranks(1, pretrain_rank, config(2), group=False)
+        assert message.startswith(
+            f"{path} was refused: it is damaged, or holds objects that no checkpoint of megatronish has"
+        ), message
         assert not trace.exists()
-        path.write_bytes(whole)
+        path.write_bytes(original)
     write_manifest(checkpoint, 1)
     assert run_ranks(1, pretrain_rank, config(2), group=False) == [""]
     with pytest.raises(FileExistsError):  # the pickle does what it is meant to do, where it is opened without care

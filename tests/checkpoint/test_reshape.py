@@ -1,4 +1,4 @@
-"""A checkpoint of one layout goes on under another: no number of the optimizer's state changes on the way."""
+"""A checkpoint of one layout is resumed under another: every value of the optimizer state is preserved."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.distributed import run_ranks
 from tests.runs import engine_loop, make_dataset, small_run
 from tests.training.test_resume import BF16, LION, MUON, OFFLOAD, pretrain_rank, read_losses
 
-# Ranks, parallel sizes and ZeRO stage. All train 16 samples a step.
+# Ranks, parallel sizes and ZeRO stage. All train on 16 samples per step.
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "dp1 zero0": (1, {}, {"stage": 0}),
     "dp2 zero1": (2, {}, {"stage": 1}),
@@ -54,17 +54,15 @@ def data_size(layout: str) -> int:
     return ranks // (parallel.get("tensor", 1) * parallel.get("pipeline", 1) * parallel.get("sequence", 1))
 
 
-def whole_state(folder: Path, model: ModelConfig) -> dict[str, Tensor]:
-    """Every number of a saved state, as flat whole tensors."""
+def full_state(folder: Path, model: ModelConfig) -> dict[str, Tensor]:
+    """Every number of a saved state, as flat full tensors."""
     saved = SavedOptimizerShards(folder)
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in Transformer(model, seed=None).named_parameters()}
     saved.check_complete(shapes)
-    whole = {name: Extent(name, shape, None, 0, shape.numel()) for name, shape in to_sizes(shapes).items()}
+    full = {name: Extent(name, shape, None, 0, shape.numel()) for name, shape in to_sizes(shapes).items()}
     return {
-        f"{kind} {name}": saved.read(kind, extent)
-        for kind in (MASTER, *saved.moments)
-        for name, extent in whole.items()
+        f"{kind} {name}": saved.read(kind, extent) for kind in (MASTER, *saved.moments) for name, extent in full.items()
     }
 
 
@@ -83,8 +81,8 @@ def train_and_save(rank: int, config: RunConfig, size: int, folder: Path) -> Non
     made[0].save(folder, "engine")
 
 
-def take_up(rank: int, config: RunConfig, size: int, source: Path, target: Path) -> dict[str, Tensor]:
-    """Load what another layout saved and save it again; the whole weights that the model then has."""
+def load_and_save(rank: int, config: RunConfig, size: int, source: Path, target: Path) -> dict[str, Tensor]:
+    """Load what another layout saved and save it again; the full weights of the model after loading."""
     from megatronish.parallel.mesh import build_mesh
     from megatronish.training.engine import start_engine
     from megatronish.training.setup.construction import build_model
@@ -113,18 +111,18 @@ def take_up(rank: int, config: RunConfig, size: int, source: Path, target: Path)
     ],
     ids=["fp32", "bf16 lion", "bf16"],
 )
-def test_moving_changes_no_number(changes: dict[str, Any], path: list[str], tmp_path: Path) -> None:
-    """Layout after layout reads what the one before wrote: master weights and moments keep every bit."""
+def test_moving_preserves_every_value(changes: dict[str, Any], path: list[str], tmp_path: Path) -> None:
+    """Layout after layout loads what the previous one wrote: master weights and moments keep every bit."""
     data = make_dataset(tmp_path)
     first = layout_run(data, "unused", path[0], changes, steps=3)
     run_ranks(LAYOUTS[path[0]][0], train_and_save, first, data_size(path[0]), tmp_path / "0")
-    expected = whole_state(tmp_path / "0" / "engine", first.megatronish.model)
+    expected = full_state(tmp_path / "0" / "engine", first.megatronish.model)
     assert all(value.abs().sum() > 0 for key, value in expected.items() if "bias" not in key)
     for number, layout in enumerate(path[1:]):
         config = layout_run(data, "unused", layout, changes, steps=3)
         folders = tmp_path / str(number), tmp_path / str(number + 1)
-        weights = run_ranks(LAYOUTS[layout][0], take_up, config, data_size(layout), *folders)[0]
-        found = whole_state(folders[1] / "engine", config.megatronish.model)
+        weights = run_ranks(LAYOUTS[layout][0], load_and_save, config, data_size(layout), *folders)[0]
+        found = full_state(folders[1] / "engine", config.megatronish.model)
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             assert torch.equal(found[key], value), f"{layout}: {key}"
@@ -135,7 +133,7 @@ def test_moving_changes_no_number(changes: dict[str, Any], path: list[str], tmp_
 
 @pytest.mark.distributed
 def test_the_loss_scale_of_fp16_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Halved by overflows of the first steps, then good, it is taken up by another of DeepSpeed's optimizers."""
+    """Halved by overflows of the first steps, then good, it is loaded by another of DeepSpeed's optimizers."""
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)  # denied on CPUs, which are slow at it
@@ -146,14 +144,14 @@ def test_the_loss_scale_of_fp16_moves(tmp_path: Path, monkeypatch: pytest.Monkey
     saved = SavedOptimizerShards(tmp_path / "0" / "engine").scalars
     assert saved["cur_scale"] < 2**24 and saved["cur_iter"] == 8 and 0 < saved["step"] < 8
     config = layout_run(data, "unused", "dp1 zero0", {"fp16": {**fp16["fp16"], "loss_scale_window": 7}}, steps=2)
-    run_ranks(1, take_up, config, 1, tmp_path / "0", tmp_path / "1")
+    run_ranks(1, load_and_save, config, 1, tmp_path / "0", tmp_path / "1")
     found = SavedOptimizerShards(tmp_path / "1" / "engine").scalars
     assert found.keys() >= {"cur_scale", "cur_iter", "last_overflow_iter", "step"}
     assert found == {key: saved[key] for key in found}
 
 
 @pytest.mark.distributed
-def test_a_run_goes_on_under_other_layouts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_resumes_under_other_layouts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Two steps each under five layouts, by the trainer with resume auto: the losses are those of one process."""
     data = make_dataset(tmp_path)
     path = ["dp2 zero2 offload", "tp2 zero1", "pp2 zero1", "tp2pp2 zero1", "dp1 zero0"]
@@ -163,11 +161,11 @@ def test_a_run_goes_on_under_other_layouts(tmp_path: Path, capfd: pytest.Capture
         config = run_of(data, tmp_path / "moved", layout, 2 * number)
         capfd.readouterr()
         run_ranks(ranks, pretrain_rank, config, ranks, group=False)
-        told = capfd.readouterr().out
+        output = capfd.readouterr().out
         if number == 2:
             assert re.search(
                 r"step-00000002 at step 2: data-parallel ranks 2 -> 1, ZeRO stage 2 -> 1, tensor-parallel ranks 1 -> 2\n",
-                told,
+                output,
             )
     alone, moved = read_losses(tmp_path / "alone"), read_losses(tmp_path / "moved")
     assert [step for step, _, _ in moved] == list(range(1, 11))
@@ -188,46 +186,46 @@ def run_of(data: str, folder: Path, layout: str, stop: int) -> RunConfig:
 
 @pytest.mark.distributed
 def test_muon_stays_where_it_is(tmp_path: Path) -> None:
-    """Its momentum is laid out by DeepSpeed, rank by rank: another layout is refused before the rendezvous."""
+    """Only DeepSpeed knows the layout of its momentum: another layout is refused before the rendezvous."""
     data = make_dataset(tmp_path)
     muon = {"optimizer": MUON, "gradient_clipping": 0.0}
     run_ranks(1, pretrain_rank, layout_run(data, tmp_path / "run", "dp1 zero0", muon, steps=1), 1, group=False)
     config = layout_run(data, tmp_path / "run", "dp2 zero1", muon, steps=2)
-    with pytest.raises(UserError, match=r"data-parallel ranks 1, this run has 2, and the state of its optimizer"):
+    with pytest.raises(UserError, match=r"data-parallel ranks 1, this run has 2, and its optimizer state"):
         run_ranks(2, pretrain_rank, config, 2, group=False)
 
 
 def parts(rows: int, columns: int) -> tuple[Tensor, dict[int, list[tuple[Extent, Tensor]]]]:
-    """A whole tensor [rows, columns] of distinct numbers and, by rank of 2 x 2, the runs of packed halves that it holds."""
-    whole = torch.arange(rows * columns, dtype=torch.float32).view(rows, columns)
+    """A full tensor [rows, columns] of distinct numbers and, by rank of 2 x 2, the runs of packed halves that it holds."""
+    full = torch.arange(rows * columns, dtype=torch.float32).view(rows, columns)
     held: dict[int, list[tuple[Extent, Tensor]]] = {}
     for tp in range(2):
         quarter = rows // 4
         segments = ((tp * quarter, (tp + 1) * quarter), (2 * quarter + tp * quarter, 2 * quarter + (tp + 1) * quarter))
         shard = TensorShard((rows, columns), 0, segments)
-        flat = shard.take(whole).flatten()
+        flat = shard.take(full).flatten()
         cut = flat.numel() // 3  # within a row
         for dp, (start, stop) in enumerate(((0, cut), (cut, flat.numel()))):
             held[2 * tp + dp] = [(Extent("w", shard.shape, shard, start, stop), flat[start:stop])]
-    return whole, held
+    return full, held
 
 
 def write(folder: Path) -> Tensor:
-    whole, held = parts(8, 5)
+    full, held = parts(8, 5)
     for rank, runs in held.items():
         OptimizerShard({"w": (runs[0][0], {MASTER: runs[0][1], "m": -runs[0][1]})}, {"step": 3.0}).write(folder, rank)
-    return whole
+    return full
 
 
-def test_any_cut_is_put_together(tmp_path: Path) -> None:
-    whole = write(tmp_path)
+def test_any_partition_is_reassembled(tmp_path: Path) -> None:
+    full = write(tmp_path)
     saved = SavedOptimizerShards(tmp_path)
     saved.check_complete(["w"])
     assert saved.moments == ["m"] and saved.scalars == {"step": 3.0} and "w" in saved and "v" not in saved
-    assert torch.equal(saved.read(MASTER, Extent("w", (8, 5), None, 0, 40)).view(8, 5), whole)
-    assert torch.equal(saved.read("m", Extent("w", (8, 5), None, 7, 19)), -whole.flatten()[7:19])
+    assert torch.equal(saved.read(MASTER, Extent("w", (8, 5), None, 0, 40)).view(8, 5), full)
+    assert torch.equal(saved.read("m", Extent("w", (8, 5), None, 7, 19)), -full.flatten()[7:19])
     columns = TensorShard((8, 5), 1, ((1, 3),))
-    assert torch.equal(saved.read(MASTER, Extent("w", (8, 2), columns, 3, 9)), whole[:, 1:3].flatten()[3:9])
+    assert torch.equal(saved.read(MASTER, Extent("w", (8, 2), columns, 3, 9)), full[:, 1:3].flatten()[3:9])
     _, held = parts(8, 5)
     for runs in held.values():
         extent, numbers = runs[0]
@@ -253,8 +251,8 @@ def test_missing_and_torn_files(tmp_path: Path) -> None:
             SavedOptimizerShards(tmp_path)
 
 
-def test_streamed_text_is_not_divided_anew(tmp_path: Path) -> None:
-    """Each data-parallel rank stands somewhere in the text; their number stays, other axes may change."""
+def test_streamed_text_keeps_its_data_parallel_size(tmp_path: Path) -> None:
+    """Each data-parallel rank has its own position in the text: their number is fixed, other axes may change."""
     saved = TrainState.start(read(), read().batch_plan(2), "abc")
     check_streams(tmp_path, saved, replace(saved, data_size=1))  # nothing streamed
     save_streams(tmp_path, 0, {"parts": {}})

@@ -1,4 +1,4 @@
-"""Checkpoints written beside training: whole or not at all, whatever fails on whichever rank; and one job a directory."""
+"""Saving checkpoints: in the background, by several ranks, on full disks, and the lock of a run directory."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def write_state(folder: Path) -> None:
 
 
 def on_ranks(
-    world_size: int, folder: Path, function: Callable[[Saver], Any], told: list[str], **options: Any
+    world_size: int, folder: Path, function: Callable[[Saver], Any], reports: list[str], **options: Any
 ) -> list[Any]:
-    """What `function` gives on each of so many ranks, threads that share a store; `told`: what the first says."""
-    shared, processes = dist.HashStore(), tuple(RankProcess.here(rank) for rank in range(world_size))
+    """What `function` returns on each of `world_size` ranks, threads that share a store; `reports`: lines of the first."""
+    shared, processes = dist.HashStore(), tuple(RankProcess.current(rank) for rank in range(world_size))
 
     def on_rank(rank: int) -> Any:
         consensus = Consensus(Rendezvous(shared, "", rank, processes), "checkpoints")
-        saver = Saver(CheckpointStore(folder, 2), consensus, background=True, tell=told.append, **options)
+        saver = Saver(CheckpointStore(folder, 2), consensus, background=True, report=reports.append, **options)
         saver.rank = rank  # type: ignore[attr-defined]
         return function(saver)
 
@@ -59,20 +59,20 @@ def on_ranks(
 
 
 class TestBackground:
-    def test_training_goes_on_while_it_is_written(self, tmp_path: Path) -> None:
-        store, told, go_on = CheckpointStore(tmp_path, 2), [], threading.Event()
-        saver = lone_saver(store, told, background=True)
+    def test_training_continues_while_it_is_written(self, tmp_path: Path) -> None:
+        store, reports, proceed = CheckpointStore(tmp_path, 2), [], threading.Event()
+        saver = lone_saver(store, reports, background=True)
 
         def slow(folder: Path) -> None:
-            assert go_on.wait(60)
+            assert proceed.wait(60)
             write_state(folder)
 
         saver.save(5, lambda in_background: snapshot(slow) if in_background else pytest.fail("it waits"))
         assert store.newest() is None
-        go_on.set()
+        proceed.set()
         saver.finish()
         assert store.newest() == store.folder / "step-00000005"
-        assert told[0].startswith(f"saved {store.folder}/step-00000005 (0.0 MB; stalled ")
+        assert reports[0].startswith(f"saved {store.folder}/step-00000005 (0.0 MB; stalled ")
 
     def test_the_next_one_waits_for_it(self, tmp_path: Path) -> None:
         store, order = CheckpointStore(tmp_path, 5), []
@@ -101,19 +101,19 @@ class TestBackground:
         assert again.data_ptr() == taken.data_ptr() and again.tolist() == [1.0] * 4
         assert copies.take("a", torch.ones(5)).numel() == 5 and copies.bytes == 20
 
-    def test_without_memory_it_waits_and_says_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        told: list[str] = []
-        saver = lone_saver(CheckpointStore(tmp_path, 2), told, background=True)
+    def test_without_memory_it_waits_and_reports_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        reports: list[str] = []
+        saver = lone_saver(CheckpointStore(tmp_path, 2), reports, background=True)
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000_000_000))
         assert saver.reason_to_wait(5_000_000_000) == ""
         reason = saver.reason_to_wait(5_100_000_000)
-        assert reason == "copies take 5.10 GB of the 10.00 GB of memory that are free"
+        assert reason == "copies take 5.10 GB of the 10.00 GB of free memory"
         saver.save(
             5, lambda in_background: pytest.fail("copied") if in_background else snapshot(write_state), reason=reason
         )
-        assert told[0].endswith(f"not in the background: {reason})")
+        assert reports[0].endswith(f"not in the background: {reason})")
 
-    def test_a_run_that_fails_leaves_the_checkpoint_under_way_whole(self, tmp_path: Path) -> None:
+    def test_a_failed_run_completes_the_checkpoint_being_written(self, tmp_path: Path) -> None:
         store = CheckpointStore(tmp_path, 2)
         saver = lone_saver(store, background=True)
 
@@ -159,8 +159,8 @@ class TestRanks:
 
     @pytest.mark.parametrize("failing", [0, 2])
     def test_one_that_fails_leaves_nothing_and_all_know(self, failing: int, tmp_path: Path) -> None:
-        """The others have written by then; training goes on, and the next checkpoint succeeds."""
-        told: list[str] = []
+        """The others have written by then; training continues, and the next checkpoint succeeds."""
+        reports: list[str] = []
 
         def run(saver: Any) -> Any:
             def write(folder: Path) -> list[Path]:
@@ -181,13 +181,13 @@ class TestRanks:
             saver.finish()
             return outcomes
 
-        outcomes = on_ranks(3, tmp_path, run, told)
+        outcomes = on_ranks(3, tmp_path, run, reports)
         assert outcomes[0] == outcomes[1] == outcomes[2]
         staging = tmp_path / "checkpoints" / ".writing-step-00000005"
         problem = f"rank {failing}: No space left on device ({staging / 'x'})"
         assert [outcome.problem for outcome in outcomes[0]] == [problem, ""]
-        assert told[0] == (
-            f"WARNING: no checkpoint of step 5: {problem}. There is none. Training goes on, and the next one is tried when it is due."
+        assert reports[0] == (
+            f"WARNING: no checkpoint of step 5: {problem}. There is none. Training continues, and the next checkpoint is tried when it is due."
         )
         assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step-00000010"]
 
@@ -221,7 +221,7 @@ class TestRanks:
         assert first.startswith(
             "the checkpoint of step 5 could not be written: it needs 0.000 GB and 0.000 GB are free"
         )
-        assert "train on without it: --train.on_save_error continue" in first
+        assert "continue without it: --train.on_save_error continue" in first
 
 
 def train_with_limit(rank: int, config: RunConfig, saves: int) -> int:
@@ -253,18 +253,18 @@ def test_a_disk_that_is_full(saves: int, tmp_path: Path) -> None:
         statuses = ranks.wait()
     finally:
         ranks.kill()
-    said = ranks.said(0)
-    assert "WARNING: no checkpoint of step 2: rank 0: " in said and "File too large" in said, said
+    output = ranks.output(0)
+    assert "WARNING: no checkpoint of step 2: rank 0: " in output and "File too large" in output, output
     left = sorted(os.listdir(tmp_path / "run" / "checkpoints"))
     if saves == 1:
         assert statuses == {0: 0, 1: 0}
         assert left == ["latest", "step-00000004"]
-        assert f"saved {tmp_path}/run/checkpoints/step-00000004 (" in said
+        assert f"saved {tmp_path}/run/checkpoints/step-00000004 (" in output
     else:
-        assert statuses[0] == 2 and statuses[1] != 0, said
+        assert statuses[0] == 2 and statuses[1] != 0, output
         assert left == []
-        assert "error: the last checkpoint of the run, of step 4, could not be written: " in said
-        assert "There is none. Mend that and start the same command again" in said
+        assert "error: the last checkpoint of the run, of step 4, could not be written: " in output
+        assert "There is none. Fix that and start the same command again" in output
 
 
 def save_in_read_only(rank: int, folder: Path) -> int:
@@ -283,13 +283,13 @@ def test_a_read_only_folder() -> None:
         for path in (folder, good.parent, good):
             path.chmod(0o555)
         ranks = start_ranks(1, folder, save_in_read_only, folder) if os.geteuid() == 0 else None
-        said = ""
+        output = ""
         if ranks is None:  # no other user is needed
-            said = save_alone(CheckpointStore(folder, 2), 5, write_state).problem
+            output = save_alone(CheckpointStore(folder, 2), 5, write_state).problem
         else:
-            assert ranks.wait() == {0: 0}, ranks.said(0)
-            said = ranks.said(0)
-        assert f"Permission denied ({good.parent}/.writing-step-00000005)" in said
+            assert ranks.wait() == {0: 0}, ranks.output(0)
+            output = ranks.output(0)
+        assert f"Permission denied ({good.parent}/.writing-step-00000005)" in output
         assert CheckpointStore(folder).faults(good) == [] and CheckpointStore(folder).newest() == good
         for path in (folder, good.parent, good):
             path.chmod(0o755)
@@ -307,7 +307,7 @@ class TestLock:
         folder = tmp_path / "run"
         job = start_ranks(1, tmp_path, hold, folder)
         try:
-            job.wait_until_said(0, "held")
+            job.wait_for_output(0, "held")
             with (
                 pytest.raises(ConfigError) as error,
                 hold_run_dir(folder, is_first=True, wait_seconds=0.0),
@@ -363,8 +363,8 @@ def test_a_clock_that_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Neither the wall clock nor the times of files decide anything: order is by step, and durations by a steady clock."""
     jumps = itertools.cycle([0.0, 4e9, -1e9])
     monkeypatch.setattr(time, "time", lambda: next(jumps))
-    store, told = CheckpointStore(tmp_path, 2), []
-    saver = lone_saver(store, told, background=True)
+    store, reports = CheckpointStore(tmp_path, 2), []
+    saver = lone_saver(store, reports, background=True)
     with hold_run_dir(tmp_path, is_first=True):
         for step, written in ((5, 3e9), (10, 1.0), (15, 2e9)):
             saver.save(step, lambda _: snapshot(write_state))

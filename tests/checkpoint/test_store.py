@@ -1,4 +1,4 @@
-"""The checkpoint store: a checkpoint is there whole or not at all, whatever happens while it is written or removed."""
+"""The checkpoint store: checkpoints appear and disappear atomically, whatever happens while they are written or removed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def pointer(run_dir: Path, name: str) -> str:
     return (run_dir / "checkpoints" / name).read_text()
 
 
-def test_a_checkpoint_appears_whole(tmp_path: Path) -> None:
+def test_a_checkpoint_appears_atomically(tmp_path: Path) -> None:
     """While it is written nothing stands under its name and `latest` names the one before."""
     kept = CheckpointStore(tmp_path, 2)
     first = save(kept, 5)

@@ -1,4 +1,4 @@
-"""The counters of a run: what a checkpoint keeps, and when a run may go on from it."""
+"""The counters of a run: what a checkpoint keeps, and when a run may resume from it."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def test_saved_and_loaded_is_the_same(best: float | None, tmp_path: Path) -> Non
 
 
 def test_unreadable_states(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"no {STATE_FILE}; this is no checkpoint of megatronish"):
+    with pytest.raises(ConfigError, match=f"no {STATE_FILE}; this is not a checkpoint of megatronish"):
         TrainState.load(tmp_path)
     START.save(tmp_path)
-    whole = (tmp_path / STATE_FILE).read_text()
-    for torn in ("", whole[: len(whole) // 2], "[]", "3"):
+    complete = (tmp_path / STATE_FILE).read_text()
+    for torn in ("", complete[: len(complete) // 2], "[]", "3"):
         (tmp_path / STATE_FILE).write_text(torn)
         with pytest.raises(ConfigError, match=r"state.json: cannot be read \(.*\); use an older checkpoint"):
             TrainState.load(tmp_path)
-    raw = json.loads(whole)
+    raw = json.loads(complete)
     for field in fields(TrainState):
         if field.default is not MISSING or field.default_factory is not MISSING:
             continue
@@ -69,27 +69,27 @@ OTHERS: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "words"), OTHERS)
-def test_another_run_does_not_go_on(name: str, value: Any, words: str) -> None:
-    """The place, both values and both mends."""
+@pytest.mark.parametrize(("name", "value", "text"), OTHERS)
+def test_another_run_is_refused(name: str, value: Any, text: str) -> None:
+    """The message names the checkpoint, both values and both fixes."""
     fresh = replace(START, **{name: value})
     with pytest.raises(ConfigError) as error:
         replace(START, step=5).continue_as(fresh, Path("runs/x/step-5"), moves=True)
     message = str(error.value)
-    assert message.startswith(f"runs/x/step-5 was saved with {words}. Start with ")
+    assert message.startswith(f"runs/x/step-5 was saved with {text}. Start with ")
     assert "or begin afresh with --train.resume never and another --train.save_dir." in message
 
 
-@pytest.mark.parametrize(("name", "value", "words"), LAYOUTS)
-def test_another_layout_goes_on_where_the_optimizer_can_move(name: str, value: Any, words: str) -> None:
-    """The counters stay, the layout becomes the new one; otherwise the message says why not."""
+@pytest.mark.parametrize(("name", "value", "text"), LAYOUTS)
+def test_another_layout_resumes_if_the_optimizer_state_can_move(name: str, value: Any, text: str) -> None:
+    """The counters are kept and the layout is the new one; otherwise the message gives the reason."""
     fresh, old = replace(START, **{name: value}), replace(START, step=5, tokens=400)
     assert old.continue_as(fresh, Path("x"), moves=True) == replace(fresh, step=5, tokens=400)
-    assert old.moved(fresh) == re.sub(r"(\d+), this run has", r"\1 ->", words) and old.moved(START) == ""
+    assert old.moved(fresh) == re.sub(r"(\d+), this run has", r"\1 ->", text) and old.moved(START) == ""
     with pytest.raises(ConfigError) as error:
         old.continue_as(fresh, Path("runs/x/step-5"), moves=False)
     assert str(error.value).startswith(
-        f"runs/x/step-5 was saved with {words}, and the state of its optimizer cannot be laid out anew. Start with "
+        f"runs/x/step-5 was saved with {text}, and its optimizer state cannot be moved to another layout. Start with "
     )
 
 
@@ -106,7 +106,7 @@ def test_another_dataset() -> None:
 
 
 def test_what_may_differ() -> None:
-    """Where the run stands is not compared: that is what it goes on from."""
+    """Progress is not compared."""
     there = replace(START, step=5, samples=40, tokens=4000, best_loss=2.0)
     assert there.continue_as(START, Path("x"), moves=False) == there
     compared = {name for name, _, _ in [*OTHERS, *LAYOUTS]} | {"data_identity", "data_order"}
@@ -128,7 +128,7 @@ def test_a_step_without_an_update(tmp_path: Path) -> None:
 
 
 def test_another_order_of_the_data(tmp_path: Path) -> None:
-    """Both values of each setting; a checkpoint from before the settings were kept goes on."""
+    """Both values of each setting; a checkpoint without these settings is accepted."""
     saved = replace(START, data_order={"data.order": "shuffled", "data.split": "99,1,0"})
     fresh = replace(
         START, data_order={"data.order": "megatron", "data.split": "99,1,0", "samples of the whole run": "64"}

@@ -65,9 +65,9 @@ def test_missing_and_torn_files(tmp_path: Path) -> None:
         load_model(tmp_path)
     save_model(tmp_path, Transformer(TIED).state_dict(), TIED)
     weights = tmp_path / WEIGHTS_FILE
-    whole = weights.read_bytes()
-    for size in (0, 5, 100, len(whole) // 2, len(whole) - 1):
-        weights.write_bytes(whole[:size])
+    complete = weights.read_bytes()
+    for size in (0, 5, 100, len(complete) // 2, len(complete) - 1):
+        weights.write_bytes(complete[:size])
         with pytest.raises(ValueError, match="is torn or not a safetensors file"):
             load_model(tmp_path)
     weights.unlink()

@@ -1,4 +1,4 @@
-"""Forked ranks whose ends are watched, not mended: what each printed, with which status it ended, and after how long."""
+"""Forked ranks that may fail: the output and the exit status of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from megatronish.launch.exit import run_program
 from megatronish.launch.process import free_port
 
-LIMIT_SECONDS = 60.0  # far above what any of these tests takes, on a loaded machine, too
+LIMIT_SECONDS = 60.0  # far above what any of these tests takes, even on a loaded machine
 
 
 @dataclass
@@ -40,13 +40,13 @@ class FaultyRanks:
             time.sleep(0.02)
         return self.statuses
 
-    def said(self, rank: int) -> str:
+    def output(self, rank: int) -> str:
         return (self.folder / f"{rank}.out").read_text()
 
-    def wait_until_said(self, rank: int, words: str) -> None:
+    def wait_for_output(self, rank: int, text: str) -> None:
         deadline = time.monotonic() + LIMIT_SECONDS
-        while words not in self.said(rank):
-            assert time.monotonic() < deadline, self.said(rank)
+        while text not in self.output(rank):
+            assert time.monotonic() < deadline, self.output(rank)
             time.sleep(0.02)
 
     def kill(self) -> None:
@@ -61,7 +61,7 @@ def start_ranks(
 ) -> FaultyRanks:
     """Fork `function(rank, *args)` with the variables of rank `rank` of `world_size`, for each of `ranks` (all).
 
-    A process ends as one of launchers/ does: with the status that `function` returns, or 1 after a traceback.
+    A process exits like a launcher: with the status that `function` returns, or 1 after a traceback.
     """
     import megatronish.training.engine  # noqa: F401  imported once here, inherited by every fork
 
@@ -88,7 +88,7 @@ def start_ranks(
 
 
 def _be_rank(out: Path, function: Callable[[], int | None]) -> NoReturn:
-    """In the child: run `function` with its output in `out`, past pytest's capture."""
+    """In the child: run `function` with its output in `out`, which pytest does not capture."""
     import torch
 
     descriptor = os.open(out, os.O_WRONLY | os.O_APPEND)

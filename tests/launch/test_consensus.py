@@ -1,4 +1,4 @@
-"""Ranks agree over the store of their rendezvous, from any thread."""
+"""Decisions of all ranks through the store of their rendezvous, from any thread."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from megatronish.launch.rendezvous import RankProcess, Rendezvous
 
 
 def together(world_size: int, function: Callable[[Consensus], Any]) -> list[Any]:
-    """What `function` returns or raises on each of so many ranks, which are threads."""
-    store, processes = dist.HashStore(), tuple(RankProcess.here(rank) for rank in range(world_size))
+    """What `function` returns or raises on each of `world_size` ranks, which are threads."""
+    store, processes = dist.HashStore(), tuple(RankProcess.current(rank) for rank in range(world_size))
 
     def on_rank(rank: int) -> Any:
         try:
@@ -29,24 +29,24 @@ def together(world_size: int, function: Callable[[Consensus], Any]) -> list[Any]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
-def test_every_rank_hears_what_the_first_makes_of_all(world_size: int) -> None:
-    """Many decisions in a row: values of one never count in the next."""
+def test_every_rank_receives_the_decision_of_the_first(world_size: int) -> None:
+    """Many decisions in a row: the values of one are not used in the next."""
 
     def decide(consensus: Consensus) -> list[Any]:
-        heard = [
+        results = [
             consensus.agree(
                 {"rank": consensus.rank, "n": n}, lambda all_values: [v["rank"] * 10 + v["n"] for v in all_values]
             )
             for n in range(20)
         ]
         consensus.leave()
-        return heard
+        return results
 
     expected = [[rank * 10 + n for rank in range(world_size)] for n in range(20)]
     assert together(world_size, decide) == [expected] * world_size
 
 
-def test_nobody_waits_for_a_decision_that_failed() -> None:
+def test_a_failed_decision_is_raised_on_every_rank() -> None:
     def refuse(values: list[Any]) -> None:
         raise ValueError(f"{values}")
 
@@ -55,8 +55,8 @@ def test_nobody_waits_for_a_decision_that_failed() -> None:
     assert [str(other) for other in others] == ["rank 0 failed: ValueError: [0, 1, 2]"] * 2
 
 
-def test_a_rank_that_is_told_to_stop_waits_no_longer() -> None:
-    consensus = Consensus(Rendezvous(dist.HashStore(), "", 1, (RankProcess.here(0), RankProcess.here(1))), "test")
+def test_stop_ends_the_wait() -> None:
+    consensus = Consensus(Rendezvous(dist.HashStore(), "", 1, (RankProcess.current(0), RankProcess.current(1))), "test")
     threading.Timer(0.05, consensus.stop).start()
-    with pytest.raises(ConsensusError, match="this rank ends"):
+    with pytest.raises(ConsensusError, match="this rank is exiting"):
         consensus.agree(1, lambda values: values)

@@ -1,4 +1,4 @@
-"""A program ends with its status, whatever it leaves running."""
+"""A program exits with its status, whatever threads it leaves running."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def end_of(body: str, before: str = "") -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "said"),
+    ("body", "status", "error"),
     [
         ("return 0", 0, ""),
         ("return 3", 3, ""),
@@ -36,14 +36,14 @@ def end_of(body: str, before: str = "") -> subprocess.CompletedProcess[str]:
         ("threading.Thread(target=time.sleep, args=(1000,)).start(); return 0", 0, ""),
         ("exit_module.exit_now(exit_module.EXIT_STOPPED)", EXIT_STOPPED, ""),
         ("exit_module.exit_within(0.1, 5); time.sleep(1000)", 5, ""),
-        ("atexit.register(print, 'a library says goodbye'); return 0", 0, ""),
+        ("atexit.register(print, 'a library prints goodbye'); return 0", 0, ""),
     ],
 )
-def test_status_and_output(body: str, status: int, said: str) -> None:
-    """What was printed is written, though the stream is a pipe and was not flushed."""
+def test_status_and_output(body: str, status: int, error: str) -> None:
+    """Printed output is written, although the stream is a pipe and was not flushed."""
     done = end_of(body)
-    assert (done.returncode, done.stderr[-len(said) - 1 :].strip()) == (status, said)
-    assert done.stdout == "working\n" + ("a library says goodbye\n" if "goodbye" in body else "")
+    assert (done.returncode, done.stderr[-len(error) - 1 :].strip()) == (status, error)
+    assert done.stdout == "working\n" + ("a library prints goodbye\n" if "goodbye" in body else "")
 
 
 def test_an_exit_function_that_hangs() -> None:
@@ -52,7 +52,7 @@ def test_an_exit_function_that_hangs() -> None:
 
 
 def test_a_thread_that_hangs_while_it_prints() -> None:
-    """It holds the lock of stdout, for which a flush waits for ever."""
+    """It holds the lock of stdout, for which a flush waits forever."""
     body = """
 read, write = os.pipe()
 sys.stdout = os.fdopen(write, "w", 1)

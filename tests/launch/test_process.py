@@ -80,16 +80,19 @@ def test_rank_of_other_environments(env: dict[str, str], rank: Rank) -> None:
     [
         ({"RANK": "1"}, "set some of the rank variables but not WORLD_SIZE; start all ranks with it"),
         ({"WORLD_SIZE": "2"}, "set some of the rank variables but not RANK"),
-        ({**TORCHRUN, "RANK": "one"}, "RANK='one' is no number; it is set by the launcher, unset it in your shell"),
-        ({**TORCHRUN, "WORLD_SIZE": "-2"}, "WORLD_SIZE='-2' is no number"),
-        ({**TORCHRUN, "LOCAL_RANK": ""}, "LOCAL_RANK='' is no number"),
-        ({**TORCHRUN, "RANK": "4"}, r"rank 4 of 4 \(local rank 1 of 2\) cannot be: ranks count from 0. Unset RANK"),
-        ({**TORCHRUN, "LOCAL_RANK": "2"}, r"rank 3 of 4 \(local rank 2 of 2\) cannot be"),
+        ({**TORCHRUN, "RANK": "one"}, "RANK='one' is not a number; the launcher sets it, so unset it in your shell"),
+        ({**TORCHRUN, "WORLD_SIZE": "-2"}, "WORLD_SIZE='-2' is not a number"),
+        ({**TORCHRUN, "LOCAL_RANK": ""}, "LOCAL_RANK='' is not a number"),
+        (
+            {**TORCHRUN, "RANK": "4"},
+            r"rank 4 of 4 \(local rank 1 of 2\) is not possible: ranks count from 0. Unset RANK",
+        ),
+        ({**TORCHRUN, "LOCAL_RANK": "2"}, r"rank 3 of 4 \(local rank 2 of 2\) is not possible"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "rank 0 of 0"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "but not OMPI_COMM_WORLD_RANK"),
-        ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "x"}, "OMPI_COMM_WORLD_LOCAL_SIZE='x' is no number"),
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "x"}, "OMPI_COMM_WORLD_LOCAL_SIZE='x' is not a number"),
         ({"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "a"}, "but not SLURM_NTASKS"),
-        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_NODEID": "2"}, "says nothing of node 2"),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_NODEID": "2"}, "has no entry for node 2"),
     ],
 )
 def test_half_set_and_wrong_variables(env: dict[str, str], message: str) -> None:
@@ -120,8 +123,8 @@ def test_first_host_of_slurm(nodes: str, host: str) -> None:
     [("srun", "3", 0), ("mpirun", "GPU-8932f937", 0), ("srun", "0,1,2,3", 2), ("srun", None, 2), ("torchrun", "3", 2)],
 )
 def test_the_gpu_of_a_rank(launcher: str, visible: str | None, number: int) -> None:
-    """Where the launcher shows each rank a GPU of its own, that is number 0. Under torchrun one GPU for several ranks is a
-    mistake, which must not be hidden."""
+    """If the launcher makes one GPU visible to each rank, it has index 0. Under torchrun one GPU for several ranks is an
+    error, which must not be hidden."""
     assert process.device_number(Rank(6, 8, 2, 4, launcher), visible) == number
 
 
@@ -130,9 +133,9 @@ def test_no_host() -> None:
         first_host("")
 
 
-def test_where_the_ranks_meet() -> None:
-    said = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "2345"}
-    assert find_master(find_rank(TORCHRUN | said), TORCHRUN | said) == ("10.0.0.1", 2345)
+def test_find_master() -> None:
+    given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "2345"}
+    assert find_master(find_rank(TORCHRUN | given), TORCHRUN | given) == ("10.0.0.1", 2345)
     assert find_master(find_rank(SLURM), SLURM) == ("gpu07", process.PORT_BASE + (77 * 31 + 2) % process.PORT_SPAN)
     other_step = SLURM | {"SLURM_STEP_ID": "3"}
     assert find_master(find_rank(SLURM), SLURM) != find_master(find_rank(other_step), other_step)
@@ -141,18 +144,18 @@ def test_where_the_ranks_meet() -> None:
 
 
 @pytest.mark.parametrize("port", ["", "x", "0", "70000", "-5"])
-def test_a_port_that_is_none(port: str) -> None:
-    with pytest.raises(LaunchError, match=f"MASTER_PORT='{port}' is no TCP port"):
+def test_an_invalid_port(port: str) -> None:
+    with pytest.raises(LaunchError, match=f"MASTER_PORT='{port}' is not a TCP port"):
         find_master(find_rank(TORCHRUN), TORCHRUN | {"MASTER_PORT": port})
 
 
-def test_nowhere_to_meet() -> None:
+def test_no_master() -> None:
     with pytest.raises(LaunchError, match="MASTER_ADDR and MASTER_PORT are not set: start the ranks with"):
         find_master(find_rank(DEEPSPEED), DEEPSPEED)
 
 
-def test_free_port_passes_over_a_taken_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ports are drawn in turn: the first while it is free, the second while the first is taken, none without it."""
+def test_free_port_skips_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ports are drawn in turn: the first is returned while it is free, the second while the first is in use."""
     first = free_port()
     second = next(port for port in iter(free_port, first))
     draws = itertools.cycle([first - process.PORT_BASE, second - process.PORT_BASE])
@@ -182,12 +185,12 @@ CORES = [
 ]
 
 
-@pytest.mark.parametrize(("launcher", "ranks", "mine", "whole", "used", "bound"), CORES)
+@pytest.mark.parametrize(("launcher", "ranks", "mine", "available", "used", "bound"), CORES)
 def test_cores_of_a_rank(
-    launcher: str, ranks: int, mine: int, whole: int, used: int, bound: int | None, monkeypatch: pytest.MonkeyPatch
+    launcher: str, ranks: int, mine: int, available: int, used: int, bound: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = []
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(whole if pid else mine)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(available if pid else mine)))
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: changed.append(len(cores)))
     assert claim_cores(Rank(0, ranks, 0, ranks, launcher)) == used
     assert changed == ([] if bound is None else [bound])
@@ -241,7 +244,7 @@ def test_a_process_of_its_own() -> None:
 
 @needs_cpu_only
 def test_threads_are_shared_by_the_ranks_of_a_machine() -> None:
-    """torchrun writes OMP_NUM_THREADS=1 where the user said nothing: that is replaced. Others' value is the user's own."""
+    """torchrun sets OMP_NUM_THREADS=1 by default, which is replaced. With other launchers the value is the user's."""
     two = TORCHRUN | {"RANK": "1", "WORLD_SIZE": "2"}
     assert settled(**two, OMP_NUM_THREADS="1")["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
     one = TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
@@ -270,5 +273,5 @@ def test_mpirun_leaves_a_rank_all_its_cores() -> None:
 
 
 def test_the_allocator_is_tuned_on_glibc() -> None:
-    """glibc maps every tensor over 32 MiB anew unless told otherwise; mallopt answers 1 when it took the thresholds."""
+    """By default glibc maps new memory for every tensor over 32 MiB; mallopt returns 1 if it accepted the thresholds."""
     assert process.tune_allocator() is (os.confstr("CS_GNU_LIBC_VERSION") is not None)

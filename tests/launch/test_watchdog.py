@@ -1,4 +1,4 @@
-"""Ranks that die, stop, hang, fail or fall behind: all ranks end within the stated time, and one of them says why.
+"""Ranks that exit, stop, hang, fail or are slow: all ranks exit within bounded time, and one of them prints why.
 
 Real processes, killed and stopped. Upper bounds on time are those of the harness only: a loaded machine may be slow.
 """
@@ -26,13 +26,13 @@ from megatronish.launch.watchdog import Watchdog
 from tests.launch.faulty_ranks import FaultyRanks, start_ranks
 
 pytestmark = pytest.mark.distributed
-TIMEOUT = 4.0  # seconds without a sign of life; the tests' own
+TIMEOUT = 4.0  # of the watchdog in these tests, in seconds
 LAST_STEP = 100_000
 
 
 @contextmanager
-def watched(folder: Path) -> Iterator[Watchdog]:
-    """A rank as the training loop makes it: met, watched, in a process group."""
+def monitored(folder: Path) -> Iterator[Watchdog]:
+    """A rank as in the training loop: after the rendezvous, with a watchdog, in a process group."""
     from megatronish.training.engine import start_process_group, stop_process_group
 
     rendezvous = join_rendezvous_from_env(60.0)
@@ -43,8 +43,8 @@ def watched(folder: Path) -> Iterator[Watchdog]:
 
 
 def steps(rank: int, folder: Path, fault: Callable[[int, int], Any]) -> int:
-    """All-reduces in a loop; `fault(rank, step)` comes before each."""
-    with exit_on_user_error(rank == 0), watched(folder) as watch:
+    """All-reduces in a loop, with `fault(rank, step)` before each."""
+    with exit_on_user_error(rank == 0), monitored(folder) as watch:
         for step in range(LAST_STEP):
             watch.mark("training", step)
             if fault(rank, step):
@@ -62,7 +62,7 @@ def nothing(rank: int, step: int) -> bool:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., FaultyRanks]]:
-    """Starts three ranks that take steps until something happens; at the end none is left."""
+    """Starts three ranks that run `steps`, and kills those that are left at the end."""
     started = []
 
     def run(fault: Callable[[int, int], Any] = nothing) -> FaultyRanks:
@@ -76,64 +76,64 @@ def start(tmp_path: Path) -> Iterator[Callable[..., FaultyRanks]]:
 
 def errors(ranks: FaultyRanks) -> list[str]:
     """The messages of all ranks."""
-    return [line for rank in ranks.pids for line in ranks.said(rank).splitlines() if line.startswith("error: ")]
+    return [line for rank in ranks.pids for line in ranks.output(rank).splitlines() if line.startswith("error: ")]
 
 
 def test_a_run_without_faults(start: Callable[..., FaultyRanks], tmp_path: Path) -> None:
-    """Ends as it should, though one rank is done before the others have left; nothing is said, nothing is left."""
+    """All ranks exit with status 0 although one finishes first; nothing is printed and no stack file is left."""
 
     def finish(rank: int, step: int) -> bool:
         return step == 10
 
     ranks = start(finish)
-    assert ranks.wait() == {0: 0, 1: 0, 2: 0}, [ranks.said(rank) for rank in ranks.pids]
+    assert ranks.wait() == {0: 0, 1: 0, 2: 0}, [ranks.output(rank) for rank in ranks.pids]
     assert errors(ranks) == []
     assert not (tmp_path / "stacks").exists()
 
 
 @pytest.mark.parametrize("victim", [0, 2])
-def test_a_rank_that_is_killed(start: Callable[..., FaultyRanks], victim: int) -> None:
-    """Its socket tells at once: long before any heartbeat is missed."""
+def test_a_killed_rank(start: Callable[..., FaultyRanks], victim: int) -> None:
+    """Its closed socket is noticed at once, long before a heartbeat is missing."""
     ranks = start()
-    ranks.wait_until_said(victim, "at work")
+    ranks.wait_for_output(victim, "at work")
     os.kill(ranks.pids[victim], signal.SIGKILL)
     statuses = ranks.wait()
     assert statuses.pop(victim) == -signal.SIGKILL
-    assert set(statuses.values()) == {EXIT_STOPPED}, [ranks.said(rank) for rank in ranks.pids]
-    (message,) = errors(ranks) or [str([ranks.said(rank) for rank in ranks.pids])]
+    assert set(statuses.values()) == {EXIT_STOPPED}, [ranks.output(rank) for rank in ranks.pids]
+    (message,) = errors(ranks) or [str([ranks.output(rank) for rank in ranks.pids])]
     assert (
         message.startswith(f"error: rank {victim} (")
-        and f"pid {ranks.pids[victim]}) has ended without a word" in message
+        and f"pid {ranks.pids[victim]}) ended without an error message" in message
     )
-    speaker = ranks.said(1 if victim == 0 else 0)
-    assert "Likely cause: it was killed" in speaker and "Traceback" not in speaker
+    reporter = ranks.output(1 if victim == 0 else 0)
+    assert "Likely cause: it was killed" in reporter and "Traceback" not in reporter
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_stopped(start: Callable[..., FaultyRanks], victim: int, tmp_path: Path) -> None:
-    """SIGSTOP: the others end after the timeout, wake it, kill it, and its stack is on the disk all the same.
+def test_a_stopped_rank(start: Callable[..., FaultyRanks], victim: int, tmp_path: Path) -> None:
+    """SIGSTOP: the others exit after the timeout, and wake and kill the stopped rank, which still writes its stacks.
 
-    Rank 1 may hear rank 0 when it wakes, and end by itself.
+    When rank 1 wakes it may receive rank 0's message and exit by itself.
     """
     ranks = start()
-    ranks.wait_until_said(victim, "at work")
+    ranks.wait_for_output(victim, "at work")
     os.kill(ranks.pids[victim], signal.SIGSTOP)
     begin = time.monotonic()
     statuses = ranks.wait()
     assert time.monotonic() - begin > TIMEOUT / 2, "not before the timeout"
     stacks = (tmp_path / "stacks" / f"rank-{victim:05d}.txt").read_text()
     assert statuses.pop(victim) in (-signal.SIGKILL, EXIT_STOPPED if victim else None), stacks
-    assert set(statuses.values()) == {EXIT_STOPPED}, [ranks.said(rank) for rank in ranks.pids]
-    (message,) = errors(ranks) or [str([ranks.said(rank) for rank in ranks.pids])]
+    assert set(statuses.values()) == {EXIT_STOPPED}, [ranks.output(rank) for rank in ranks.pids]
+    (message,) = errors(ranks) or [str([ranks.output(rank) for rank in ranks.pids])]
     assert message.startswith(f"error: rank {victim} (") and "has sent no heartbeat for 4 s" in message
-    speaker = ranks.said(1 if victim == 0 else 0)
-    assert "in all_reduce, launch/test_watchdog.py:" in speaker, "where the others wait"
-    assert "Likely cause: the process is stopped (SIGSTOP" in speaker
+    reporter = ranks.output(1 if victim == 0 else 0)
+    assert "in all_reduce, launch/test_watchdog.py:" in reporter, "where the others wait"
+    assert "Likely cause: the process is stopped (SIGSTOP" in reporter
     assert "in steps" in stacks
 
 
 def test_a_rank_that_holds_the_interpreter(start: Callable[..., FaultyRanks], tmp_path: Path) -> None:
-    """No thread of it runs any Python: its stack is written from inside a signal before it is killed."""
+    """None of its threads runs Python code: its stack is written by a signal handler before it is killed."""
 
     def hold(rank: int, step: int) -> None:
         if rank == 1 and step == 5:
@@ -141,68 +141,68 @@ def test_a_rank_that_holds_the_interpreter(start: Callable[..., FaultyRanks], tm
 
     ranks = start(hold)
     assert ranks.wait() == {0: EXIT_STOPPED, 1: -signal.SIGKILL, 2: EXIT_STOPPED}, [
-        ranks.said(rank) for rank in ranks.pids
+        ranks.output(rank) for rank in ranks.pids
     ]
     assert "in hold" in (tmp_path / "stacks" / "rank-00001.txt").read_text()
 
 
-def test_asking_for_stacks_disturbs_nothing(start: Callable[..., FaultyRanks], tmp_path: Path) -> None:
-    """A thousand times, whatever line the rank is at."""
+def test_requesting_stacks_does_not_disturb_the_run(start: Callable[..., FaultyRanks], tmp_path: Path) -> None:
+    """A thousand requests, at arbitrary lines of the rank."""
     done = tmp_path / "asked"
 
     def until_asked(rank: int, step: int) -> bool:
-        gone_on = torch.tensor(float(rank == 0 and done.exists()))
-        dist.all_reduce(gone_on)
-        return bool(gone_on)
+        finished = torch.tensor(float(rank == 0 and done.exists()))
+        dist.all_reduce(finished)
+        return bool(finished)
 
     ranks = start(until_asked)
-    ranks.wait_until_said(1, "at work")
+    ranks.wait_for_output(1, "at work")
     stacks = tmp_path / "stacks" / "rank-00001.txt"
     for _ in range(1000):
         os.kill(ranks.pids[1], signal.SIGUSR2)
         time.sleep(0.001)
     begin = time.monotonic()
-    while "in until_asked" not in (said := stacks.read_text()) and time.monotonic() < begin + 30:
+    while "in until_asked" not in (written := stacks.read_text()) and time.monotonic() < begin + 30:
         os.kill(ranks.pids[1], signal.SIGUSR2)
         time.sleep(0.1)
-    assert "in steps" in said and "in _watch" in said
+    assert "in steps" in written and "in _watch" in written
     done.touch()
-    assert ranks.wait() == {0: 0, 1: 0, 2: 0}, [ranks.said(rank) for rank in ranks.pids]
+    assert ranks.wait() == {0: 0, 1: 0, 2: 0}, [ranks.output(rank) for rank in ranks.pids]
 
 
-def test_a_rank_that_does_not_come_to_a_collective(start: Callable[..., FaultyRanks], tmp_path: Path) -> None:
+def test_a_rank_that_does_not_reach_a_collective(start: Callable[..., FaultyRanks], tmp_path: Path) -> None:
     def wander(rank: int, step: int) -> None:
         if rank == 1 and step == 5:
             time.sleep(1000)
 
     ranks = start(wander)
     assert ranks.wait() == {0: EXIT_STOPPED, 1: EXIT_STOPPED, 2: EXIT_STOPPED}, [
-        ranks.said(rank) for rank in ranks.pids
+        ranks.output(rank) for rank in ranks.pids
     ]
-    (message,) = errors(ranks) or [str([ranks.said(rank) for rank in ranks.pids])]
+    (message,) = errors(ranks) or [str([ranks.output(rank) for rank in ranks.pids])]
     assert "error: rank 1 (" in message
-    assert "has not come to all_reduce at step 5, where ranks 0, 2 wait; nothing has moved for" in message
-    assert "rank 1: step 5, training, launch/test_watchdog.py" in ranks.said(0) and "(wander)" in ranks.said(0)
+    assert "has not reached all_reduce at step 5, where ranks 0, 2 wait; no progress for" in message
+    assert "rank 1: step 5, training, launch/test_watchdog.py" in ranks.output(0) and "(wander)" in ranks.output(0)
     assert "in wander" in (tmp_path / "stacks" / "rank-00001.txt").read_text()
 
 
 def test_a_rank_with_an_error_of_its_own(start: Callable[..., FaultyRanks]) -> None:
-    """Rank 0 shows the traceback; the failing rank's status is 1, as python's."""
+    """Rank 0 prints the traceback; the failing rank exits with status 1, like python."""
 
     def raise_error(rank: int, step: int) -> None:
         if rank == 2 and step == 5:
             raise KeyError("no such thing")
 
     ranks = start(raise_error)
-    assert ranks.wait() == {0: EXIT_STOPPED, 1: EXIT_STOPPED, 2: 1}, [ranks.said(rank) for rank in ranks.pids]
-    (message,) = errors(ranks) or [str([ranks.said(rank) for rank in ranks.pids])]
+    assert ranks.wait() == {0: EXIT_STOPPED, 1: EXIT_STOPPED, 2: 1}, [ranks.output(rank) for rank in ranks.pids]
+    (message,) = errors(ranks) or [str([ranks.output(rank) for rank in ranks.pids])]
     assert message.startswith("error: rank 2 (") and message.endswith(" failed at step 5 (training):")
-    assert "KeyError: 'no such thing'" in ranks.said(0) and "in raise_error" in ranks.said(0)
-    assert sum(ranks.said(rank).count("Traceback") for rank in ranks.pids) == 1
+    assert "KeyError: 'no such thing'" in ranks.output(0) and "in raise_error" in ranks.output(0)
+    assert sum(ranks.output(rank).count("Traceback") for rank in ranks.pids) == 1
 
 
 @pytest.mark.parametrize("failing", [{1}, {0, 1, 2}])
-def test_a_users_error_after_the_ranks_have_met(start: Callable[..., FaultyRanks], failing: set[int]) -> None:
+def test_a_user_error_after_the_rendezvous(start: Callable[..., FaultyRanks], failing: set[int]) -> None:
     """On one rank or on all: one message, and status 2 everywhere."""
 
     def refuse(rank: int, step: int) -> None:
@@ -210,13 +210,13 @@ def test_a_users_error_after_the_ranks_have_met(start: Callable[..., FaultyRanks
             raise UserError("the loss is nan")
 
     ranks = start(refuse)
-    assert ranks.wait() == {0: 2, 1: 2, 2: 2}, [ranks.said(rank) for rank in ranks.pids]
-    (message,) = errors(ranks) or [str([ranks.said(rank) for rank in ranks.pids])]
+    assert ranks.wait() == {0: 2, 1: 2, 2: 2}, [ranks.output(rank) for rank in ranks.pids]
+    (message,) = errors(ranks) or [str([ranks.output(rank) for rank in ranks.pids])]
     assert message.endswith("the loss is nan") and ("rank 1 (" in message) == (failing == {1})
 
 
 def test_a_slow_rank(start: Callable[..., FaultyRanks], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It computes while the others wait; rank 0 says so, and the run goes on."""
+    """It computes while the others wait; rank 0 prints a note, and the run continues."""
     monkeypatch.setattr(watchdog, "SLOW_SECONDS", 3.0)
 
     def compute(rank: int, step: int) -> None:
@@ -224,16 +224,16 @@ def test_a_slow_rank(start: Callable[..., FaultyRanks], monkeypatch: pytest.Monk
             time.sleep(0.1)
 
     ranks = start(compute)
-    ranks.wait_until_said(0, "note: rank 1 (")
-    assert "is slow: it waits for others" in ranks.said(0)
-    assert errors(ranks) == [] and ranks.said(0).count("note: ") == 1
+    ranks.wait_for_output(0, "note: rank 1 (")
+    assert "is slow: it waits in collectives for" in ranks.output(0)
+    assert errors(ranks) == [] and ranks.output(0).count("note: ") == 1
 
 
-def test_a_job_that_is_suspended_as_a_whole(start: Callable[..., FaultyRanks]) -> None:
-    """Ctrl-Z and fg, longer apart than the timeout: nobody is blamed, and the run goes on."""
+def test_a_suspended_job(start: Callable[..., FaultyRanks]) -> None:
+    """Ctrl-Z and fg, longer apart than the timeout: nothing is reported, and the run continues."""
     ranks = start()
     for rank in ranks.pids:
-        ranks.wait_until_said(rank, "at work")
+        ranks.wait_for_output(rank, "at work")
     for number, pause in ((signal.SIGSTOP, TIMEOUT + 1), (signal.SIGCONT, 2.5)):
         for pid in ranks.pids.values():
             os.kill(pid, number)

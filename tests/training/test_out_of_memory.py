@@ -104,9 +104,9 @@ def test_recomputation_comes_first_where_it_is_cheaper(data: str, tmp_path: Path
     """128 tokens a micro batch are so few that halving them costs more: the blocks are recomputed, and no number changes."""
     short, whole = (run_config(data, tmp_path / name, "zero1", 4, KEEP_ALL) for name in ("short", "whole"))
     ranks = start_ranks(2, tmp_path, pretrain_short_of_memory, short, 3)
-    assert ranks.wait() == {0: 0, 1: 0}, ranks.said(0)
-    assert "out of memory in step 4, which is done again: from here on micro batch 4, accumulation 2" in ranks.said(0)
-    assert "activation checkpointing selective" in ranks.said(0)
+    assert ranks.wait() == {0: 0, 1: 0}, ranks.output(0)
+    assert "out of memory in step 4, which is done again: from here on micro batch 4, accumulation 2" in ranks.output(0)
+    assert "activation checkpointing selective" in ranks.output(0)
     run_ranks(2, pretrain_rank, whole, 2, group=False)
     assert read_losses(tmp_path / "short") == read_losses(tmp_path / "whole")
     assert same_weights(tmp_path / "short", tmp_path / "whole")
@@ -125,9 +125,9 @@ def test_the_largest_micro_batch_is_tried_before_the_first_step(data: str, tmp_p
     limit = (used[2] + used[4]) / 2 / GIB
     tight = run_config(data, tmp_path / "tight", "zero1", 4, {"memory_budget": limit})
     ranks = start_ranks(2, tmp_path, pretrain_short_of_memory, tight, 99)
-    assert ranks.wait() == {0: 0, 1: 0}, ranks.said(0)
-    assert "the largest micro batch does not fit: from here on micro batch 2, accumulation 4" in ranks.said(0)
-    assert "the largest micro batch fits: it keeps" in ranks.said(0)
+    assert ranks.wait() == {0: 0, 1: 0}, ranks.output(0)
+    assert "the largest micro batch does not fit: from here on micro batch 2, accumulation 4" in ranks.output(0)
+    assert "the largest micro batch fits: it keeps" in ranks.output(0)
     run_ranks(2, pretrain_rank, run_config(data, tmp_path / "small", "zero1", 2), 2, group=False)
     assert read_losses(tmp_path / "tight") == read_losses(tmp_path / "small")
     assert same_weights(tmp_path / "tight", tmp_path / "small")
@@ -136,18 +136,18 @@ def test_the_largest_micro_batch_is_tried_before_the_first_step(data: str, tmp_p
 def test_a_budget_below_anything_is_refused(data: str, tmp_path: Path) -> None:
     config = run_config(data, tmp_path / "run", "zero1", 4, {**KEEP_ALL, "memory_budget": 1e-6})
     ranks = start_ranks(2, tmp_path, pretrain_short_of_memory, config, 99)
-    assert ranks.wait() == {0: 2, 1: 2}, ranks.said(0)
+    assert ranks.wait() == {0: 2, 1: 2}, ranks.output(0)
     for tried in ("micro batch 2, acc", "micro batch 1, acc", "checkpointing selective", "checkpointing full"):
-        assert tried in ranks.said(0)
-    assert "a micro batch of one sample does not fit" in ranks.said(0)
+        assert tried in ranks.output(0)
+    assert "a micro batch of one sample does not fit" in ranks.output(0)
 
 
 def test_zero3_says_what_to_do(data: str, tmp_path: Path) -> None:
     """There ranks wait for each other inside the forward pass: one message, status 2 on all, nobody hangs."""
     config = run_config(data, tmp_path / "run", "zero3-bf16", 4)
     ranks = start_ranks(2, tmp_path, pretrain_short_of_memory, config, 1)
-    assert ranks.wait() == {0: 2, 1: 2}, ranks.said(0) + ranks.said(1)
-    assert "no memory for a micro batch of 4 on rank 1 (the test's). Halve --train_micro_batch" in ranks.said(0)
+    assert ranks.wait() == {0: 2, 1: 2}, ranks.output(0) + ranks.output(1)
+    assert "no memory for a micro batch of 4 on rank 1 (the test's). Halve --train_micro_batch" in ranks.output(0)
 
 
 def test_what_a_forward_pass_keeps_is_counted() -> None:

@@ -68,8 +68,8 @@ def test_one_rank_is_asked_and_all_save_and_stop(number: signal.Signals, tmp_pat
     """Rank 1 alone hears the signal in step 3: both save after it, end with 76, and the run goes on to the same bits."""
     stopped = run_config(tmp_path, "stopped")
     ranks = start_ranks(2, tmp_path, pretrain_rank, 2, stopped, 1, number)
-    assert ranks.wait() == {0: EXIT_SAVED, 1: EXIT_SAVED}, ranks.said(0) + ranks.said(1)
-    assert f"stopped by {number.name} after step 3, saved; the same command goes on from here" in ranks.said(0)
+    assert ranks.wait() == {0: EXIT_SAVED, 1: EXIT_SAVED}, ranks.output(0) + ranks.output(1)
+    assert f"stopped by {number.name} after step 3, saved; the same command goes on from here" in ranks.output(0)
     checkpoints = Path(stopped.megatronish.train.save_dir) / "checkpoints"
     assert json.loads((checkpoints / "step-00000003" / "state.json").read_text())["step"] == 3
 
@@ -95,8 +95,8 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     config = run_config(tmp_path, "run")
     ranks = start_ranks(2, tmp_path, pretrain_rank, 2, config, 0, signal.SIGINT, 2)
     statuses = ranks.wait()
-    assert statuses[0] == 130 and statuses[1] in (75, 130), ranks.said(0) + ranks.said(1)
-    assert "stopped by Ctrl-C" in ranks.said(0)
+    assert statuses[0] == 130 and statuses[1] in (75, 130), ranks.output(0) + ranks.output(1)
+    assert "stopped by Ctrl-C" in ranks.output(0)
     assert not (tmp_path / "run" / "checkpoints" / "latest").exists()
 
 
@@ -106,8 +106,8 @@ def test_the_time_limit_saves_before_it(tmp_path: Path) -> None:
     raw = config.to_json()
     raw["megatronish"]["train"]["time_limit"] = 1e-6
     ranks = start_ranks(1, tmp_path, pretrain_rank, 1, RunConfig.from_dict(raw, "test"), -1, signal.SIGTERM)
-    assert ranks.wait() == {0: EXIT_SAVED}, ranks.said(0)
-    assert f"stopped by {OUT_OF_TIME} after step 1, saved" in ranks.said(0)
+    assert ranks.wait() == {0: EXIT_SAVED}, ranks.output(0)
+    assert f"stopped by {OUT_OF_TIME} after step 1, saved" in ranks.output(0)
 
 
 def test_what_is_asked_is_remembered_and_handlers_are_given_back() -> None:

@@ -70,7 +70,9 @@ def measure(preset: str, overrides: dict[str, Any], saves: int, folder: Path) ->
 
     step, take = trainer(preset, overrides, StagingBuffers())
     store = CheckpointStore(folder, 1)
-    saver = Saver(store, Consensus(join_rendezvous(0, 1, "", 0, 1.0), "bench"), background=True, tell=lambda line: None)
+    saver = Saver(
+        store, Consensus(join_rendezvous(0, 1, "", 0, 1.0), "bench"), background=True, report=lambda line: None
+    )
     stalls: dict[str, list[float]] = {"sync": [], "async": []}
     written, peace, beside = [], [timed(step) for _ in range(3)], []
     for number in range(saves):

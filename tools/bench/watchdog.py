@@ -89,7 +89,7 @@ def thread_share(ranks: int, seconds: float, step: Any) -> None:
     from megatronish.launch.watchdog import Watchdog
 
     store: Any = Shelf()
-    here = RankProcess.here(0)
+    here = RankProcess.current(0)
     processes = tuple(RankProcess(rank, here.host, here.pid, here.pid_namespace) for rank in range(ranks))
     with tempfile.TemporaryDirectory() as folder:
         watchdog = Watchdog(Rendezvous(store, "127.0.0.1", 0, processes), 300.0, Path(folder), count_cpu=True)

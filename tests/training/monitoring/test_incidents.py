@@ -100,8 +100,8 @@ def test_a_run_without_numbers_ends_after_so_many_steps_and_says_where_they_brea
     train = {"max_skipped_steps": 3, "save_interval": 1}
     config = run_config(data, tmp_path / "run", train, changes)
     ranks = start_ranks(2, tmp_path, pretrain_with, config, {}, [])
-    assert ranks.wait() == {0: 2, 1: 2}, ranks.said(0) + ranks.said(1)
-    said = ranks.said(0)
+    assert ranks.wait() == {0: 2, 1: 2}, ranks.output(0) + ranks.output(1)
+    said = ranks.output(0)
     assert "error: 3 step(s) in a row, the last of them step 4, had a loss or gradient that is no number" in said
     assert "the weights are those of step 1" in said and "lr" in said
     box = tmp_path / "run" / "black_box" / "step-00000002"
@@ -145,9 +145,9 @@ def test_rollbacks_end(data: str, tmp_path: Path) -> None:
     train = {"on_spike": "rollback", "spike_window": 8, "max_rollbacks": 1, "spike_steps": 1, "steps": 12}
     config = run_config(data, tmp_path / "run", train)
     ranks = start_ranks(2, tmp_path, pretrain_with, config, {9: "all 20", 10: "all 400"}, [])
-    assert ranks.wait() == {0: 0, 1: 0}, ranks.said(0) + ranks.said(1)
-    assert "back at step 8, samples 72 to 79 will be left out" in ranks.said(0)
-    assert "loss spike at step 11" in ranks.said(0) and "not rolled back: 1 rollbacks are enough" in ranks.said(0)
+    assert ranks.wait() == {0: 0, 1: 0}, ranks.output(0) + ranks.output(1)
+    assert "back at step 8, samples 72 to 79 will be left out" in ranks.output(0)
+    assert "loss spike at step 11" in ranks.output(0) and "not rolled back: 1 rollbacks are enough" in ranks.output(0)
     state = json.loads((tmp_path / "run/checkpoints/step-00000012/state.json").read_text())
     assert (state["rollbacks"], state["skipped"]) == (1, 1)
 
