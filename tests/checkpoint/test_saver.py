@@ -323,19 +323,13 @@ class TestLock:
             assert str(os.getpid()) in (folder / ".lock").read_text()
         assert (folder / ".lock").read_text() == ""
 
-    @pytest.mark.parametrize("no_locks", [True, False])
-    def test_without_locks_in_the_file_system(
-        self, no_locks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """The record of the holder counts, as long as that process lives: one of another start, or pid, does not."""
+    def test_without_locks_in_the_file_system(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The record of the holder counts while its process is alive: not one of another start time, or pid."""
 
-        def none(*arguments: object) -> None:
+        def no_locks(*arguments: object) -> None:
             raise OSError(errno.ENOLCK, "No locks available")
 
-        if no_locks:
-            monkeypatch.setattr(run_lock.fcntl, "lockf", none)
-        else:
-            monkeypatch.setattr(run_lock, "fcntl", None)
+        monkeypatch.setattr(run_lock.fcntl, "lockf", no_locks)
         own, host = run_lock._own_record(), os.uname().nodename
         parent = {"host": host, "pid": os.getppid(), "started": run_lock._start_of(os.getppid())}
         lock = tmp_path / ".lock"
