@@ -21,8 +21,8 @@ install:  ## make .venv with all that running, testing and checking need; PYTHON
 demo: install  ## prepare a corpus, pretrain the tiny model, plot, measure, generate; about 7 minutes on 2 cores
 	@echo "== 1/5 The corpus: source and docs of this Python installation, and a tokenizer trained on them"
 	python tools/preprocess_data.py
-	@echo "== 2/5 Pretraining the tiny model; a run that has begun goes on, a finished one stays as it is"
-	deepspeed $(RANKS) launchers/pretrain.py --deepspeed_config ds_configs/cpu_demo.json --bf16.enabled $(BF16)
+	@echo "== 2/5 Pretraining the tiny model; an interrupted run resumes, a finished one stays unchanged"
+	deepspeed --quiet $(RANKS) launchers/pretrain.py --deepspeed_config ds_configs/cpu_demo.json --bf16.enabled $(BF16)
 	@echo "== 3/5 Bits per byte of held-out text, beside gzip and xz on the same bytes"
 	python launchers/evaluate.py --checkpoint $(RUN)
 	@echo "== 4/5 The loss curve: $(RUN)/loss.png"

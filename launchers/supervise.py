@@ -1,9 +1,9 @@
-"""Start a run again when it crashes: `python launchers/supervise.py -- deepspeed launchers/pretrain.py --deepspeed_config FILE`.
+"""Restart a run when it crashes: `python launchers/supervise.py -- deepspeed launchers/pretrain.py --deepspeed_config FILE`.
 
-Each attempt is the same command, which goes on from the newest checkpoint by itself (--train.resume auto). Between attempts it
-waits, twice as long each time; an attempt that wrote a newer checkpoint makes waiting and counting begin anew. It does not
-start again what is done (0), what the user has to mend (2), what was asked to stop (76 after saving, 130 after Ctrl-C). SIGTERM,
-SIGUSR1 and SIGINT are passed on to the ranks. The exit status is the command's last one.
+Each attempt is the same command, which resumes from the newest checkpoint (--train.resume auto). The wait between attempts
+doubles each time; an attempt that wrote a newer checkpoint resets the wait and the count. There is no restart after success (0),
+an error that the user has to fix (2) or a requested stop (76 after saving, 130 after Ctrl-C). SIGTERM, SIGUSR1 and SIGINT are
+forwarded to the ranks. The exit status is that of the last attempt.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> int:
     )
     parser.add_argument("--longest-wait", type=float, default=600.0, help="seconds at most between attempts [600]")
     parser.add_argument("--run-dir", type=Path, help="train.save_dir of the run; read from the command where not given")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="what to start, after --")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the command to start, after --")
     given = parser.parse_args()
     command = given.command[1:] if given.command[:1] == ["--"] else given.command
     if not command or given.retries < 0 or given.wait < 0:

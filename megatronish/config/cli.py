@@ -127,6 +127,7 @@ def help_text(program: str) -> str:
         f"       (also: torchrun, mpirun -np N python, srun, or plain python {program} ...)",
         "",
         "Any field of the file can be set here by its dotted name; values are JSON, or plain text.",
+        "launchers/pretrain.py --print-config prints the resolved configuration as JSON and exits.",
     ]
     for title, model in (
         ('fields of the "megatronish" block', MegatronishConfig),

@@ -1,24 +1,25 @@
-"""DeepSpeed behind one small class. The only module that imports deepspeed.
+"""Training engine: forward, backward, step, save and load of one rank through DeepSpeed.
 
-What it settles, so that the rest of the code need not know (each met on deepspeed 0.19.8):
-- the loss of a micro batch is a sum over tokens; it is scaled here so that the gradient of a step is that of the mean over
-  all tokens of all micro batches of all ranks, however unevenly they are filled;
-- fp32 ZeRO-0 reports no gradient norm: it is computed here;
-- low-precision ZeRO-0 takes an optimizer step with zero gradients to allocate its moments, which decays the weights and
-  counts as step 1 of AdamW's bias correction (losses 1% off): rates are 0 during set-up and the moments dropped after;
-- the shared-memory op of CPU ranks leaves 69 MB a rank in /dev/shm: plain gloo is used;
-- offloaded AdamW is torch's fused one: as fast as DeepSpeed's CPU Adam (tools/bench/cpu_adam.py), nothing to compile, and
-  it resumes bit for bit;
-- Muon's Newton-Schulz under torch.compile is slow on CPUs: it runs eagerly there;
-- DeepSpeed learns of tensor-parallel groups from an object of getters (`mpu`), and counts a parameter that is not marked as
-  divided on the first of their ranks only: the layers mark theirs;
-- its pipelines take a flat list of layers and name their parameters by index: here a stage is a part of the Transformer with
-  its own names, and every stage reads the micro batches itself, so that hidden states are all that travels;
-- a step whose loss is no number on any rank, or whose gradient norm is none, changes nothing. A loss that is no number makes its
-  rank's gradients so, and with them the norm that every rank gets: no message of its own is needed. DeepSpeed then skips the
-  step; in bf16 under ZeRO 1 and 2 it looks at the norm only where told to (`check_grad_overflow`), and then at every gradient, too,
-  which would read them once more;
-- shutdown is explicit and bounded in time.
+Only this module and pipeline_stage.py import deepspeed. What they work around (observed with deepspeed 0.19.8):
+- The loss of a micro batch is a sum over tokens. It is scaled here so that the gradient of a step is that of the mean over
+  all tokens of all micro batches of all ranks, however unevenly they are filled.
+- fp32 ZeRO-0 reports no gradient norm: it is computed here.
+- Low-precision ZeRO-0 takes an optimizer step with zero gradients to allocate its moments, which decays the weights and
+  counts as step 1 of AdamW's bias correction (losses 1% off): learning rates are 0 during set-up, and the moments are
+  dropped afterwards.
+- The shared-memory op of CPU ranks leaks 69 MB per rank in /dev/shm: plain gloo is used.
+- Offloaded AdamW is torch's fused one: as fast as DeepSpeed's CPU Adam (tools/bench/cpu_adam.py), nothing to compile, and
+  resuming is bit-identical.
+- Muon's Newton-Schulz iteration under torch.compile is slow on CPUs: it runs eagerly there.
+- DeepSpeed takes tensor-parallel groups from an object of getters (`mpu`), and counts a parameter that is not marked as
+  divided on the first of their ranks only: the layers mark theirs.
+- Its pipelines take a flat list of layers and name their parameters by index. Here a stage is a part of the Transformer
+  with its own names, and every stage reads the micro batches itself, so that only hidden states are sent.
+- A step with a non-finite loss on any rank, or a non-finite gradient norm, updates nothing. A non-finite loss makes the
+  gradients of its rank non-finite and with them the norm that every rank computes, so no extra communication is needed.
+  DeepSpeed then skips the step. In bf16 under ZeRO 1 and 2 it checks only with `check_grad_overflow`, and then reads every
+  gradient once more: that is replaced by a check of the norm.
+- Shutdown is explicit and bounded in time.
 """
 
 from __future__ import annotations
@@ -60,9 +61,8 @@ from megatronish.parallel.full_tensors import gather_full_tensors, parts_of
 from megatronish.parallel.layers import is_copy
 from megatronish.parallel.mesh import ParallelMesh
 from megatronish.training.memory import GIB, ActivationBudget, OutOfMemory, shortest_batch
-from megatronish.training.model_parallel_unit import ModelParallelUnit
 from megatronish.training.optimizers import build_torch_optimizer, parameter_groups
-from megatronish.training.pipeline_stage import Stage, first_and_last, is_tied_copy
+from megatronish.training.pipeline_stage import Stage, first_and_last, is_tied_copy, model_parallel_unit
 from megatronish.training.step import (
     Batch,
     LossModule,
@@ -70,17 +70,13 @@ from megatronish.training.step import (
     let_skip_steps,
     nan_unless_finite,
     own_part,
-    the_norm_tells,
+    skip_overflow_check,
 )
 
 NEVER = 1 << 60
-STATE_CLASSES = (
-    loss_scaler.LossScaler,
-    loss_scaler.DynamicLossScaler,
-    ZeroStageEnum,
-    fragment_address,
-)  # in its pickles
-EVALUATED_AT_ONCE = 64  # micro batches that a pipeline runs between two fillings of itself
+# The classes in DeepSpeed's pickles.
+STATE_CLASSES = (loss_scaler.LossScaler, loss_scaler.DynamicLossScaler, ZeroStageEnum, fragment_address)
+EVALUATED_AT_ONCE = 64  # micro batches of an evaluation between two fillings of the pipeline
 
 
 def device() -> torch.device:
@@ -96,7 +92,7 @@ def start_process_group(
     """Join the other ranks (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are set): NCCL on GPUs, gloo on CPUs.
 
     timeout_minutes: of a collective; rendezvous: that the ranks have joined; by default they join one here within `start_seconds`.
-    Raises UserError when the rendezvous place is taken, a rank does not come, or this machine has no GPU for this rank.
+    Raises UserError when the port of the rendezvous is taken, a rank is missing, or this machine has no GPU for this rank.
     """
     deepspeed_logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # deepspeed's calls, not ours
@@ -108,7 +104,7 @@ def start_process_group(
         if local >= found:
             raise UserError(
                 f"rank {os.environ['RANK']} is number {local} on {socket.gethostname()} (from 0), which shows it {found} "
-                "GPU(s): start at most as many ranks a machine as it has GPUs, and look at CUDA_VISIBLE_DEVICES."
+                "GPU(s): start at most one rank per GPU of a machine, and look at CUDA_VISIBLE_DEVICES."
             )
         get_accelerator().set_device(local)
     backend = "gloo" if on_cpu else get_accelerator().communication_backend_name()
@@ -124,7 +120,7 @@ def start_process_group(
 
 
 def stop_process_group() -> None:
-    """Leave the process group after a good run; if a peer keeps that from returning, the process ends all the same."""
+    """Leave the process group after a successful run; if a peer blocks that, the process exits after SHUTDOWN_SECONDS."""
     if not dist.is_initialized():
         return
     timer = exit_within(SHUTDOWN_SECONDS, status=0)
@@ -158,7 +154,7 @@ class Engine:
         self.can_move = can_move(config)
         self._files = DeepSpeedFiles(STATE_CLASSES)
         self._engine.checkpoint_engine = self._files
-        self._engine._copy_recovery_script = lambda save_path: None  # a program has no place in a checkpoint
+        self._engine._copy_recovery_script = lambda save_path: None  # keep its script out of checkpoints
         self._fp16 = config.deepspeed.dtype == "fp16"
         limit = config.megatronish.train.memory_budget
         self.budget = None if limit is None else ActivationBudget(model, limit * GIB)
@@ -168,23 +164,23 @@ class Engine:
             self._engine.optimizer.optimizer.state.clear()
         if hasattr(self._engine.optimizer, "check_grad_overflow") and not self._fp16:
             self._engine.optimizer.check_grad_overflow = True
-            if not config.deepspeed.zero_optimization.offloads_optimizer:  # there each gradient is looked at anyway
-                self._engine.optimizer.check_overflow = the_norm_tells
+            if not config.deepspeed.zero_optimization.offloads_optimizer:  # there each gradient is checked anyway
+                self._engine.optimizer.check_overflow = skip_overflow_check
 
     def _wrap(self, model: Transformer) -> tuple[nn.Module, Any]:
-        """What DeepSpeed gets: a module, and the groups of tensor parallelism."""
-        return LossModule(model), ModelParallelUnit.of(self.mesh)
+        """The module and the tensor-parallel groups for DeepSpeed."""
+        return LossModule(model), model_parallel_unit(self.mesh)
 
     def _begin_step(self, batches: list[Batch], learning_rate_multiplier: float) -> torch.Tensor:
         """Set the learning rate; returns the number of tokens of the step."""
-        tokens = torch.stack([(batch["labels"] != -100).sum() for batch in batches]).sum().float()
+        tokens = torch.stack([(batch["labels"] != IGNORED_LABEL).sum() for batch in batches]).sum().float()
         self.mesh.data.sum_(tokens)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = group["base_lr"] * learning_rate_multiplier
         return tokens
 
     def train_step(self, batches: list[Batch], learning_rate_multiplier: float) -> StepResult:
-        """One optimizer step over the micro batches of this rank, at `learning_rate_multiplier` of the peak learning rate."""
+        """One optimizer step over the micro batches of this rank, at `learning_rate_multiplier` times the peak learning rate."""
         batches = [own_part(batch, self.mesh.sp) for batch in batches]
         tokens = self._begin_step(batches, learning_rate_multiplier)
         scale = self.mesh.data.size / tokens  # DeepSpeed averages over ranks
@@ -206,10 +202,10 @@ class Engine:
         return self._result(loss_sum, tokens, norm, scaler)
 
     def _forward(self, batch: Batch) -> torch.Tensor:
-        """The loss of a micro batch. Without memory for it, NaN: then every rank leaves the step out.
+        """The loss of a micro batch; NaN when memory is short, and then every rank skips the step.
 
-        That takes a pass over next to nothing in its place, since the others wait for this rank's gradients. Raises
-        OutOfMemory where ranks wait for each other inside the forward pass, too.
+        A few tokens take the place of the micro batch, since the other ranks wait for this rank's gradients. Raises
+        OutOfMemory where ranks also communicate inside the forward pass.
         """
         try:
             with self.budget or nullcontext():
@@ -224,16 +220,16 @@ class Engine:
         return self._engine(shortest_batch(batch)) * math.nan
 
     def _no_memory(self, batch: Batch, error: Exception) -> OutOfMemory:
-        """What ends the run where a rank cannot leave a step out: the others already wait for this part of it."""
+        """The error that ends the run where a rank cannot skip a step, because others wait for its part of it."""
         return OutOfMemory(
             f"no memory for a micro batch of {len(batch['tokens'])} on rank {dist.get_rank()} ({error}). Halve "
-            "--train_micro_batch_size_per_gpu and double --gradient_accumulation_steps, which keeps the samples of a step, or add "
-            "--train.activation_checkpointing selective (then full). A run does this by itself in the forward pass, under ZeRO 0 to 2 "
+            "--train_micro_batch_size_per_gpu and double --gradient_accumulation_steps, which keeps the samples per step, or add "
+            "--train.activation_checkpointing selective (then full). This happens automatically in the forward pass under ZeRO 0 to 2 "
             "without tensor, pipeline or sequence parallel ranks."
         )
 
     def set_plan(self, plan: BatchPlan) -> None:
-        """Take micro batches of another size from the next step on; the samples of a step stay the same."""
+        """Use micro batches of another size from the next step on; the samples per step stay the same."""
         engine = self._engine
         engine._config.train_micro_batch_size_per_gpu = plan.micro
         engine._config.gradient_accumulation_steps = plan.accumulation
@@ -244,17 +240,14 @@ class Engine:
     def _result(
         self, loss_sum: torch.Tensor, tokens: torch.Tensor, own_norm: torch.Tensor | None, scaler: dict[str, float]
     ) -> StepResult:
-        """What the step did; scaler: where the loss scale stood before it."""
+        """The result of the step; scaler: the state of the loss scaler before it."""
         skipped = bad = bool(getattr(self._engine.optimizer, "overflow", False))
-        if skipped:
-            for kept in (
-                "averaged_gradients",
-                "all_grad_tensors",
-            ):  # ZeRO-2 offload adds the next step's to them otherwise
-                if isinstance(gradients := getattr(self._engine.optimizer, kept, None), dict):
-                    gradients.update(dict.fromkeys(gradients))
         lacked = False
         if skipped:
+            # ZeRO-2 offload would add the gradients of the next step to those of the skipped one.
+            for name in ("averaged_gradients", "all_grad_tensors"):
+                if isinstance(gradients := getattr(self._engine.optimizer, name, None), dict):
+                    gradients.update(dict.fromkeys(gradients))
             known = torch.tensor([not torch.isfinite(loss_sum), self._lacked_memory], device=self.device).float()
             dist.all_reduce(known, op=dist.ReduceOp.MAX)
             broken, lacked = (bool(each) for each in known.tolist())
@@ -267,29 +260,28 @@ class Engine:
 
     def _plain_norm(self) -> torch.Tensor:
         divided: list[torch.Tensor] = []
-        whole: list[torch.Tensor] = []
+        replicated: list[torch.Tensor] = []
         for p in self._engine.module.parameters():
             if p.grad is not None:
-                (whole if is_copy(p) else divided).append(p.grad)
+                (replicated if is_copy(p) else divided).append(p.grad)
         squares = torch.nn.utils.get_total_norm(divided).square().to(self.device)
-        return (self.mesh.tp.sum_(squares) + torch.nn.utils.get_total_norm(whole).square()).sqrt()
+        return (self.mesh.tp.sum_(squares) + torch.nn.utils.get_total_norm(replicated).square()).sqrt()
 
     @torch.no_grad()
     def evaluate(self, batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of token losses and token count of the batches of all ranks. Every rank needs equally many batches."""
+        """Sum of token losses and token count of the batches of all ranks. Every rank needs the same number of batches."""
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._engine.eval()
-        for whole in batches:
-            batch = own_part(whole, self.mesh.sp)
+        for batch in (own_part(batch, self.mesh.sp) for batch in batches):
             total[0] += self._engine(batch)
-            total[1] += (batch["labels"] != -100).sum()
+            total[1] += (batch["labels"] != IGNORED_LABEL).sum()
         self.mesh.data.sum_(total)
         self._engine.train()
         return total[0], total[1]
 
     @property
     def module(self) -> nn.Module:
-        """What DeepSpeed runs for each micro batch."""
+        """The module that DeepSpeed runs for each micro batch."""
         module: nn.Module = self._engine.module
         return module
 
@@ -351,7 +343,7 @@ class Engine:
         return LocalOptimizerState(self._engine.module.model, self._engine.optimizer, self.mesh)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Whole weights in the training dtype, on the first rank (elsewhere empty). Every rank calls it."""
+        """Full weights in the training dtype, on the first rank (elsewhere empty). Every rank calls it."""
         if self.mesh.tp.size > 1 or self.mesh.pp.size > 1:
             held = [part for part in parts_of(self._engine.module.model) if not is_tied_copy(part.tensor)]
             return gather_full_tensors(held, self.mesh)
@@ -367,7 +359,7 @@ class StageEngine(Engine):
     Narayanan et al. 2019, PipeDream-Flush)."""
 
     def _wrap(self, model: Transformer) -> tuple[nn.Module, Any]:
-        with contextlib.redirect_stdout(None):  # it prints its layers
+        with contextlib.redirect_stdout(None):  # PipelineModule prints its layers
             return Stage(model, self.mesh), None
 
     def train_step(self, batches: list[Batch], learning_rate_multiplier: float) -> StepResult:
@@ -390,7 +382,7 @@ class StageEngine(Engine):
                 first_and_last(some), reduce_output=None, bcast_loss=False, num_micro_batches=len(some)
             )
             total[0] += stage.loss_sum
-            total[1] += sum((batch["labels"] != -100).sum() for batch in some)
+            total[1] += sum((batch["labels"] != IGNORED_LABEL).sum() for batch in some)
         self.mesh.pp.sum_(total[0])
         self.mesh.data.sum_(total)
         self._engine.train()
@@ -405,10 +397,10 @@ def start_engine(model: Transformer, config: RunConfig, plan: BatchPlan, mesh: P
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, part: VocabularyPart | None = None
 ) -> torch.Tensor:
-    """DeepSpeed's sum of the cross-entropy of hidden weight^T, a part of the logits at a time, in fp32.
+    """DeepSpeed's summed cross-entropy of hidden weight^T in fp32, computed in chunks of the logits.
 
-    hidden [b, s, hidden], weight [V, hidden], labels int64 [b, s]; part: see `model.layout.LinearCrossEntropy`. Saves the
-    memory of the logits and computes them twice.
+    hidden [b, s, hidden], weight [V, hidden], labels int64 [b, s]; part: see `model.sharded_layers.LinearCrossEntropy`. Saves
+    the memory of the logits and computes them twice.
     """
     from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy  # not in every run
 
@@ -425,18 +417,18 @@ def linear_cross_entropy(
 
 
 def partitioned_construction(config: RunConfig, plan: BatchPlan) -> AbstractContextManager[Any]:
-    """Inside it modules are born partitioned under ZeRO-3, so that no rank ever holds a whole model; else nothing."""
+    """Context in which ZeRO-3 partitions modules as they are created, so that no rank ever holds the full model."""
     enabled = config.deepspeed.zero_optimization.stage == 3
     return deepspeed.zero.Init(config_dict_or_path=engine_keys(config, plan)) if enabled else nullcontext()
 
 
 def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-    """Inside it ZeRO-3 parameters are whole; what the first rank writes to them becomes theirs."""
+    """Context in which ZeRO-3 parameters are gathered; what the first rank writes to them is kept."""
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
 def engine_keys(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
-    """The configuration DeepSpeed gets: its own keys, with the batch resolved and the optimizer taken over by us."""
+    """The configuration for DeepSpeed: its own keys with the batch resolved, without the optimizer, which is built here."""
     keys = {key: value for key, value in config.to_json().items() if key not in (BLOCK, "optimizer")}
     return {
         **keys,
@@ -447,7 +439,7 @@ def engine_keys(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
         "steps_per_print": config.deepspeed.steps_per_print or NEVER,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # Sending hidden states in parts over tensor-parallel ranks would mix up parts of the sequence.
+        # Splitting hidden states over tensor-parallel ranks for sending would mix up parts of the sequence.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, **(config.deepspeed.pipeline or {})},
     }
 

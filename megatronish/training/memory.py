@@ -1,4 +1,4 @@
-"""Making a run fit the memory of the machine without changing what it computes: before it starts, and when it does not."""
+"""Fitting a run into memory without changing what it computes: before the first step, and as the out-of-memory fallback."""
 
 from __future__ import annotations
 
@@ -15,14 +15,10 @@ from megatronish.errors import UserError
 from megatronish.ops.dtypes import DTYPES
 
 GIB = 1 << 30
-MODES = (
-    "none",
-    "selective",
-    "full",
-)  # of activation checkpointing, each with less memory and more work than the one before
-# Work that recomputing adds to a step, as a share of it: cheap operations alone, or a forward pass, a third of the three.
+MODES = ("none", "selective", "full")  # of activation checkpointing, by falling memory and rising work
+# Work that recomputation adds to a step, as a share of it: cheap operations alone, or the forward pass.
 RECOMPUTED = {"selective": 0.05, "full": 1 / 3}
-RIDGE = {"cuda": 300.0, "cpu": 20.0}  # operations in the time of reading a byte from memory: H100 bf16; AVX-512 cores
+RIDGE = {"cuda": 300.0, "cpu": 20.0}  # FLOPs in the time of reading a byte from memory: H100 bf16; AVX-512 cores
 CPU_SHARE = 0.4  # of host memory, for the activations of all ranks
 
 
@@ -40,7 +36,7 @@ def activation_bytes_per_token(model: ModelConfig, dtype: str, checkpointing: st
 
 
 def fit_micro_batch(plan: BatchPlan, bytes_per_sample: int, budget_bytes: float) -> BatchPlan:
-    """The same samples a step in micro batches small enough for the budget: a smaller micro, more accumulation."""
+    """The same samples per step in micro batches that fit the budget: a smaller micro batch, more accumulation."""
     micro = plan.micro
     while micro > 1 and micro * bytes_per_sample > budget_bytes:
         micro = max(part for part in range(1, micro) if plan.micro % part == 0)
@@ -48,7 +44,7 @@ def fit_micro_batch(plan: BatchPlan, bytes_per_sample: int, budget_bytes: float)
 
 
 def fit_to_host(plan: BatchPlan, model: ModelConfig, dtype: str, checkpointing: str, local_ranks: int) -> BatchPlan:
-    """`fit_micro_batch` for CPU ranks: depends on the machine's memory alone, so that a resumed run gets the same plan."""
+    """`fit_micro_batch` for CPU ranks. Depends only on the installed memory, so that a resumed run gets the same plan."""
     budget = CPU_SHARE * psutil.virtual_memory().total / local_ranks
     return fit_micro_batch(plan, activation_bytes_per_token(model, dtype, checkpointing) * model.seq_length, budget)
 
@@ -58,10 +54,10 @@ class OutOfMemory(UserError):
 
 
 class ActivationBudget:
-    """Inside it the bytes that a forward pass keeps for its backward pass are counted, each storage once.
+    """A context manager that counts the bytes a forward pass saves for its backward pass, each storage once.
 
-    limit: bytes; None: only count. Raises OutOfMemory in the forward pass that goes beyond it. `used` is that of the last
-    pass. The module's own weights, and what a checkpointed block does not keep, are not among them.
+    limit: bytes, beyond which the forward pass raises OutOfMemory; None: only count. `used`: bytes of the last pass,
+    without the module's weights and without what a checkpointed block recomputes.
     """
 
     def __init__(self, module: nn.Module, limit: float | None) -> None:
@@ -82,21 +78,24 @@ class ActivationBudget:
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        place = storage.data_ptr()
-        if place not in self._own and place not in self._seen:
-            self._seen.add(place)
+        address = storage.data_ptr()
+        if address not in self._own and address not in self._seen:
+            self._seen.add(address)
             self.used += storage.nbytes()
             if self._limit is not None and self.used > self._limit:
                 raise OutOfMemory(f"activations of {self.used / GIB:.3g} GiB are more than train.memory_budget allows")
         return tensor
 
 
-def relief(plan: BatchPlan, mode: str, seq_length: int, dtype: str, device: str) -> tuple[BatchPlan, str] | None:
-    """The next thing to try when a micro batch does not fit: (plan, activation checkpointing); None when nothing is left.
+def out_of_memory_fallback(
+    plan: BatchPlan, mode: str, seq_length: int, dtype: str, device: str
+) -> tuple[BatchPlan, str] | None:
+    """The next (plan, activation checkpointing) to try when a micro batch does not fit; None when nothing is left.
 
-    Half the micro batch and twice the accumulation, the same samples a step, or more recomputation, whichever costs less: a
-    micro batch reads the weights three times (forward, backward, adding up) for 6 operations a weight and token, so one of
-    T tokens spends bytes * ridge / (2 T) of its time on them, and half of one twice that share.
+    Either half the micro batch and twice the accumulation, which keeps the samples per step, or more recomputation,
+    whichever costs less. A micro batch reads the weights three times (forward, backward, accumulation) for 6 FLOPs per
+    weight and token, so one of T tokens spends bytes * ridge / (2 T) of its time on reading them, and half of one twice
+    that share.
     """
     at = MODES.index(mode)
     further = MODES[at + 1] if at + 1 < len(MODES) else None
@@ -110,8 +109,8 @@ def relief(plan: BatchPlan, mode: str, seq_length: int, dtype: str, device: str)
     return None if further is None else (plan, further)
 
 
-def rehearse(module: nn.Module, batch: dict[str, Any], budget: ActivationBudget) -> bool:
-    """Whether a forward and backward pass over `batch` fits; no gradient is kept and nothing is sent to other ranks."""
+def fits_in_memory(module: nn.Module, batch: dict[str, Any], budget: ActivationBudget) -> bool:
+    """Dry run: whether a forward and backward pass over `batch` fits. Keeps no gradient and does not communicate."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     try:
         with budget:
@@ -123,19 +122,19 @@ def rehearse(module: nn.Module, batch: dict[str, Any], budget: ActivationBudget)
 
 
 def longest_batch(micro: int, seq_length: int, vocabulary: int, where: torch.device) -> dict[str, Any]:
-    """A micro batch as large as any: every row full, a single document each."""
+    """The largest possible micro batch: every row is full and a single document."""
     tokens = torch.arange(micro * seq_length, device=where).view(micro, seq_length) % vocabulary
     return {"tokens": tokens, "labels": tokens}
 
 
 def shortest_batch(batch: dict[str, Any], length: int = 8) -> dict[str, Any]:
-    """The beginning of the first row alone: next to no memory, and every weight is used."""
+    """The first `length` tokens of the first row: almost no memory, and every weight is used."""
     return {key: batch[key][:1, :length] for key in ("tokens", "labels")}
 
 
-def told(message: str, plan: BatchPlan, mode: str) -> str:
+def describe_fallback(message: str, plan: BatchPlan, mode: str) -> str:
     """A line for the user about what was changed."""
     return (
-        f"{message}: from here on micro batch {plan.micro}, accumulation {plan.accumulation}, activation checkpointing "
-        f"{mode}; the samples of a step stay the same"
+        f"{message}: continuing with micro batch {plan.micro}, accumulation {plan.accumulation}, activation checkpointing "
+        f"{mode}; the samples per step stay the same"
     )

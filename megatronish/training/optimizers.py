@@ -1,8 +1,8 @@
 """Optimizers and their parameter groups.
 
 AdamW is torch's fused one: its step counts resume bit for bit, which DeepSpeed's running beta^t does not. Lion is ours
-because DeepSpeed has a CPU kernel for it only under offload, compiled at first use. Muon comes from DeepSpeed (training/engine.py), which
-orthogonalises whole matrices while ZeRO partitions them.
+because DeepSpeed has a CPU kernel for it only under offload, compiled at first use. Muon comes from DeepSpeed
+(training/engine.py), which orthogonalises full matrices while ZeRO partitions them.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     """
     params = config.params
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    whole_dim = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in named}  # ZeRO-3 leaves p itself empty
-    matrices = [(name, p) for name, p in named if whole_dim[name] >= 2]
-    vectors = [p for name, p in named if whole_dim[name] < 2]
+    dims = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in named}  # ZeRO-3 leaves p itself empty
+    matrices = [(name, p) for name, p in named if dims[name] >= 2]
+    vectors = [p for name, p in named if dims[name] < 2]
 
     def group(chosen: list[nn.Parameter], lr: float, decay: float, **more: Any) -> dict[str, Any]:
         return {"params": chosen, "lr": lr, "base_lr": lr, "weight_decay": decay, **more}

@@ -1,9 +1,10 @@
-"""A stage of a pipeline in the form that DeepSpeed's engine takes: a part of the Transformer under its own parameter names."""
+"""The model-parallel interfaces of DeepSpeed: its `mpu`, and a pipeline stage of the Transformer as a PipelineModule."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,15 +18,34 @@ from megatronish.training.step import Batch, nan_unless_finite
 
 
 def first_and_last(batches: list[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What DeepSpeed loads on the first and on the last stage; the stage itself looks up the rest."""
+    """The micro batches for DeepSpeed, which loads them on the first and last stage; `Stage` reads the other inputs itself."""
     return iter([(batch["tokens"], batch["labels"]) for batch in batches])
 
 
+def model_parallel_unit(mesh: ParallelMesh) -> SimpleNamespace | None:
+    """The process groups of the mesh as DeepSpeed's `mpu` (after Megatron-LM), None without tensor parallelism.
+
+    DeepSpeed takes all ranks as data-parallel ones where it gets none.
+    """
+    if mesh.tp.size == 1:
+        return None
+    assert mesh.device_mesh is not None
+    getters: dict[str, Any] = {}
+    for name, axis, group in (
+        ("data", mesh.dp, mesh.device_mesh.get_group("dp")),
+        ("model", mesh.tp, mesh.device_mesh.get_group("tp")),
+        ("tensor_model", mesh.tp, mesh.device_mesh.get_group("tp")),
+    ):
+        for what, value in (("rank", axis.rank), ("world_size", axis.size), ("group", group)):
+            getters[f"get_{name}_parallel_{what}"] = lambda value=value: value
+    return SimpleNamespace(**getters)
+
+
 class Stage(PipelineModule):
-    """A stage of the pipeline as DeepSpeed wants it: hidden states in, hidden states or the scaled loss out."""
+    """A stage of the pipeline: hidden states in, hidden states or the scaled loss out."""
 
     def __init__(self, model: Transformer, mesh: ParallelMesh) -> None:
-        self._given = (model, mesh)  # what the base's constructor asks for below
+        self._given = (model, mesh)  # used by `_build`, which the base's constructor calls
         topology = PipeModelDataParallelTopology(mesh.pp.size, mesh.tp.size, mesh.dp.size)
         super().__init__(layers=[None] * mesh.pp.size, topology=topology)
 
@@ -39,7 +59,7 @@ class Stage(PipelineModule):
             p.ds_pipe_replicated = False
 
     def _index_tied_modules(self) -> dict[str, Any]:
-        """The embedding of the first stage and the head of the last, where they are one weight; gradients are summed."""
+        """The embedding of the first stage and the head of the last where they share a weight; DeepSpeed sums the gradients."""
         tied: dict[str, Any] = {}
         if not self.model.config.tie_embeddings:
             return tied
@@ -57,12 +77,12 @@ class Stage(PipelineModule):
         return [(tied["module"].weight, tied["group"]) for tied in self.tied_comms.values()]
 
     def begin(self, batches: list[Batch], scale: torch.Tensor) -> None:
-        """Get ready for these micro batches; their losses are multiplied by `scale` for the backward pass."""
+        """Set the micro batches that follow; their losses are multiplied by `scale` for the backward pass."""
         self._waiting, self._scale = iter(batches), scale
         self.loss_sum = torch.zeros((), device=scale.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The next micro batch: stages meet them in the same order."""
+        """Run the next micro batch: all stages take them in the same order."""
         batch = next(self._waiting)
         labels, rest = batch["labels"], {key: value for key, value in batch.items() if key != "labels"}
         hidden = self.model.run_stage(x, **rest)
@@ -85,5 +105,5 @@ class Stage(PipelineModule):
 
 
 def is_tied_copy(parameter: torch.Tensor) -> bool:
-    """Whether another pipeline stage has the same parameter and counts it."""
+    """Whether another pipeline stage holds the same parameter and counts it."""
     return bool(getattr(parameter, "ds_pipe_replicated", False))

@@ -1,4 +1,4 @@
-"""Learning rate schedules as pure functions of the step, so that resuming needs no state."""
+"""Learning rate schedules as pure functions of the step: resuming needs no state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatronish.config.training import ScheduleConfig
 
 
 def learning_rate_multiplier(step: int, total: int, schedule: ScheduleConfig) -> float:
-    """The share of the peak learning rate that optimizer step `step` (0-based) of `total` uses, in [0, 1].
+    """The multiplier of the peak learning rate at optimizer step `step` (0-based) of `total`, in [0, 1].
 
     Warmup is linear and reaches the peak at step `warmup_steps - 1`. Cosine (Loshchilov & Hutter 2017) and linear decay
     over the rest of the run to `min_ratio`, reached at the last step; wsd (Hu et al. 2024, MiniCPM) holds the peak and

@@ -1,4 +1,4 @@
-"""What goes into an optimizer step and comes out of it, and how one that must not happen is made to do nothing."""
+"""Inputs and results of an optimizer step, and how an update is skipped."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import nn
 from megatronish.model.transformer import Transformer
 from megatronish.parallel.mesh import Axis
 
-Batch = dict[str, Any]  # what data/loader.py yields, on the engine's device
+Batch = dict[str, Any]  # a micro batch of data/loader.py, on the engine's device
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did. Tensors stay on the device: reading them waits for it."""
+    """Result of one optimizer step. Tensors stay on the device: reading them synchronizes."""
 
     loss_sum: torch.Tensor  # [] fp32, this rank's sum of token losses
-    tokens: torch.Tensor  # [] fp32, tokens of the whole step over all ranks
+    tokens: torch.Tensor  # [] fp32, tokens of the step over all ranks
     grad_norm: float | torch.Tensor | None  # before clipping, over all ranks
     skipped: bool  # nothing was updated
-    bad: bool  # and that because a loss or gradient was no number on some rank, not because of fp16's loss scale
-    out_of_memory: bool = False  # nothing was updated because a rank had no memory for a micro batch
+    bad: bool  # skipped for a non-finite loss or gradient on some rank, not for fp16's loss scale
+    out_of_memory: bool = False  # skipped because a rank ran out of memory in a forward pass
 
 
 class LossModule(nn.Module):
-    """What DeepSpeed calls: a batch in, the sum of its token losses out."""
+    """The module that DeepSpeed wraps: a batch in, the sum of its token losses out."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
@@ -38,8 +38,16 @@ class LossModule(nn.Module):
         return loss_sum
 
 
+def to_device(batch: Batch, target: torch.device) -> Batch:
+    """The batch with its tensors on the device; from pinned memory the copies overlap with computation."""
+    return {
+        key: value.to(target, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
+
+
 def own_part(batch: Batch, sp: Axis) -> Batch:
-    """The rank's part of the sequences of a micro batch; documents stay those of the whole."""
+    """This rank's part of the sequences of a micro batch; document boundaries stay those of the full sequences."""
     if sp.size == 1:
         return batch
     parts: Batch = {
@@ -49,19 +57,19 @@ def own_part(batch: Batch, sp: Axis) -> Batch:
 
 
 def nan_unless_finite(loss: torch.Tensor) -> torch.Tensor:
-    """0, or NaN for an infinite loss or one that is no number; computed where the loss is."""
+    """0 for a finite loss, else NaN; computed on the device of the loss."""
     return loss.detach() - loss.detach()
 
 
 def let_skip_steps(optimizer: Any) -> None:
-    """Give torch's optimizer the flag that DeepSpeed's have: while it is set, a step does nothing."""
+    """Add the `overflow` flag of DeepSpeed's optimizers to a torch optimizer: while it is set, `step` does nothing."""
     step, optimizer.overflow = optimizer.step, False
 
-    def step_unless_told(closure: Any = None) -> Any:
+    def step_without_overflow(closure: Any = None) -> Any:
         return None if optimizer.overflow else step(closure)
 
-    optimizer.step = step_unless_told
+    optimizer.step = step_without_overflow
 
 
-def the_norm_tells(partition_gradients: bool = True) -> None:
-    """In place of DeepSpeed's look at every gradient: its optimizers judge by the norm next."""
+def skip_overflow_check(partition_gradients: bool = True) -> None:
+    """Replaces DeepSpeed's check of every gradient: its optimizers check the norm next."""

@@ -1,7 +1,7 @@
-"""When a run ends before its last step: it is asked to by a signal, or its time runs out. It saves first.
+"""Requests to stop a run before its last step, by a signal or a time limit. The run saves a checkpoint first.
 
-Each rank knows what it was asked itself; that all stop after the same step is settled in agreement.py. SIGTERM and SIGUSR1 are what
-Slurm (`--signal`), spot machines and launchers send; SIGINT is Ctrl-C, and a second one ends the rank at once.
+Each rank knows its own requests; step_agreement.py makes all ranks stop after the same step. SIGTERM and SIGUSR1 are sent by
+Slurm (`--signal`), spot machines and launchers; SIGINT is Ctrl-C, and a second one ends the rank at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SAVE_MARGIN, STEP_MARGIN = 1.5, 2.0
 
 
 def seconds_left(time_limit: float | None, env: Mapping[str, str]) -> float | None:
-    """Seconds until this run has to be gone: `time_limit` in hours, or Slurm's end of the job if that is earlier."""
+    """Seconds until this run has to end: `time_limit` in hours, or the end of the Slurm job if that is earlier."""
     found = [] if time_limit is None else [time_limit * 3600]
     end = env.get(SLURM_END, "")
     if end.isdecimal():
@@ -31,9 +31,9 @@ def seconds_left(time_limit: float | None, env: Mapping[str, str]) -> float | No
 
 
 class StopRequests:
-    """What this rank was asked: a context manager that hears signals in the main thread and gives the old handlers back.
+    """The stop requests of this rank: a context manager that handles signals in the main thread and restores the old handlers.
 
-    seconds_left: until the run has to be gone, None for ever. Time is monotonic: setting the clock changes nothing.
+    seconds_left: until the run has to end, None without a limit. Time is monotonic: setting the clock changes nothing.
     """
 
     def __init__(self, seconds_left: float | None = None) -> None:
@@ -46,7 +46,7 @@ class StopRequests:
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(
@@ -55,18 +55,18 @@ class StopRequests:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         if self._signal is None or number == signal.SIGINT:
             self._signal = signal.Signals(number)
 
     def step_took(self, seconds: float) -> None:
-        """Tell how long a step took, so that the time limit leaves room for the one that runs when it is noticed."""
+        """Note how long a step took: the time limit leaves room for the one during which it is noticed."""
         self._step = max(seconds, 0.9 * self._step)
 
     def save_took(self, seconds: float) -> None:
-        """Tell how long a checkpoint took, so that the last one is begun early enough."""
+        """Note how long a checkpoint took, so that the last one begins early enough."""
         self._saving = seconds if not self._saves else max(self._saving, seconds)
         self._saves += 1
 

@@ -1,7 +1,7 @@
-"""Running a command again and again until it is done, or it is no use.
+"""Restarting a command until it succeeds, or until a restart cannot help.
 
-Launchers do not hand the status of the ranks on, torchrun none and deepspeed not after a signal: the first rank writes its own
-into a file whose name it finds in its environment (ending.STATUS_FILE).
+Launchers do not pass on the exit status of the ranks (torchrun never, deepspeed not after a signal): the first rank writes its
+own to the file that its environment names (exit.STATUS_FILE).
 """
 
 from __future__ import annotations
@@ -28,28 +28,31 @@ from megatronish.launch.exit import EXIT_SAVED, STATUS_FILE
 CTRL_C = 130
 FINAL = {
     0: "done",
-    2: "something for the user to mend",
+    2: "an error that the user has to fix",
     EXIT_SAVED: "asked to stop, saved",
     CTRL_C: "stopped by Ctrl-C",
 }
-RANK_NAMES = ("RANK", "OMPI_COMM_WORLD_RANK")  # in the environment of a rank, and of no launcher
+RANK_NAMES = ("RANK", "OMPI_COMM_WORLD_RANK")  # in the environment of ranks, but not of launchers
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ATTEMPTS_FILE = "attempts.jsonl"
 
 
 class Supervisor:
-    """command: what to run; run_dir: of its checkpoints; retries: attempts in a row that may fail without a newer one; wait,
-    longest_wait: seconds between attempts, at first and at most."""
+    """Runs a command again when it fails.
+
+    run_dir: of its checkpoints; retries: attempts in a row that may fail without a newer checkpoint; wait, longest_wait:
+    seconds between attempts, at first and at most.
+    """
 
     def __init__(self, command: Sequence[str], run_dir: Path, retries: int, wait: float, longest_wait: float) -> None:
         self._command, self._run_dir = list(command), run_dir
         self._retries, self._wait, self._longest = retries, wait, longest_wait
         self._child: subprocess.Popen[bytes] | None = None
-        self._asked: signal.Signals | None = None
+        self._signal: signal.Signals | None = None
         self._woken = threading.Event()
 
     def run(self) -> int:
-        """Attempts until one is final, or there were enough; the last one's exit status. Hears signals meanwhile."""
+        """Start attempts until one is final or the retries are used up; returns the last exit status. Forwards signals meanwhile."""
         before = {number: signal.signal(number, self._pass_on) for number in PASSED_ON}
         try:
             return self._attempts()
@@ -71,45 +74,45 @@ class Supervisor:
             self._log(attempt, status, time.monotonic() - start, newest, reason)
             if reason:
                 return status
-            self._say(
+            self._print(
                 f"attempt {attempt} ended with {status}; the next one begins in {wait:g} s from {newest or 'the start'}"
             )
             self._woken.wait(wait)
-            if self._asked:
-                return 128 + self._asked
+            if self._signal:
+                return 128 + self._signal
             wait = min(2 * wait, self._longest)
 
     def _final(self, status: int, failed: int) -> str:
-        """Why there is no further attempt, '' when there is."""
+        """The reason for no further attempt; '' when there is one."""
         if status in FINAL:
             return FINAL[status]
-        if self._asked:
-            return f"asked to stop by {self._asked.name}"
+        if self._signal:
+            return f"stopped by {self._signal.name}"
         return f"{failed} attempts in a row without a newer checkpoint" if failed > self._retries else ""
 
     def _attempt(self, number: int) -> int:
-        self._say(f"attempt {number}: {' '.join(self._command)}")
+        self._print(f"attempt {number}: {' '.join(self._command)}")
         with tempfile.TemporaryDirectory() as folder:
-            told = Path(folder) / "status"
-            status = self._start({**os.environ, STATUS_FILE: str(told)})
-            return int(told.read_text()) if told.exists() else status
+            file = Path(folder) / "status"
+            status = self._start({**os.environ, STATUS_FILE: str(file)})
+            return int(file.read_text()) if file.exists() else status
 
     def _start(self, env: dict[str, str]) -> int:
         try:
-            # A session of its own: Ctrl-C in a terminal comes to the supervisor alone, which passes it on once.
+            # A session of its own: a terminal sends Ctrl-C to the supervisor only, which forwards it once.
             self._child = subprocess.Popen(self._command, env=env, start_new_session=True)
         except OSError as error:
-            self._say(f"error: {self._command[0]} cannot be started: {error.strerror}")
+            self._print(f"error: {self._command[0]} cannot be started: {error.strerror}")
             return 2
-        if self._asked:  # while it was being started
-            self._child.send_signal(self._asked)
+        if self._signal:  # while it was being started
+            self._child.send_signal(self._signal)
         status = self._child.wait()
         self._child = None
         return status if status >= 0 else 128 - status
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        """To the ranks: launchers would kill them instead of passing the signal on; where there are none, to the command."""
-        self._asked = signal.Signals(number)
+        """Forward a signal to the ranks, which launchers would kill instead; where there are none, to the command."""
+        self._signal = signal.Signals(number)
         self._woken.set()
         child = self._child
         if child is None:
@@ -132,14 +135,14 @@ class Supervisor:
         with (self._run_dir / ATTEMPTS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **line}) + "\n")
         if reason:
-            self._say(f"attempt {attempt} ended with {status}: {reason}")
+            self._print(f"attempt {attempt} ended with {status}: {reason}")
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(f"supervise: {text}", file=sys.stderr, flush=True)
 
 
 def ranks_below(pid: int) -> list[int]:
-    """The processes below `pid` that are ranks: their environment says so, and their parents' does not."""
+    """The descendants of `pid` that are ranks: their environment names a rank, that of their parents does not."""
 
     def is_rank(process: psutil.Process | None) -> bool:
         return process is not None and any(name in process.environ() for name in RANK_NAMES)
@@ -163,15 +166,15 @@ def newest_checkpoint(run_dir: Path) -> str | None:
 
 
 def run_folder(command: Sequence[str]) -> Path:
-    """train.save_dir of the run that a command line starts. Raises ConfigError where it does not say."""
+    """train.save_dir of the run that a command line starts. Raises ConfigError where it cannot be determined."""
     words = [word for argument in command for word in ([argument] if argument[:2] != "--" else argument.split("=", 1))]
-    told = {name: value for name, value in itertools.pairwise(words) if name.startswith("--")}
-    if "--train.save_dir" in told:
-        return Path(told["--train.save_dir"])
-    file = told.get("--deepspeed_config")
+    options = {name: value for name, value in itertools.pairwise(words) if name.startswith("--")}
+    if "--train.save_dir" in options:
+        return Path(options["--train.save_dir"])
+    file = options.get("--deepspeed_config")
     try:
         return Path(json.loads(Path(file or "").read_text(encoding="utf-8"))["megatronish"]["train"]["save_dir"])
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"neither --train.save_dir nor a readable --deepspeed_config stands in {' '.join(command)!r}: give --run-dir."
+            f"neither --train.save_dir nor a readable --deepspeed_config is in {' '.join(command)!r}: give --run-dir."
         ) from None

@@ -228,8 +228,8 @@ def engine_run(
     """
     from megatronish.parallel.mesh import build_mesh
     from megatronish.training.engine import device, start_engine
-    from megatronish.training.loop import to_device
     from megatronish.training.setup.construction import build_model
+    from megatronish.training.step import to_device
 
     ours = config.megatronish
     leg = leg or Leg(0, ours.train.steps)

@@ -15,7 +15,7 @@ from megatronish.checkpoint.weights import save_model
 from megatronish.config.run import RunConfig
 from megatronish.data.samples.dataset import IndexedDataset, open_dataset
 from megatronish.model.transformer import Transformer
-from megatronish.training.loop import copy_tokenizer
+from megatronish.training.snapshot import copy_tokenizer
 from tests.runs import make_dataset, small_run
 from tests.saves import save_alone
 

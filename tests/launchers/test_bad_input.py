@@ -1,4 +1,4 @@
-"""Bad input through the real launcher: exit status 2, one line that says what and how to mend it, no traceback."""
+"""Bad input through the real launcher: exit status 2, one line with the fault and its fix, no traceback."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def saved_run(folder: Path, data: str, model: dict[str, Any] | None = None, **st
     """A run's folder with one checkpoint, as far as it is read before the ranks meet."""
     from megatronish.config.model import ModelConfig
     from megatronish.data.samples.dataset import open_dataset
-    from megatronish.training.loop import copy_tokenizer
+    from megatronish.training.snapshot import copy_tokenizer
 
     checkpoint = folder / "run" / "checkpoints" / "step-00000002"
     checkpoint.mkdir(parents=True)
@@ -164,7 +164,7 @@ def test_torn_checkpoints(refused: Launch, data: str, tmp_path: Path) -> None:
     checkpoint = saved_run(tmp_path, data)
     (checkpoint / "state.json").write_text('{"step": 2')
     assert f"{checkpoint}: state.json has 10 bytes, not " in refused(lines=3)
-    write_manifest(checkpoint, 2)  # who changes a file and seals it is told what the file lacks
+    write_manifest(checkpoint, 2)  # a changed file with a new manifest: the error names what the file lacks
     assert "state.json: cannot be read" in refused()
     (checkpoint / CONFIG_FILE).unlink()
     assert f"{CONFIG_FILE} is missing" in refused(lines=3)

@@ -120,8 +120,8 @@ def expected(folder: Path) -> list[float]:
 
 def test_slurm(expected: list[float], folder: Path) -> None:
     assert len(expected) == 3
-    said = (folder / "slurm.out").read_text()
-    assert "x 2 ranks x" in said and "Traceback" not in said
+    output = (folder / "slurm.out").read_text()
+    assert "x 2 data-parallel ranks x" in output and "Traceback" not in output
 
 
 def test_deepspeed_with_a_hostfile(expected: list[float], folder: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_stopped_rank_under_torchrun(
     agents, pid = stopped
     statuses = finish(folder, "stopped", agents)
     assert all(statuses), statuses
-    said = (folder / "stopped.out").read_text()
-    assert said.count("error: rank 1 (") == 1 and f"pid {pid}) has sent no heartbeat for 5 s" in said
-    assert "exitcode  : 75" in said
+    output = (folder / "stopped.out").read_text()
+    assert output.count("error: rank 1 (") == 1 and f"pid {pid}) has sent no heartbeat for 5 s" in output
+    assert "exitcode  : 75" in output
     assert not Path(f"/proc/{pid}").exists() or "State:\tZ" in Path(f"/proc/{pid}/status").read_text()

@@ -49,40 +49,40 @@ def supervised(folder: Path, body: str, retries: int = 3) -> tuple[int, list[dic
 
 
 def test_a_crash_then_success(tmp_path: Path) -> None:
-    status, told = supervised(tmp_path, "save(f'step-{turn}')\nsys.exit(1 if turn < 2 else 0)")
+    status, log = supervised(tmp_path, "save(f'step-{turn}')\nsys.exit(1 if turn < 2 else 0)")
     assert status == 0
-    assert [(each["status"], each["checkpoint"]) for each in told] == [(1, "step-0"), (1, "step-1"), (0, "step-2")]
-    assert [each["final"] for each in told] == ["", "", "done"]
+    assert [(each["status"], each["checkpoint"]) for each in log] == [(1, "step-0"), (1, "step-1"), (0, "step-2")]
+    assert [each["final"] for each in log] == ["", "", "done"]
 
 
 def test_a_crash_loop_stops(tmp_path: Path) -> None:
     """Killed by signal 9 each time, nothing saved: the first attempt and three more."""
-    status, told = supervised(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
-    assert (status, len(told)) == (137, 4)
-    assert told[-1]["final"] == "4 attempts in a row without a newer checkpoint"
+    status, log = supervised(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    assert (status, len(log)) == (137, 4)
+    assert log[-1]["final"] == "4 attempts in a row without a newer checkpoint"
 
 
 def test_progress_begins_the_count_anew(tmp_path: Path) -> None:
     """Two crashes, one after a checkpoint, two crashes: with at most one retry in a row the third without progress ends it."""
-    status, told = supervised(tmp_path, "save('a') if turn == 1 else None\nsys.exit(3)", retries=1)
-    assert status == 3 and [each["checkpoint"] for each in told] == [None, "a", "a"]
+    status, log = supervised(tmp_path, "save('a') if turn == 1 else None\nsys.exit(3)", retries=1)
+    assert status == 3 and [each["checkpoint"] for each in log] == [None, "a", "a"]
 
 
-@pytest.mark.parametrize(("status", "why"), [(2, "mend"), (76, "asked to stop, saved"), (130, "Ctrl-C")])
+@pytest.mark.parametrize(("status", "why"), [(2, "fix"), (76, "asked to stop, saved"), (130, "Ctrl-C")])
 def test_what_is_not_started_again(status: int, why: str, tmp_path: Path) -> None:
-    found, told = supervised(tmp_path, f"sys.exit({status})")
-    assert (found, len(told)) == (status, 1) and why in told[0]["final"]
+    found, log = supervised(tmp_path, f"sys.exit({status})")
+    assert (found, len(log)) == (status, 1) and why in log[0]["final"]
 
 
 def test_a_lost_run_is_started_again(tmp_path: Path) -> None:
     assert supervised(tmp_path, "sys.exit(75 if turn == 0 else 0)")[0] == 0
 
 
-def test_what_the_first_rank_says_wins_over_its_launcher(tmp_path: Path) -> None:
-    """torchrun ends with 1 whatever its ranks end with: rank 0's 2 is told by a file."""
+def test_the_status_of_the_first_rank_wins_over_its_launcher(tmp_path: Path) -> None:
+    """torchrun exits with 1 whatever its ranks exit with: rank 0 writes its 2 to a file."""
     body = "open(os.environ['MEGATRONISH_STATUS_FILE'], 'w').write('2')\nsys.exit(1)"
-    status, told = supervised(tmp_path, body)
-    assert (status, len(told)) == (2, 1)
+    status, log = supervised(tmp_path, body)
+    assert (status, len(log)) == (2, 1)
 
 
 def test_the_status_file_is_written_by_rank_0(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_the_status_file_is_written_by_rank_0(tmp_path: Path) -> None:
 
 
 def test_a_signal_goes_to_the_ranks_and_ends_the_attempts(tmp_path: Path) -> None:
-    """A launcher that a signal would kill, and below it a rank with a child: the rank alone hears it, saves, ends with 76."""
+    """A launcher that a signal would kill, and below it a rank with a child: only the rank receives it, saves and exits with 76."""
     body = """
     import subprocess
     child = "import time; open('child','w').close(); time.sleep(600)"
@@ -125,12 +125,12 @@ def test_a_signal_goes_to_the_ranks_and_ends_the_attempts(tmp_path: Path) -> Non
             assert time.monotonic() < deadline and supervisor.poll() is None
             time.sleep(0.02)
         supervisor.send_signal(signal.SIGUSR1)
-        _, said = supervisor.communicate(timeout=LIMIT_SECONDS)
+        _, output = supervisor.communicate(timeout=LIMIT_SECONDS)
     finally:
         supervisor.kill()
-    assert supervisor.returncode == 76, said
+    assert supervisor.returncode == 76, output
     assert (tmp_path / "run" / "heard").read_text() == f"{int(signal.SIGUSR1)} None", "its child did not hear it"
-    assert len(attempts(tmp_path)) == 1 and "asked to stop, saved" in said
+    assert len(attempts(tmp_path)) == 1 and "asked to stop, saved" in output
 
 
 def test_the_run_folder_is_read_from_the_command(tmp_path: Path) -> None:

@@ -79,8 +79,8 @@ def count_step(rank: int, config: RunConfig, data_size: int) -> dict[tuple[str, 
     """
     from megatronish.parallel.mesh import build_mesh
     from megatronish.training.engine import start_engine
-    from megatronish.training.loop import to_device
     from megatronish.training.setup.construction import build_model
+    from megatronish.training.step import to_device
 
     ours, plan = config.megatronish, config.batch_plan(data_size)
     mesh = build_mesh(ours.parallel, "cpu")

@@ -1,4 +1,4 @@
-"""A step with a loss or gradient that is no number, on any rank, changes nothing: no weight, no moment, no later step."""
+"""A step with a non-finite loss or gradient on any rank changes nothing: no weight, no moment, no later step."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def break_loss(model: Any, value: float) -> Callable[[], None]:
-    """Make the next loss of this rank `value` times itself, its gradient with it; returns what mends the model."""
-    whole = model.hidden_loss
+    """Make the next loss of this rank `value` times itself, its gradient with it; returns what restores the model."""
+    original = model.hidden_loss
 
     def broken(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        model.hidden_loss = whole
-        return whole(hidden, labels) * value
+        model.hidden_loss = original
+        return original(hidden, labels) * value
 
     model.hidden_loss = broken
-    return lambda: setattr(model, "hidden_loss", whole)
+    return lambda: setattr(model, "hidden_loss", original)
 
 
 def break_gradient(model: Any, value: float) -> Callable[[], None]:
@@ -60,7 +60,7 @@ def break_gradient(model: Any, value: float) -> Callable[[], None]:
 
 
 def steps_of_engine(rank: int, config: RunConfig, data_size: int, fault: str | None) -> dict[str, Any]:
-    """Steps with a fault on the last rank at BAD_STEP, or without that step; what they left, and what they said."""
+    """Steps with a fault on the last rank at BAD_STEP, or without that step; their results and final state."""
     from megatronish.parallel.mesh import build_mesh
     from megatronish.training.engine import start_engine
     from megatronish.training.setup.construction import build_model
@@ -69,23 +69,23 @@ def steps_of_engine(rank: int, config: RunConfig, data_size: int, fault: str | N
     mesh = build_mesh(ours.parallel, "cpu")
     engine = start_engine(build_model(config, plan, mesh), config, plan, mesh)
     loader = rank_loader(config, mesh.dp.rank, data_size)
-    told = []
+    results = []
     for step in range(STEPS):
         batches = [next(loader) for _ in range(plan.accumulation)]
-        mend = None
+        restore = None
         if step == BAD_STEP and fault is None:
             continue
         if step == BAD_STEP and rank == RANKS - 1:
             kind, value = fault.split()
-            mend = {"loss": break_loss, "gradient": break_gradient}[kind](engine.module.model, float(value))
+            restore = {"loss": break_loss, "gradient": break_gradient}[kind](engine.module.model, float(value))
         result = engine.train_step(batches, 1.0)
-        told.append((result.bad, result.skipped, math.isfinite(float(result.grad_norm))))
-        if mend:
-            mend()
+        results.append((result.bad, result.skipped, math.isfinite(float(result.grad_norm))))
+        if restore:
+            restore()
     folder = Path(ours.train.save_dir) / (fault or "without").replace(" ", "-")
     engine.save(folder, "engine")
     return {
-        "told": told,
+        "results": results,
         "weights": {name: value.clone() for name, value in engine.weights().items()},
         "folder": folder,
     }
@@ -94,10 +94,10 @@ def steps_of_engine(rank: int, config: RunConfig, data_size: int, fault: str | N
 def compare(rank: int, config: RunConfig, data_size: int, faults: list[str]) -> dict[str, list[Any]]:
     """The steps once for each fault and once without, in one process a rank; where they end must be the same bits."""
     without = steps_of_engine(rank, config, data_size, None)
-    told = {}
+    results = {}
     for fault in faults:
         found = steps_of_engine(rank, config, data_size, fault)
-        told[fault] = found["told"]
+        results[fault] = found["results"]
         torch.distributed.barrier()
         for name, weight in without["weights"].items():
             assert torch.equal(weight, found["weights"][name]), f"{fault}: {name} differs"
@@ -107,20 +107,22 @@ def compare(rank: int, config: RunConfig, data_size: int, faults: list[str]) -> 
                 one, other = (load_file(each["folder"] / file) for each in (without, found))
                 assert one.keys() == other.keys()
                 assert all(torch.equal(one[name], other[name]) for name in one), (fault, file)
-    return told
+    return results
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_bad_step_changes_nothing(layout: str, data: str, tmp_path: Path) -> None:
-    """NaN or inf in the loss, and inf in a gradient, of one rank: all ranks skip, and go on as if the step had not been."""
+    """NaN or inf in the loss, and inf in a gradient, of one rank: all ranks skip, and continue as if the step had not been there."""
     changes = LAYOUTS[layout]
     parallel = changes.get("megatronish", {}).get("parallel", {})
     faults = ["loss inf"] if "zero3" in layout else ["loss nan", "gradient inf"]
     size = RANKS // math.prod(parallel.values())
     config = small_run(data, tmp_path, changes)
-    for told in run_ranks(RANKS, compare, config, size, faults):
+    for results in run_ranks(RANKS, compare, config, size, faults):
         for fault in faults:
-            assert told[fault] == [(False, False, True)] * 2 + [(True, True, False)] + [(False, False, True)] * 2, fault
+            assert results[fault] == [(False, False, True)] * 2 + [(True, True, False)] + [(False, False, True)] * 2, (
+                fault
+            )
 
 
 def steps_in_fp16(rank: int, config: RunConfig) -> list[tuple[bool, bool, float]]:
@@ -136,21 +138,21 @@ def steps_in_fp16(rank: int, config: RunConfig) -> list[tuple[bool, bool, float]
     mesh = build_mesh(config.megatronish.parallel, "cpu")
     engine = start_engine(build_model(config, plan, mesh), config, plan, mesh)
     loader = rank_loader(config, mesh.dp.rank, RANKS)
-    told = []
+    results = []
     for step in range(7):
         if step == 5 and rank == RANKS - 1:
             break_loss(engine.module.model, math.nan)
         result = engine.train_step([next(loader) for _ in range(plan.accumulation)], 1.0)
-        told.append((result.bad, result.skipped, engine.local_optimizer_state().scaler_numbers()["cur_scale"]))
-    return told
+        results.append((result.bad, result.skipped, engine.local_optimizer_state().scaler_numbers()["cur_scale"]))
+    return results
 
 
-def test_the_loss_scale_of_fp16_is_no_event_and_no_victim(data: str, tmp_path: Path) -> None:
-    """Overflows halve the scale and are not bad steps; a loss that is no number is one, and leaves the scale alone."""
+def test_fp16_overflows_are_not_bad_steps_and_bad_steps_keep_the_loss_scale(data: str, tmp_path: Path) -> None:
+    """Overflows halve the scale and are not bad steps; a non-finite loss is one, and leaves the scale unchanged."""
     fp16 = {"fp16": {"enabled": True, "initial_scale_power": 20, "hysteresis": 1}}
-    told = run_ranks(RANKS, steps_in_fp16, small_run(data, tmp_path, fp16))
-    assert told[0] == told[1]
-    *before, bad, last = told[0]
+    results = run_ranks(RANKS, steps_in_fp16, small_run(data, tmp_path, fp16))
+    assert results[0] == results[1]
+    *before, bad, last = results[0]
     overflows = [scale for _, skipped, scale in before if skipped]
     assert overflows and overflows == [2.0 ** (19 - n) for n in range(len(overflows))]
     assert not any(step[0] for step in before) and not before[-1][1]

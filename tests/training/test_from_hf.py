@@ -95,7 +95,7 @@ def first_loss(model: Any, config: RunConfig, data_size: int) -> float:
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
 def test_the_first_loss_is_the_models_own(layout: str, tmp_path: Path) -> None:
-    """And after three steps the checkpoint, whatever the layout, is exported as it lies there."""
+    """And after three steps the checkpoint, whatever the layout, is exported unchanged."""
     data, theirs = make_dataset(tmp_path), save_llama(tmp_path / "hf")
     ranks, _, parallel = LAYOUTS[layout]
     config = run_from(tmp_path / "hf", data, tmp_path / "run", layout)
@@ -117,7 +117,7 @@ def test_the_first_loss_is_the_models_own(layout: str, tmp_path: Path) -> None:
     assert (ours - original).abs().max() > 1e-3 * scale
 
 
-def test_a_run_that_is_taken_up_again_goes_on_from_its_own_checkpoint(tmp_path: Path) -> None:
+def test_a_resumed_run_uses_its_own_checkpoint(tmp_path: Path) -> None:
     data = make_dataset(tmp_path)
     save_llama(tmp_path / "hf")
     for steps in (2, 3):

@@ -19,7 +19,7 @@ small = st.integers(1, 64)
 
 @given(micro=small, accumulation=small, data_size=small, sample=st.integers(1, 10**6), budget=st.integers(1, 10**8))
 def test_samples_of_a_step_stay(micro: int, accumulation: int, data_size: int, sample: int, budget: int) -> None:
-    """The same samples a step, within the budget where one sample is, and no smaller than needed."""
+    """The same samples per step, within the budget where one sample is, and no smaller than needed."""
     plan = BatchPlan(micro, accumulation, data_size)
     fitted = fit_micro_batch(plan, sample, budget)
     assert fitted.samples == plan.samples

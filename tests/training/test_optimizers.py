@@ -144,7 +144,7 @@ def test_muon_settings() -> None:
     assert (muon["momentum"], adam["betas"], adam["eps"]) == (0.95, (0.9, 0.95), ADAM_EPS)
 
 
-def test_zero3_parameters_count_by_their_whole_shape() -> None:
+def test_zero3_parameters_count_by_their_full_shape() -> None:
     """ZeRO-3 leaves a partitioned parameter empty and keeps its shape in `ds_shape`."""
     model = Transformer(ModelConfig(**SHAPE), seed=0)
     before = grouped(model, parameter_groups(model, config("AdamW")))

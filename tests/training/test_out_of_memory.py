@@ -1,4 +1,4 @@
-"""A micro batch that does not fit: smaller ones take its place on all ranks, and every step stays the one it would have been."""
+"""The out-of-memory fallback: smaller micro batches on all ranks, and the same steps."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from megatronish.training.memory import (
     GIB,
     ActivationBudget,
     OutOfMemory,
+    fits_in_memory,
     longest_batch,
-    rehearse,
-    relief,
+    out_of_memory_fallback,
     shortest_batch,
 )
 from megatronish.training.step import LossModule
@@ -41,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run_config(data: str, folder: Path, layout: str, micro: int, train: dict[str, Any] | None = None) -> RunConfig:
-    """Eight samples a rank and step, in micro batches of `micro`."""
+    """Eight samples per rank and step, in micro batches of `micro`."""
     changes = {
         **LAYOUTS.get(layout, {}),
         "train_micro_batch_size_per_gpu": micro,
@@ -58,7 +58,7 @@ def pretrain_short_of_memory(rank: int, config: RunConfig, step: int) -> int:
     from megatronish.training.engine import Engine
     from megatronish.training.loop import pretrain
 
-    whole, passed = Engine._forward, [0]
+    original, passed = Engine._forward, [0]
 
     def short(self: Any, batch: Any) -> torch.Tensor:
         passed[0] += 1
@@ -70,7 +70,7 @@ def pretrain_short_of_memory(rank: int, config: RunConfig, step: int) -> int:
                 raise OutOfMemory("the test's")
 
             forward, module.model.blocks[1].forward = module.model.blocks[1].forward, fails
-        return whole(self, batch)
+        return original(self, batch)
 
     Engine._forward = short  # type: ignore[method-assign]  # of a forked rank, which ends with the test
     with exit_on_user_error(rank == 0, f"rank {rank}"):
@@ -85,7 +85,7 @@ def same_weights(one: Path, other: Path, step: int = 6) -> bool:
 
 @pytest.mark.parametrize("layout", ["zero0", "zero2-offload-bf16"])
 def test_one_rank_runs_out_and_all_take_smaller_micro_batches(layout: str, data: str, tmp_path: Path) -> None:
-    """In step 4: it is done again in micro batches of 2, and the run ends in the bits of one resumed there with 2."""
+    """In step 4: it is repeated in micro batches of 2, and the run ends in the bits of one resumed there with 2."""
     short, other = (run_config(data, tmp_path / name, layout, 4) for name in ("short", "other"))
     assert run_ranks(2, pretrain_short_of_memory, short, 3, group=False) == [0, 0]
     run_ranks(2, pretrain_rank, other, 2, group=False)
@@ -101,15 +101,17 @@ def test_one_rank_runs_out_and_all_take_smaller_micro_batches(layout: str, data:
 
 
 def test_recomputation_comes_first_where_it_is_cheaper(data: str, tmp_path: Path) -> None:
-    """128 tokens a micro batch are so few that halving them costs more: the blocks are recomputed, and no number changes."""
-    short, whole = (run_config(data, tmp_path / name, "zero1", 4, KEEP_ALL) for name in ("short", "whole"))
+    """A micro batch of 128 tokens is so small that halving it costs more: blocks are recomputed, and no result changes."""
+    short, full = (run_config(data, tmp_path / name, "zero1", 4, KEEP_ALL) for name in ("short", "full"))
     ranks = start_ranks(2, tmp_path, pretrain_short_of_memory, short, 3)
     assert ranks.wait() == {0: 0, 1: 0}, ranks.output(0)
-    assert "out of memory in step 4, which is done again: from here on micro batch 4, accumulation 2" in ranks.output(0)
+    assert "out of memory in step 4, which is repeated: continuing with micro batch 4, accumulation 2" in ranks.output(
+        0
+    )
     assert "activation checkpointing selective" in ranks.output(0)
-    run_ranks(2, pretrain_rank, whole, 2, group=False)
-    assert read_losses(tmp_path / "short") == read_losses(tmp_path / "whole")
-    assert same_weights(tmp_path / "short", tmp_path / "whole")
+    run_ranks(2, pretrain_rank, full, 2, group=False)
+    assert read_losses(tmp_path / "short") == read_losses(tmp_path / "full")
+    assert same_weights(tmp_path / "short", tmp_path / "full")
 
 
 def test_the_largest_micro_batch_is_tried_before_the_first_step(data: str, tmp_path: Path) -> None:
@@ -126,8 +128,8 @@ def test_the_largest_micro_batch_is_tried_before_the_first_step(data: str, tmp_p
     tight = run_config(data, tmp_path / "tight", "zero1", 4, {"memory_budget": limit})
     ranks = start_ranks(2, tmp_path, pretrain_short_of_memory, tight, 99)
     assert ranks.wait() == {0: 0, 1: 0}, ranks.output(0)
-    assert "the largest micro batch does not fit: from here on micro batch 2, accumulation 4" in ranks.output(0)
-    assert "the largest micro batch fits: it keeps" in ranks.output(0)
+    assert "the largest micro batch does not fit: continuing with micro batch 2, accumulation 4" in ranks.output(0)
+    assert "the largest micro batch fits: activations of" in ranks.output(0)
     run_ranks(2, pretrain_rank, run_config(data, tmp_path / "small", "zero1", 2), 2, group=False)
     assert read_losses(tmp_path / "tight") == read_losses(tmp_path / "small")
     assert same_weights(tmp_path / "tight", tmp_path / "small")
@@ -142,7 +144,7 @@ def test_a_budget_below_anything_is_refused(data: str, tmp_path: Path) -> None:
     assert "a micro batch of one sample does not fit" in ranks.output(0)
 
 
-def test_zero3_says_what_to_do(data: str, tmp_path: Path) -> None:
+def test_zero3_reports_what_to_do(data: str, tmp_path: Path) -> None:
     """There ranks wait for each other inside the forward pass: one message, status 2 on all, nobody hangs."""
     config = run_config(data, tmp_path / "run", "zero3-bf16", 4)
     ranks = start_ranks(2, tmp_path, pretrain_short_of_memory, config, 1)
@@ -167,13 +169,13 @@ def test_what_a_forward_pass_keeps_is_counted() -> None:
     assert budget.used <= 4 * 16 * 4
 
 
-def test_a_rehearsal_leaves_nothing_behind() -> None:
+def test_a_dry_run_keeps_no_gradient() -> None:
     model = Transformer(ModelConfig(**MODEL), seed=1)
 
     batch = longest_batch(2, 32, 257, torch.device("cpu"))
     loss = LossModule(model)
-    assert rehearse(loss, batch, ActivationBudget(loss, None))
-    assert not rehearse(loss, batch, ActivationBudget(loss, 1000.0))
+    assert fits_in_memory(loss, batch, ActivationBudget(loss, None))
+    assert not fits_in_memory(loss, batch, ActivationBudget(loss, 1000.0))
     assert all(p.grad is None for p in model.parameters())
     loss(shortest_batch(batch)).backward()
     assert all(p.grad is not None for p in model.parameters()), "the substitute reaches every weight"
@@ -191,14 +193,14 @@ def test_a_rehearsal_leaves_nothing_behind() -> None:
         (9, "full", 8, "cpu", ((3, 3), "full")),
     ],
 )
-def test_the_cheaper_relief_comes_first(
+def test_the_cheaper_fallback_comes_first(
     micro: int, mode: str, seq_length: int, device: str, expected: tuple[tuple[int, int], str]
 ) -> None:
-    found = relief(BatchPlan(micro, 1, 2), mode, seq_length, "bf16", device)
+    found = out_of_memory_fallback(BatchPlan(micro, 1, 2), mode, seq_length, "bf16", device)
     assert found is not None
     assert ((found[0].micro, found[0].accumulation), found[1]) == expected
     assert found[0].samples == micro * 2
 
 
-def test_nothing_is_left_behind_full_recomputation() -> None:
-    assert relief(BatchPlan(1, 4, 2), "full", 64, "fp32", "cpu") is None
+def test_no_fallback_after_full_recomputation() -> None:
+    assert out_of_memory_fallback(BatchPlan(1, 4, 2), "full", 64, "fp32", "cpu") is None

@@ -29,12 +29,12 @@ def at_step(step: int, act: Any) -> None:
     """Have `act` called in this process when its loop has done `step` steps and begins the next."""
     from megatronish.training.loop import Trainer
 
-    whole = Trainer.next_step
+    original = Trainer.next_step
 
     def acting(self: Any, batches: Any) -> Any:
         if self.state.step == step:
             act()
-        return whole(self, batches)
+        return original(self, batches)
 
     Trainer.next_step = acting  # type: ignore[method-assign]  # a forked rank, which ends with the test
 
@@ -65,11 +65,11 @@ def run_config(folder: Path, name: str, changes: dict[str, Any] | None = None) -
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
 def test_one_rank_is_asked_and_all_save_and_stop(number: signal.Signals, tmp_path: Path) -> None:
-    """Rank 1 alone hears the signal in step 3: both save after it, end with 76, and the run goes on to the same bits."""
+    """Only rank 1 receives the signal in step 3: both save after it, exit with 76, and the run resumes bit-identically."""
     stopped = run_config(tmp_path, "stopped")
     ranks = start_ranks(2, tmp_path, pretrain_rank, 2, stopped, 1, number)
     assert ranks.wait() == {0: EXIT_SAVED, 1: EXIT_SAVED}, ranks.output(0) + ranks.output(1)
-    assert f"stopped by {number.name} after step 3, saved; the same command goes on from here" in ranks.output(0)
+    assert f"stopped by {number.name} after step 3, saved; the same command resumes here" in ranks.output(0)
     checkpoints = Path(stopped.megatronish.train.save_dir) / "checkpoints"
     assert json.loads((checkpoints / "step-00000003" / "state.json").read_text())["step"] == 3
 
@@ -117,7 +117,7 @@ def test_what_is_asked_is_remembered_and_handlers_are_given_back() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stops.reason == "SIGTERM"
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert stops.reason == "SIGTERM", "the first one is told"
+        assert stops.reason == "SIGTERM", "the first one is reported"
         os.kill(os.getpid(), signal.SIGINT)
         assert stops.reason == "SIGINT"
         with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""A run on streamed text, alone and mixed with an indexed data set: it trains, and goes on from a checkpoint bit for bit."""
+"""A run on streamed text, alone and mixed with an indexed data set: it trains, and resumes from a checkpoint bit for bit."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_resumed_equals_unbroken(mixed: bool, workers: int, tmp_path: Path) -> N
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 
 
-def test_what_a_stream_cannot_do_is_said(tmp_path: Path) -> None:
+def test_what_a_stream_cannot_do_is_an_error(tmp_path: Path) -> None:
     text = str(write_shard(tmp_path / "text.jsonl", make_texts(0, 40)))
     indexed = make_dataset(tmp_path)
 
@@ -85,7 +85,7 @@ def test_what_a_stream_cannot_do_is_said(tmp_path: Path) -> None:
         opened(path=text, tokenizer="bytes", pack=False)
     data = opened(path=[3, text, 1, indexed])  # the data set's tokenizer
     assert data.tokenizer_record.kind == "bytes" and data.num_held_out > 0
-    lines = "\n".join(data.describe(2048))  # whole blocks of the blend
+    lines = "\n".join(data.describe(2048))  # full blocks of the blend
     assert "75.00% of the samples, streamed; nothing held out" in lines and "25.00% of the samples" in lines
     assert [source.name for source in data.sources] == [text, indexed]
     with pytest.raises(UserError, match=r"model\.vocab_size is 100"):

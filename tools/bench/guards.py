@@ -116,7 +116,7 @@ class Bench:
         self.step += 1
         self.agreement.exchange(self.step, result.loss_sum, result.tokens, self.stops.reason)
         self.last = TrainedStep(self.step, self.batches, result.loss_sum, result.grad_norm, self.step)
-        for record in self.agreement.settled(all_of_them=False):
+        for record in self.agreement.completed(wait_for_all=False):
             spike_score(self.losses, record.loss)
             self.losses = [*self.losses, record.loss][-128:]
 
@@ -169,7 +169,7 @@ class Bench:
 
         def exchange() -> None:
             self.agreement.exchange(1, loss, tokens, self.stops.reason)
-            self.agreement.settled(all_of_them=False)
+            self.agreement.completed(wait_for_all=False)
 
         from megatronish.training.monitoring.spikes import spike_score
 

@@ -1,1 +1,1 @@
-"""What is observed of a run: metrics, MFU, loss spikes, incidents and their black boxes, curves."""
+"""Observation of a run: metrics, MFU, loss spikes, black boxes, curves."""

@@ -1,9 +1,10 @@
-"""Where the numbers of a step break: norms of what every module puts out, of weights and of gradients, on this rank."""
+"""Where a step becomes non-finite: norms of module outputs, weights and gradients on this rank."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +18,10 @@ from megatronish.training.step import Batch, own_part
 
 @dataclass
 class Diagnosis:
-    """What one rank found; modules and parameters by name, those of the model's part that it holds.
+    """Norms of one rank's modules and parameters, by name.
 
-    losses: sum of token losses of each micro batch; outputs: largest norm of a module's output, NaN where one is no number;
-    broken: the first module to put out inf or NaN, and the micro batch (from 0); gradients: this rank's, of the mean loss.
+    losses: sum of token losses of each micro batch; outputs: largest norm of a module's output, NaN where one is non-finite;
+    broken: the first module with a non-finite output, and the micro batch (from 0); gradients: this rank's, of the mean loss.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -36,10 +37,10 @@ class Diagnosis:
 
 
 def diagnose_step(engine: Engine, batches: Iterable[Batch], seed: int) -> Diagnosis:
-    """`diagnose` for a step of the engine, with the random numbers that it drew; every rank calls it.
+    """`diagnose` a step of the engine with the random numbers of its seed. Every rank calls it.
 
-    Gradients are left out under ZeRO-3, whose parameters are not whole in the backward pass; of a pipeline's stage, which
-    cannot run alone, only weights are told.
+    Without gradients under ZeRO-3, where parameters are partitioned in the backward pass. A pipeline stage cannot run alone:
+    only its weights are measured.
     """
     if engine.mesh.pp.size > 1:
         return Diagnosis(weights=weight_norms(engine.module))
@@ -53,19 +54,19 @@ def diagnose_step(engine: Engine, batches: Iterable[Batch], seed: int) -> Diagno
 
 
 def diagnose(module: nn.Module, batches: Iterable[Batch], scale: Tensor, with_gradients: bool) -> Diagnosis:
-    """Run the micro batches again, forward and, with_gradients, backward, and look at every number on the way.
+    """Run the micro batches again, forward and, with_gradients, backward, and measure every output and gradient.
 
-    module: a batch in, the sum of its token losses out; scale: what makes them a mean. Nothing is accumulated anywhere:
-    no weight, gradient or optimizer state changes. Ranks that share matrices call it together.
+    module: a batch in, the sum of its token losses out; scale: what makes the sum a mean. No weight,
+    gradient or optimizer state changes. Ranks that share matrices call it together.
     """
     found = Diagnosis(weights=weight_norms(module))
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()} if with_gradients else {}
     for number, batch in enumerate(batches):
-        with _Watch(module) as watch, torch.set_grad_enabled(with_gradients):
+        with _output_norms(module) as norms, torch.set_grad_enabled(with_gradients):
             loss = module(batch)
         found.losses.append(float(loss.detach()))
-        for name, norm in ((name, float(norm)) for name, norm in watch.norms):  # in order; some modules come twice
+        for name, norm in ((name, float(norm)) for name, norm in norms):  # in order; some modules come twice
             if found.broken is None and not _is_finite(norm):
                 found.broken = (short(name), number)
             known = found.outputs.get(short(name), 0.0)
@@ -80,17 +81,17 @@ def diagnose(module: nn.Module, batches: Iterable[Batch], scale: Tensor, with_gr
 
 
 def weight_norms(module: nn.Module) -> dict[str, float]:
-    """The norm of each parameter that this rank holds; under ZeRO-3 of its part of it."""
+    """The norm of each parameter of this rank; under ZeRO-3 of its partition."""
     return {short(name): float(_norm(getattr(p, "ds_tensor", p))) for name, p in module.named_parameters()}
 
 
 def short(name: str) -> str:
-    """The name that the model itself gives; "" becomes "loss", the whole."""
+    """The name inside the model; "loss" for the outermost module."""
     return name.removeprefix("model").removeprefix(".") or "loss"
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    """In float64, so that only what is inf or NaN itself gives such a norm."""
+    """In float64, so that only non-finite elements give a non-finite norm."""
     return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)
 
 
@@ -98,28 +99,23 @@ def _is_finite(norm: float) -> bool:
     return norm - norm == 0.0
 
 
-class _Watch:
-    """Inside it the norm of every module's output is noted, in the order in which modules finish."""
+@contextmanager
+def _output_norms(module: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
+    """Records (name, norm of the output) of every module, in the order in which modules finish."""
+    norms: list[tuple[str, Tensor]] = []
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._handles: list[Any] = []
-        self.norms: list[tuple[str, Tensor]] = []
+    def record(name: str, out: Any) -> None:
+        tensors = [item for item in (out if isinstance(out, tuple) else (out,)) if isinstance(item, Tensor)]
+        found = [_norm(item) for item in tensors if item.is_floating_point()]
+        if found:
+            norms.append((name, torch.stack(found).norm()))
 
-    def __enter__(self) -> _Watch:
-        for name, part in self._module.named_modules():
-            self._handles.append(part.register_forward_hook(self._note(name)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
+    handles = [
+        part.register_forward_hook(lambda part, given, out, name=name: record(name, out))
+        for name, part in module.named_modules()
+    ]
+    try:
+        yield norms
+    finally:
+        for handle in handles:
             handle.remove()
-
-    def _note(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def note(part: nn.Module, given: Any, out: Any) -> None:
-            tensors = [item for item in (out if isinstance(out, tuple) else (out,)) if isinstance(item, Tensor)]
-            norms = [_norm(item) for item in tensors if item.is_floating_point()]
-            if norms:
-                self.norms.append((name, torch.stack(norms).norm()))
-
-        return note

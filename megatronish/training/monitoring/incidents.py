@@ -1,4 +1,4 @@
-"""What a run keeps of its bad steps: it remembers the last ones, and writes a black box of one that turns out bad."""
+"""Keeps the last steps of a run, and writes a black box of one that was non-finite or a loss spike."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ REMEMBERED = 2  # steps: on a GPU the loss of a step is known when the next one 
 
 
 class Incidents:
-    """Every rank has one, and calls `record` together with the others."""
+    """Writes black boxes. Every rank has an Incidents, and all call `record` at the same steps."""
 
     def __init__(self, run: Prepared, rank: Rank, engine: Engine, store: CheckpointStore) -> None:
         self.run, self._rank, self._engine, self._store = run, rank, engine, store
         self._last: deque[TrainedStep] = deque(maxlen=REMEMBERED)
 
     def remember(self, trained: TrainedStep) -> None:
-        """Keep a step until it is known whether it was a good one."""
+        """Keep a step until its loss is known on all ranks."""
         self._last.append(trained)
 
     def record(self, kind: str, step: int, state: TrainState, loss: float, score: float = 0.0) -> Path | None:
         """Write the box of step `step`; None when the run has enough boxes. state: as it is now, losses without this one's.
 
-        Of a step that was left out the weights are still those that it began with, so it is run again and looked at.
+        A skipped step left the weights unchanged, so it is run again for its diagnosis.
         """
         trained = next(each for each in self._last if each.step == step)
-        folder: Path | None = _first_says(box_folder(self.run.run_dir, step) if self._rank.is_first else None)
+        folder: Path | None = _from_first_rank(box_folder(self.run.run_dir, step) if self._rank.is_first else None)
         if folder is None:
             return None
         if kind == BAD:
@@ -61,7 +61,7 @@ class Incidents:
 
     def checkpoint_before(self, step: int) -> Path | None:
         """The newest complete checkpoint of fewer than `step` steps, the same on every rank."""
-        found: Path | None = _first_says(self._store.newest_before(step) if self._rank.is_first else None)
+        found: Path | None = _from_first_rank(self._store.newest_before(step) if self._rank.is_first else None)
         return found
 
     def _event(
@@ -93,9 +93,9 @@ class Incidents:
         return [{"sample": number, "data": name, "documents": documents} for number, name, documents in found]
 
 
-def _first_says(told: Any) -> Any:
-    """What the first rank says: folders are looked at by it alone."""
-    said = [told]
+def _from_first_rank(value: Any) -> Any:
+    """Broadcast a value of the first rank, which alone reads the folders of the run."""
+    values = [value]
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(said, src=0)
-    return said[0]
+        dist.broadcast_object_list(values, src=0)
+    return values[0]

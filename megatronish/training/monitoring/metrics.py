@@ -1,16 +1,16 @@
-"""What is watched: one live line, metrics.jsonl, TensorBoard, Weights & Biases, GPU and host metrics."""
+"""Metrics of a run: progress bar or plain lines, metrics.jsonl, TensorBoard, Weights & Biases, GPU and host metrics."""
 
 from __future__ import annotations
 
 import json
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import psutil
 import torch
+from tqdm import tqdm
 
 from megatronish.config.run import RunConfig
 from megatronish.errors import ConfigError
@@ -21,17 +21,17 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Sink(Protocol):
-    """Somewhere metrics go."""
+    """A destination of metrics."""
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Take the metrics of a step."""
+        """Record the metrics of a step."""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Flush and release it."""
 
 
 class JsonLines:
-    """metrics.jsonl: one object a line, flushed at once. A resumed run first drops lines past the resumed step."""
+    """metrics.jsonl: one object per line, flushed at once. A resumed run first drops lines past the resumed step."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         if path.exists():
@@ -104,7 +104,7 @@ class WandB:
 
 
 def open_sinks(config: RunConfig, run_dir: Path, resumed_step: int) -> list[Sink]:
-    """Every place the configuration asks metrics to go to."""
+    """The sinks that the configuration asks for."""
     sinks: list[Sink] = [JsonLines(run_dir / METRICS_FILE, resumed_step)]
     if config.megatronish.log.tensorboard:
         sinks.append(TensorBoard(run_dir / "tensorboard", resumed_step))
@@ -114,18 +114,11 @@ def open_sinks(config: RunConfig, run_dir: Path, resumed_step: int) -> list[Sink
 
 
 class DeviceMetrics:
-    """Memory and utilisation of this rank's device and host. GPU numbers come from NVML (package nvidia-ml-py)."""
+    """Memory and utilization of this rank's device and host. torch reads a GPU's sensors from NVML (package nvidia-ml-py)."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._process = psutil.Process()
-        self._gpu = None
-        if device.type == "cuda":
-            import pynvml
-
-            pynvml.nvmlInit()
-            uuid = str(torch.cuda.get_device_properties(device).uuid)
-            self._gpu = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
         psutil.cpu_percent()  # the first call only starts the clock
 
     def started(self) -> float:
@@ -139,22 +132,21 @@ class DeviceMetrics:
         return self._process.memory_info().rss / 2**30
 
     def read(self) -> dict[str, float]:
-        """Host CPU %, resident GiB and, on a GPU, its utilisation %, used GiB, watts and degrees C."""
+        """Host CPU %, resident GiB and, on a GPU, its utilization %, used GiB, watts and degrees C."""
         found = {"host/cpu_percent": psutil.cpu_percent(), "host/rss_gib": self._process.memory_info().rss / 2**30}
-        if self._gpu is not None:
-            import pynvml
-
-            found["gpu/utilisation_percent"] = pynvml.nvmlDeviceGetUtilizationRates(self._gpu).gpu
-            found["gpu/used_gib"] = pynvml.nvmlDeviceGetMemoryInfo(self._gpu).used / 2**30
-            found["gpu/watts"] = pynvml.nvmlDeviceGetPowerUsage(self._gpu) / 1000
-            found["gpu/celsius"] = pynvml.nvmlDeviceGetTemperature(self._gpu, pynvml.NVML_TEMPERATURE_GPU)
+        if self._device.type == "cuda":
+            found["gpu/utilisation_percent"] = torch.cuda.utilization(self._device)
+            found["gpu/used_gib"] = torch.cuda.device_memory_used(self._device) / 2**30
+            found["gpu/watts"] = torch.cuda.power_draw(self._device) / 1000
+            found["gpu/celsius"] = torch.cuda.temperature(self._device)
         return found
 
 
 class Monitor:
-    """Turns finished steps into rates and tells them to the terminal and the sinks. Lives on the first rank only.
+    """Turns finished steps into rates and reports them to the sinks and the user. Lives on the first rank only.
 
-    flops_per_token: training FLOPs of one token; peak: what MFU is a share of, or None.
+    flops_per_token: training FLOPs of one token; peak: what MFU is a share of, or None; out: a progress bar where it is a
+    terminal, else plain lines.
     """
 
     def __init__(
@@ -172,24 +164,29 @@ class Monitor:
         self._sinks = open_sinks(config, run_dir, start_step)
         self._devices = DeviceMetrics(device)
         self._out = out or sys.stdout
-        self._live = self._out.isatty()
+        self._bar = tqdm(
+            total=self._total,
+            initial=start_step,
+            file=self._out,
+            disable=not self._out.isatty(),
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+        )
+        self._started = False
         self._last_time, self._last_step = time.perf_counter(), start_step
         self._training_seconds, self._done = 0.0, 0
-        self._pending_line = False
-        self._writing = threading.Lock()  # a checkpoint's thread speaks, too
 
-    def say(self, text: str) -> None:
-        """A line of its own, above the live line."""
-        with self._writing:
-            if self._pending_line:
-                self._out.write("\n")
-                self._pending_line = False
-            self._out.write(text + "\n")
-            self._out.flush()
+    def message(self, text: str) -> None:
+        """Print a line, above the progress bar. Also called by the thread that writes checkpoints."""
+        tqdm.write(text, file=self._out)
+        self._out.flush()
 
-    def first_step(self) -> None:
-        """Say how long after the start of the process the first step was done."""
-        self.say(f"first step done {time.time() - self._devices.started():.1f} s after this process started")
+    def advance(self, step: int) -> None:
+        """Move the progress bar to `step` steps done; report how long after the start of the process the first one was."""
+        if not self._started:
+            self.message(f"first step done {time.time() - self._devices.started():.1f} s after this process started")
+            self._started = True
+        self._bar.update(step - self._bar.n)
 
     def step(self, step: int, loss: float, rate: float, grad_norm: float | None, tokens: int, new_tokens: int) -> None:
         """Report `step` steps done; loss: mean of the tokens since the last report; new_tokens: their number."""
@@ -211,31 +208,30 @@ class Monitor:
         if self._peak:
             metrics["mfu"] = speed * self._flops_per_token / self._peak.flops
         self._emit(step, {**metrics, **self._devices.read()})
-        eta = (self._total - step) * self._training_seconds / self._done
-        self._show(step, metrics, eta)
+        self._show(step, metrics, (self._total - step) * self._training_seconds / self._done)
 
     def validation(self, step: int, loss: float, tokens: int, seconds: float, is_best: bool) -> None:
-        """Report a validation: mean loss in nats a token over `tokens` held-out tokens."""
+        """Report a validation: mean loss in nats per token over `tokens` held-out tokens."""
         self._emit(step, {"validation_loss": loss, "validation_tokens": tokens, "validation_seconds": seconds})
-        self.say(
+        self.message(
             f"validation at step {step}: loss {loss:.4f} over {tokens:,} tokens{', best so far' if is_best else ''}"
         )
 
     def rewind(self, step: int) -> None:
-        """The run is back at `step` steps done: what was told of later ones is dropped (Weights & Biases keeps it)."""
+        """The run is back at `step` steps done: drop the metrics of later ones (Weights & Biases keeps them)."""
         for sink in self._sinks:
             sink.close()
         self._sinks = open_sinks(self._config, self._run_dir, step)
         self._last_time, self._last_step = time.perf_counter(), step
+        self.advance(step)
 
     def pause_ends(self, seconds: float) -> None:
         """The last `seconds` were not training (validation, saving): leave them out of rates and ETA."""
         self._last_time += seconds
 
     def close(self) -> None:
-        """End the live line and close every sink."""
-        if self._pending_line:
-            self._out.write("\n")
+        """End the progress bar and close every sink."""
+        self._bar.close()
         for sink in self._sinks:
             sink.close()
 
@@ -244,21 +240,18 @@ class Monitor:
             sink.write(step, metrics)
 
     def _show(self, step: int, metrics: dict[str, Any], eta: float) -> None:
-        parts = [
-            f"step {step}/{self._total}",
-            f"loss {metrics['loss']:.4f}",
-            f"lr {metrics['lr']:.2e}",
-            f"grad {metrics['grad_norm']:.3f}" if metrics["grad_norm"] is not None else "",
-            f"{metrics['tokens_per_second']:,.0f} tok/s",
-            f"MFU {metrics['mfu']:.1%} of {self._peak.flops / 1e12:.3g} TF/s" if self._peak else "",
-            f"mem {metrics['memory_gib']:.2f} GiB",
+        loss = f"loss {metrics['loss']:.4f}"
+        speed = [
+            f"{metrics['tokens_per_second']:,.0f} tokens/s",
+            *([f"MFU {metrics['mfu']:.1%}"] if self._peak else []),
+            f"{metrics['memory_gib']:.2f} GiB",
             f"ETA {clock(eta)}",
         ]
-        line = " | ".join(part for part in parts if part)
-        with self._writing:
-            self._out.write("\r\x1b[K" + line if self._live else line + "\n")
-            self._pending_line = self._live
-            self._out.flush()
+        if not self._bar.disable:
+            self._bar.set_postfix_str(" | ".join([loss, *speed]))
+            return
+        norm = [f"grad norm {metrics['grad_norm']:.3f}"] if metrics["grad_norm"] is not None else []
+        self.message(" | ".join([f"step {step}/{self._total}", loss, f"lr {metrics['lr']:.2e}", *norm, *speed]))
 
 
 def clock(seconds: float) -> str:

@@ -1,1 +1,1 @@
-"""From a configuration to a run that can start: checks, the checkpoint to resume from, the model, what is printed."""
+"""From a configuration to a run that can start: checks, the checkpoint to resume from, the model, the summary."""

@@ -1,70 +1,93 @@
-"""What the first rank says before a run's first step."""
+"""The summary that the first rank prints before a run's first step."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 
 import torch
 
-from megatronish.checkpoint.paths import RUN_FILE
-from megatronish.config.parallel import ParallelConfig
 from megatronish.launch.process import Rank
 from megatronish.model.accounting import flops_per_token, parameter_counts
 from megatronish.training.monitoring.metrics import clock
 from megatronish.training.monitoring.mfu import Peak
 from megatronish.training.setup.preparation import Prepared
 
-CPU_EFFICIENCY = 0.4  # of the measured matmul rate, for the first guess of a step's time
+CPU_EFFICIENCY = 0.4  # of the measured matmul rate, for the first estimate of a step's time
 SLOW_STEP_SECONDS = 60.0
 
 
 def announce(run: Prepared, rank: Rank, device: torch.device, peak: Peak | None) -> None:
-    """Say once what is about to be trained, on what, and write the resolved configuration."""
-    config, plan = run.config, run.plan
-    ours, tokens = config.megatronish, run.data.train.num_inputs(0, plan.samples)
-    counts, flops = parameter_counts(ours.model), flops_per_token(ours.model).train
-    if device.type == "cpu":
-        step_seconds = tokens * flops / (peak.flops * CPU_EFFICIENCY) if peak else 0.0
-        slow = f"; a step may take about {clock(step_seconds)}" if step_seconds > SLOW_STEP_SECONDS else ""
-        print(
-            f"No GPU here: training on CPU, {rank.world_size} rank(s) x {torch.get_num_threads()} thread(s){slow}."
-            + (" Try --model.preset tiny." if slow else "")
-        )
-    asked = config.batch_plan(plan.data_size)
-    if asked != plan:
-        print(
-            f"Micro batch {asked.micro} -> {plan.micro}, accumulation {asked.accumulation} -> {plan.accumulation} "
-            "to fit this machine's memory: the same samples and the same mean loss a step."
-        )
-    print(json.dumps(config.to_json(), indent=None, separators=(", ", ": ")))
-    config.save(run.run_dir / RUN_FILE)
-    stage, kind = config.deepspeed.zero_optimization.stage, config.deepspeed.dtype
-    print(
-        f"model {ours.model.preset or 'custom'}: {counts.total:,} parameters, {flops / 1e9:.3g} GFLOP a token; "
-        f"{kind}, ZeRO-{stage}, {config.deepspeed.optimizer.type}; {tokens:,} tokens a step "
-        f"({plan.micro} micro x {plan.accumulation} accumulation x {plan.data_size} ranks x {ours.model.seq_length})"
-        + describe(ours.parallel)
+    """Print what is trained, on what data and hardware, in aligned lines; run.json holds the full configuration."""
+    print("\n".join(f"{label:<11} {text}" for label, text in summary(run, rank, device, peak)), flush=True)
+
+
+def summary(run: Prepared, rank: Rank, device: torch.device, peak: Peak | None) -> Iterator[tuple[str, str]]:
+    """Pairs of label and text; a text without a label continues the one before."""
+    plan, ours, ds = run.plan, run.config.megatronish, run.config.deepspeed
+    model, train, parallel = ours.model, ours.train, ours.parallel
+    yield (
+        "model",
+        (
+            f"{model.preset or 'custom'}, {parameter_counts(model).total:,} parameters, "
+            f"{flops_per_token(model).train / 1e9:.3g} GFLOPs per token"
+            + (f", weights of {run.imported.folder}" if run.imported else "")
+        ),
     )
-    print("\n".join(run.data.describe(ours.train.steps * plan.samples)))
-    if ours.schedule.warmup_steps >= ours.train.steps:
-        print(f"note: schedule.warmup_steps {ours.schedule.warmup_steps} lasts the whole run: lr stays below its peak")
+    data, *more = run.data.describe(train.steps * plan.samples)
+    yield "data", data.removeprefix("data").lstrip(": ")
+    yield from (("", line) for line in more)
+    yield (
+        "batch",
+        (
+            f"{run.data.train.num_inputs(0, plan.samples):,} tokens per step: micro batch {plan.micro} x accumulation "
+            f"{plan.accumulation} x {plan.data_size} data-parallel ranks x {model.seq_length:,} tokens"
+        ),
+    )
+    yield (
+        "schedule",
+        (
+            f"{train.steps:,} steps, {ours.schedule.type} after {ours.schedule.warmup_steps:,} steps of warmup; {ds.optimizer.type}, "
+            f"learning rate {ds.optimizer.params.lr:g}, "
+            + (f"clip {clip:g}" if (clip := ds.gradient_clipping) else "no clipping")
+        ),
+    )
+    sizes = {"data": plan.data_size, **{name: getattr(parallel, name) for name in ("tensor", "sequence", "pipeline")}}
+    yield (
+        "parallel",
+        (
+            f"{', '.join(f'{name} {size}' for name, size in sizes.items())}; ZeRO stage {ds.zero_optimization.stage}"
+            + ("; activations divided along the sequence" if parallel.tensor_sequence else "")
+        ),
+    )
+    cpu = f"no GPU found: {rank.world_size} CPU rank(s) x {torch.get_num_threads()} thread(s)"
+    yield "device", cpu if device.type == "cpu" else f"{rank.world_size} x {torch.cuda.get_device_name(device)}"
     if peak:
-        print(f"MFU is of {peak.flops / 1e12:.4g} TFLOP/s: {peak.source}")
-    if run.imported:
-        print(f"beginning with the weights of {run.imported.folder}")
+        yield "", f"MFU is of {peak.flops / 1e12:.4g} TFLOP/s: {peak.source}"
+    yield "precision", ds.dtype
+    yield "checkpoints", f"{run.run_dir}, every {train.save_interval:,} steps"
     if run.resume_from:
-        print(f"continuing {run.resume_from} at step {run.state.step}" + (f": {run.moved}" if run.moved else ""))
-        before = run.state.samples / run.state.step
-        if before != plan.samples:
-            print(
-                f"note: a step was {before:g} samples so far and is {plan.samples} from here on; give --train_batch_size "
-                f"{before:.0f} to go on as before"
-            )
+        yield "", f"resuming {run.resume_from} at step {run.state.step}" + (f": {run.moved}" if run.moved else "")
+    yield from (("note", text) for text in notes(run, device, peak))
 
 
-def describe(parallel: ParallelConfig) -> str:
-    """How a sample is divided over ranks, for the announcement; '' when it is not."""
-    told = f"; every matrix over {parallel.tensor} tensor-parallel ranks" if parallel.tensor > 1 else ""
-    told += ", the sequence too" if parallel.tensor_sequence else ""
-    told += f"; every sequence over {parallel.sequence} ranks" if parallel.sequence > 1 else ""
-    return told + (f"; layers over {parallel.pipeline} pipeline stages" if parallel.pipeline > 1 else "")
+def notes(run: Prepared, device: torch.device, peak: Peak | None) -> Iterator[str]:
+    """Where the run differs from what was asked for, or probably from what was meant."""
+    ours, plan = run.config.megatronish, run.plan
+    flops = run.data.train.num_inputs(0, plan.samples) * flops_per_token(ours.model).train
+    seconds = flops / (peak.flops * CPU_EFFICIENCY) if peak and device.type == "cpu" else 0.0
+    if seconds > SLOW_STEP_SECONDS:
+        yield f"a step may take about {clock(seconds)}. Try --model.preset tiny."
+    asked = run.config.batch_plan(plan.data_size)
+    if asked != plan:
+        yield (
+            f"micro batch {asked.micro} -> {plan.micro}, accumulation {asked.accumulation} -> {plan.accumulation} "
+            "to fit this machine's memory: the same samples and the same mean loss per step"
+        )
+    if ours.schedule.warmup_steps >= ours.train.steps:
+        yield "schedule.warmup_steps covers the entire run: the learning rate stays below its peak"
+    before = run.state.samples / run.state.step if run.state.step else plan.samples
+    if before != plan.samples:
+        yield (
+            f"a step had {before:g} samples so far and has {plan.samples} from now on; give --train_batch_size {before:.0f} "
+            "to keep the former size"
+        )

@@ -79,7 +79,7 @@ def prepare(config: RunConfig, rank: Rank) -> Prepared:
 
 
 def continue_from(run: Prepared, found: Path) -> Prepared:
-    """The run as it goes on from the checkpoint `found`. Raises UserError when that is of another run."""
+    """The run resumed from the checkpoint `found`. Raises UserError when that is of another run."""
     model = run.config.megatronish.model
     check_same_model(found, run.config)
     check_same_tokenizer(found, run.data)

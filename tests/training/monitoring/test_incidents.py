@@ -1,4 +1,4 @@
-"""The whole trainer and its bad steps: left out, told, kept in a black box, run again; spikes, and the way back before them."""
+"""The trainer with non-finite steps, which are skipped, reported, kept in a black box and replayed, and loss spikes with rollback."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def pretrain_with(rank: int, config: RunConfig, faults: dict[int, str], left_out
     from megatronish.training.loop import Trainer, pretrain
     from megatronish.training.setup import preparation
 
-    whole = Trainer.next_step
+    original = Trainer.next_step
 
     def faulty(self: Any, batches: Any) -> Any:
         kind, _, value = faults.get(self.state.step, "").partition(" ")
@@ -57,7 +57,7 @@ def pretrain_with(rank: int, config: RunConfig, faults: dict[int, str], left_out
             kind = ""
         if kind == "all" or (kind and rank == 1):
             (break_gradient if kind == "gradient" else break_loss)(model, float(value))
-        return whole(self, batches)
+        return original(self, batches)
 
     Trainer.next_step = faulty  # type: ignore[method-assign]  # of a forked rank, which ends with the test
     start = preparation.TrainState.start
@@ -76,8 +76,8 @@ def assert_equal_weights(one: Path, other: Path, step: int) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_bad_steps_are_left_out_and_the_run_goes_on(data: str, tmp_path: Path) -> None:
-    """NaN in the loss and inf in a gradient of rank 1: as a run that passes over these steps' samples, to the bit."""
+def test_bad_steps_are_skipped_and_the_run_continues(data: str, tmp_path: Path) -> None:
+    """NaN in the loss and inf in a gradient of rank 1: equal to the bit to a run that skips the samples of these steps."""
     faulty, without = (run_config(data, tmp_path / name, {}) for name in ("faulty", "without"))
     run_ranks(2, pretrain_with, faulty, {2: "loss nan", 5: "gradient inf"}, [], group=False)
     ranges = [[2 * SAMPLES, 3 * SAMPLES], [5 * SAMPLES, 6 * SAMPLES]]
@@ -88,29 +88,29 @@ def test_bad_steps_are_left_out_and_the_run_goes_on(data: str, tmp_path: Path) -
     boxes = tmp_path / "faulty" / "black_box"
     assert sorted(os.listdir(boxes)) == ["step-00000003", "step-00000006"]
     event = json.loads((boxes / "step-00000006" / "event.json").read_text())
-    assert (event["kind"], event["checkpoint"], event["samples"]) == ("no number", "step-00000004", [40, 48])
+    assert (event["kind"], event["checkpoint"], event["samples"]) == ("non-finite", "step-00000004", [40, 48])
     assert [[each["sample"] for each in rank] for rank in event["documents"]] == [[40, 41, 44, 45], [42, 43, 46, 47]]
-    # The file system's own count says that the kept checkpoint takes no space of its own.
+    # The kept checkpoint is a hard link and takes no space of its own.
     assert (boxes / "step-00000006/checkpoint/model.safetensors").stat().st_nlink >= 1
 
 
-def test_a_run_without_numbers_ends_after_so_many_steps_and_says_where_they_break(data: str, tmp_path: Path) -> None:
+def test_a_non_finite_run_ends_after_max_skipped_steps_and_reports_where_it_breaks(data: str, tmp_path: Path) -> None:
     """A learning rate of 1e30: the first update ruins every weight. Status 2, and the box replays the breakdown."""
     changes = {"optimizer": {"params": {"lr": 1e30}}, "gradient_clipping": 0.0}
     train = {"max_skipped_steps": 3, "save_interval": 1}
     config = run_config(data, tmp_path / "run", train, changes)
     ranks = start_ranks(2, tmp_path, pretrain_with, config, {}, [])
     assert ranks.wait() == {0: 2, 1: 2}, ranks.output(0) + ranks.output(1)
-    said = ranks.output(0)
-    assert "error: 3 step(s) in a row, the last of them step 4, had a loss or gradient that is no number" in said
-    assert "the weights are those of step 1" in said and "lr" in said
+    output = ranks.output(0)
+    assert "error: 3 step(s) in a row, the last of them step 4, had a non-finite loss or gradient" in output
+    assert "the weights are those of step 1" in output and "lr" in output
     box = tmp_path / "run" / "black_box" / "step-00000002"
     found = run_ranks(2, replay_rank, box, group=False)
-    for rank, told in enumerate(found):
+    for rank, replayed in enumerate(found):
         recorded = json.loads((box / f"rank-{rank:05d}.json").read_text())
-        assert told["same"] == (True, True, True)
-        assert told["broken"] is recorded["broken"] is None, "the norms make 0 of such numbers"
-        assert "all outputs are finite; " in told["report"] and "gradients are not" in told["report"]
+        assert replayed["same"] == (True, True, True)
+        assert replayed["broken"] is recorded["broken"] is None, "the norm layers turn such weights into 0"
+        assert "all outputs are finite; " in replayed["report"] and "gradients are not" in replayed["report"]
         assert math.isnan(recorded["gradients"]["embedding.weight"])
 
 
@@ -127,7 +127,7 @@ def replay_rank(rank: int, box: Path) -> dict[str, Any]:
 
 
 def test_a_spike_sends_the_run_back_past_its_data(data: str, tmp_path: Path) -> None:
-    """The loss of step 11 is 20 times as high: the run goes back to step 8 and leaves steps 10 and 11 out, as one told to from its start."""
+    """The loss of step 11 is 20 times as high: the run goes back to step 8 and skips steps 10 and 11, like a run that skips them from its start."""
     train = {"steps": 14, "on_spike": "rollback", "spike_window": 8}
     spiky, without = (run_config(data, tmp_path / name, train) for name in ("spiky", "without"))
     run_ranks(2, pretrain_with, spiky, {10: "all 20"}, [], group=False)
@@ -141,22 +141,22 @@ def test_a_spike_sends_the_run_back_past_its_data(data: str, tmp_path: Path) -> 
 
 
 def test_rollbacks_end(data: str, tmp_path: Path) -> None:
-    """Every step from 10 on spikes: two ways back, then the run goes on and warns; a spike before any checkpoint, too."""
+    """Every step from 10 on spikes: one rollback, then the run continues with a warning."""
     train = {"on_spike": "rollback", "spike_window": 8, "max_rollbacks": 1, "spike_steps": 1, "steps": 12}
     config = run_config(data, tmp_path / "run", train)
     ranks = start_ranks(2, tmp_path, pretrain_with, config, {9: "all 20", 10: "all 400"}, [])
     assert ranks.wait() == {0: 0, 1: 0}, ranks.output(0) + ranks.output(1)
-    assert "back at step 8, samples 72 to 79 will be left out" in ranks.output(0)
-    assert "loss spike at step 11" in ranks.output(0) and "not rolled back: 1 rollbacks are enough" in ranks.output(0)
+    assert "back at step 8, samples 72 to 79 will be skipped" in ranks.output(0)
+    assert "loss spike at step 11" in ranks.output(0) and "not rolled back: train.max_rollbacks is 1" in ranks.output(0)
     state = json.loads((tmp_path / "run/checkpoints/step-00000012/state.json").read_text())
     assert (state["rollbacks"], state["skipped"]) == (1, 1)
 
 
 def pretrain_alarmed(rank: int, config: RunConfig) -> None:
     """Train with an alarm that goes off at step 11, whose loss is an ordinary one."""
-    from megatronish.training import loop
+    from megatronish.training import recovery
 
-    loop.spike_score = lambda losses, loss: 99.0 if len(losses) == 10 else 0.0
+    recovery.spike_score = lambda losses, loss: 99.0 if len(losses) == 10 else 0.0
     pretrain_rank(rank, config, 2)
 
 
@@ -168,8 +168,8 @@ def test_a_good_step_replays_to_the_bit(stage: int, data: str, tmp_path: Path) -
     run_ranks(2, pretrain_alarmed, config, group=False)
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["latest", "step-00000016"]
     found = run_ranks(2, replay_rank, tmp_path / "run" / "black_box" / "step-00000011", group=False)
-    for told in found:
-        assert told["same"] == (True, True, True) and told["broken"] is None and told["before"] == 2
+    for replayed in found:
+        assert replayed["same"] == (True, True, True) and replayed["broken"] is None and replayed["before"] == 2
     assert "all outputs are finite" in found[0]["report"] and "weight" in found[0]["report"]
 
 
@@ -194,7 +194,7 @@ def test_the_first_module_to_break_is_named() -> None:
 
 
 def test_the_robust_score() -> None:
-    """Median 2, median absolute deviation 0.1: a loss of 3 lies 1 / 0.14826 deviations above."""
+    """Median 2, median absolute deviation 0.1: a loss of 3 is 1 / 0.14826 deviations above."""
     losses = [1.8, 1.9, 1.9, 2.0, 2.0, 2.0, 2.1, 2.1, 2.2]
     assert spike_score(losses, 3.0) == pytest.approx(1 / 0.14826)
     assert spike_score(losses, 1.0) < 0
@@ -227,10 +227,10 @@ def test_documents_of_a_sample(changes: dict[str, Any], data: str, tmp_path: Pat
     for number in range(40):
         row = run.train.rows(torch.tensor([number]).numpy())
         tokens = row.tokens[0] if row.valid_lengths is None else row.tokens[0, : row.valid_lengths[0]]
-        name, documents = run.train.documents(number)
-        assert name == run.sources[0].name and documents
-        whole = [reader.tokens_view[reader.document_starts[d] : reader.document_starts[d + 1]] for d in documents]
-        joined = b"".join(bytes(memoryview(part.copy())) for part in whole)
+        name, numbers = run.train.documents(number)
+        assert name == run.sources[0].name and numbers
+        documents = [reader.tokens_view[reader.document_starts[d] : reader.document_starts[d + 1]] for d in numbers]
+        joined = b"".join(bytes(memoryview(part.copy())) for part in documents)
         assert bytes(memoryview(tokens.copy())) in joined
-        inner = [len(part) for part in whole[1:-1]]
+        inner = [len(part) for part in documents[1:-1]]
         assert sum(inner) <= len(tokens)

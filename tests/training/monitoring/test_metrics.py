@@ -1,10 +1,11 @@
-"""What is watched: metrics.jsonl, TensorBoard, Weights & Biases, and the line the user sees."""
+"""Metrics: metrics.jsonl, TensorBoard, Weights & Biases, and what the terminal shows."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
+import re
 import struct
 import sys
 import time
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -42,17 +43,17 @@ def lines_of(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that stands still until a test moves it."""
+    """A clock that only a test advances."""
     time = [1000.0]
     monkeypatch.setattr(monitor_module.time, "perf_counter", lambda: time[0])
     return time
 
 
 def test_metrics_of_a_step(tmp_path: Path, now: list[float]) -> None:
-    """Rates by hand: 10 steps with 5,000 tokens in 4 seconds, 6 FLOPs a token, of a peak of 30,000 FLOP/s."""
-    watch = Monitor(run_of(), tmp_path, 0, 6.0, Peak(30_000.0, "test"), CPU, io.StringIO())
+    """Rates by hand: 10 steps with 5,000 tokens in 4 seconds, 6 FLOPs per token, of a peak of 30,000 FLOP/s."""
+    monitor = Monitor(run_of(), tmp_path, 0, 6.0, Peak(30_000.0, "test"), CPU, io.StringIO())
     now[0] += 4
-    watch.step(10, loss=2.5, rate=1e-3, grad_norm=0.75, tokens=5_000, new_tokens=5_000)
+    monitor.step(10, loss=2.5, rate=1e-3, grad_norm=0.75, tokens=5_000, new_tokens=5_000)
     (line,) = lines_of(tmp_path)
     exact = {"step": 10, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.75, "tokens": 5_000}
     assert {name: line[name] for name in exact} == exact
@@ -65,24 +66,24 @@ def test_metrics_of_a_step(tmp_path: Path, now: list[float]) -> None:
 
 def test_no_gradient_norm_and_no_peak(tmp_path: Path, now: list[float]) -> None:
     out = io.StringIO()
-    watch = Monitor(run_of(), tmp_path, 0, 6.0, None, CPU, out)
+    monitor = Monitor(run_of(), tmp_path, 0, 6.0, None, CPU, out)
     now[0] += 1
-    watch.step(1, 2.5, 1e-3, None, 10, 10)
+    monitor.step(1, 2.5, 1e-3, None, 10, 10)
     (line,) = lines_of(tmp_path)
     assert line["grad_norm"] is None and "mfu" not in line
     assert "MFU" not in out.getvalue() and "grad" not in out.getvalue()
 
 
 def test_pauses_are_left_out_of_rates(tmp_path: Path, now: list[float]) -> None:
-    """A validation of 100 s between two reports: 1,000 tokens in 2 + 3 seconds of training are 200 a second."""
+    """A validation of 100 s between two reports: 1,000 tokens in 2 + 3 seconds of training are 200 per second."""
     out = io.StringIO()
-    watch = Monitor(run_of(), tmp_path, 0, 6.0, None, CPU, out)
+    monitor = Monitor(run_of(), tmp_path, 0, 6.0, None, CPU, out)
     now[0] += 2
     now[0] += 100
-    watch.validation(4, 2.0, 500, 100.0, is_best=True)
-    watch.pause_ends(100.0)
+    monitor.validation(4, 2.0, 500, 100.0, is_best=True)
+    monitor.pause_ends(100.0)
     now[0] += 3
-    watch.step(10, 2.5, 1e-3, 0.5, 1_000, 1_000)
+    monitor.step(10, 2.5, 1e-3, 0.5, 1_000, 1_000)
     validation, step = lines_of(tmp_path)
     assert validation == {"step": 4, "validation_loss": 2.0, "validation_tokens": 500, "validation_seconds": 100.0}
     assert (step["tokens_per_second"], step["step_seconds"]) == (200.0, 0.5)
@@ -92,44 +93,47 @@ def test_pauses_are_left_out_of_rates(tmp_path: Path, now: list[float]) -> None:
 
 def test_eta_after_a_resume_counts_this_process_only(tmp_path: Path, now: list[float]) -> None:
     out = io.StringIO()
-    watch = Monitor(run_of(steps=100), tmp_path, 90, 6.0, None, CPU, out)
+    monitor = Monitor(run_of(steps=100), tmp_path, 90, 6.0, None, CPU, out)
     now[0] += 10
-    watch.step(95, 2.5, 1e-3, 0.5, 1_000, 50)
+    monitor.step(95, 2.5, 1e-3, 0.5, 1_000, 50)
     assert "step 95/100" in out.getvalue() and "ETA 0:10" in out.getvalue()
     assert lines_of(tmp_path)[0]["step_seconds"] == 2.0
 
 
-def watched(out: io.StringIO, tmp_path: Path, now: list[float]) -> str:
-    watch = Monitor(run_of(), tmp_path, 0, 6.0, Peak(2e12, "test"), CPU, out)
-    for step in (1, 2):
+def monitored(out: io.StringIO, tmp_path: Path, now: list[float]) -> str:
+    """What three steps and a message look like on `out`."""
+    monitor = Monitor(run_of(), tmp_path, 0, 6.0, Peak(2e6, "test"), CPU, out)
+    for step in (1, 2, 3):
         now[0] += 1
-        watch.step(step, 2.5, 1e-3, 0.5, 1_000 * step, 1_000)
-    watch.say("saved somewhere")
-    now[0] += 1
-    watch.step(3, 2.5, 1e-3, 0.5, 3_000, 1_000)
-    watch.close()
+        monitor.advance(step)
+        monitor.step(step, 2.5, 1e-3, 0.5, 1_000 * step, 1_000)
+        if step == 2:
+            monitor.message("saved somewhere")
+    monitor.close()
     return out.getvalue()
 
 
-def test_a_terminal_sees_one_live_line(tmp_path: Path, now: list[float]) -> None:
-    """Each step overwrites the last; a message stands on a line of its own; the shell's prompt comes on a new line."""
-    text = watched(Terminal(), tmp_path, now)
-    first, second, rest = text.split("\r\x1b[K", 2)
-    assert first == ""
-    assert second.startswith(
-        "step 1/100 | loss 2.5000 | lr 1.00e-03 | grad 0.500 | 1,000 tok/s | MFU 0.0% of 2 TF/s | mem "
+def test_a_terminal_gets_a_progress_bar(tmp_path: Path, now: list[float]) -> None:
+    """Each update overwrites the bar; a message is printed on a line of its own above it; the bar ends with a new line."""
+    text = monitored(Terminal(), tmp_path, now)
+    bars = [part for part in text.split("\r") if "1/100" in part]
+    assert re.search(
+        r"1%\|.*\| 1/100, loss 2\.5000 \| 1,000 tokens/s \| MFU 0\.3% \| \d+\.\d\d GiB \| ETA 1:39", bars[-1]
     )
-    assert second.endswith(" GiB | ETA 1:39")
-    assert rest.startswith("step 2/100 | ")
-    assert "\nsaved somewhere\n\r\x1b[Kstep 3/100 | " in rest
-    assert text.count("\n") == 3 and text.endswith("\n")
+    assert "saved somewhere\n" in text and "3/100, loss 2.5000" in text.split("saved somewhere\n")[1]
+    assert text.count("\n") == 3 and text.endswith("\n"), "the first step, the message, the end"
 
 
 def test_a_log_file_gets_plain_lines(tmp_path: Path, now: list[float]) -> None:
-    text = watched(io.StringIO(), tmp_path, now)
+    text = monitored(io.StringIO(), tmp_path, now)
     assert "\r" not in text and "\x1b" not in text
-    starts = [line.split(" | ")[0] for line in text.splitlines()]
-    assert starts == ["step 1/100", "step 2/100", "saved somewhere", "step 3/100"]
+    first, *lines = text.splitlines()
+    assert first.startswith("first step done ")
+    assert [line.split(" | ")[0] for line in lines] == ["step 1/100", "step 2/100", "saved somewhere", "step 3/100"]
+    assert lines[0].startswith(
+        "step 1/100 | loss 2.5000 | lr 1.00e-03 | grad norm 0.500 | 1,000 tokens/s | MFU 0.3% | "
+    )
+    assert lines[0].endswith(" GiB | ETA 1:39")
 
 
 @pytest.mark.parametrize(
@@ -208,7 +212,7 @@ def log_records(path: Path) -> Iterator[bytes]:
         length, kind = struct.unpack_from("<HB", data, place + 4)
         record += data[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
+        if kind in (1, 4):  # a complete record, or the last part of one
             yield record
             record = b""
 
@@ -232,7 +236,7 @@ def wandb_records(run_dir: Path) -> tuple[set[str], list[dict[str, Any]], dict[s
 
 
 def test_wandb_offline_writes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a network; a second process goes on with the same run."""
+    """Without a network; a second process resumes the same run."""
     pytest.importorskip("wandb")
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
