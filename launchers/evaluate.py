@@ -1,6 +1,7 @@
-"""Measure a model on held-out text: `python launchers/evaluate.py --checkpoint runs/demo`.
+"""Evaluate a model on held-out text: `python launchers/evaluate.py --checkpoint runs/demo`.
 
-Loss, perplexity and bits per byte, beside gzip -9 and xz -9e on the same bytes; also written to RUN/evaluation.json.
+Loss, perplexity and bits per byte, compared with gzip -9 and xz -9e on the same bytes; also written to
+RUN/evaluation.json.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = model_parser("evaluate.py", __doc__)
     add = parser.add_argument
-    add("--data", metavar="PREFIX", help="a data set of the same tokenizer (the one that the run trained on)")
-    add("--stride", type=int, metavar="N", help="tokens scored a window; fewer give more context (half the context)")
+    add("--data", metavar="PREFIX", help="a data set of the same tokenizer (default: that of the run)")
+    add("--stride", type=int, metavar="N", help="tokens scored per window; fewer give more context (half the context)")
     add("--max-tokens", type=int, metavar="N", help="only the first held-out documents, up to N tokens (all)")
     add_quantize(parser)
     return parser

@@ -1,4 +1,4 @@
-"""Small random `transformers` models of every architecture that can be imported, and their tensors under our names."""
+"""Small random `transformers` models of every supported architecture, and their tensors by our names."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from transformers import (
 from megatronish.config.huggingface import from_huggingface
 from megatronish.config.model import ModelConfig
 from megatronish.interop.huggingface import parameter_shapes
-from megatronish.interop.weight_names import Layout
+from megatronish.interop.weight_names import WeightMapping
 
 VOCAB, LAYERS, HIDDEN, HEADS, KV_HEADS, FFN, CONTEXT = 97, 3, 48, 6, 2, 80, 64
 COMMON = {
@@ -107,7 +107,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 def build(name: str) -> PreTrainedModel:
-    """The model with weights large enough that every part of it matters, norms and biases among them."""
+    """The model with weights large enough that every part of it, including norms and biases, changes the logits."""
     model = MODELS[name]()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -124,9 +124,9 @@ def our_config(model: PreTrainedModel) -> ModelConfig:
 
 
 def our_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Tensors of `model` (weights, or gradients) under our names."""
+    """Tensors of `model` (weights, or gradients) by our names."""
     config = our_config(model)
-    layout = Layout(config, model.config.model_type)
+    layout = WeightMapping(config, model.config.model_type)
     other = layout.table.other_names
     found = {}
     for name, shape in parameter_shapes(config).items():

@@ -1,4 +1,4 @@
-"""Models to and from Hugging Face's form: `convert_hf.py import HF_FOLDER OUT`, `convert_hf.py export RUN OUT`.
+"""Convert models from and to Hugging Face: `convert_hf.py import HF_FOLDER OUT`, `convert_hf.py export RUN OUT`.
 
 Architectures: llama (Llama 2 and 3, SmolLM), mistral, qwen2, qwen3, phi3, gpt_neox (Pythia), starcoder2, stablelm. Only
 safetensors are read; no code that comes with a model is run.
@@ -23,7 +23,7 @@ def size(text: str) -> int:
     """`5GB` in bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|GB|MiB|GiB)", text, re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MB or 5GB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 5GB")
     return int(float(match[1]) * SIZES[match[2].upper()])
 
 
@@ -75,11 +75,11 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Convert, then say what came of it. Raises UserError."""
+    """Convert and report. Raises UserError."""
     from tqdm import tqdm
 
+    from megatronish.checkpoint.weights import find_model
     from megatronish.interop.huggingface import export_model, import_model
-    from megatronish.interop.source import model_folder, told_to_the_user
     from megatronish.ops.dtypes import DTYPES
 
     source, dtype = arguments.source, DTYPES.get(arguments.dtype)
@@ -89,11 +89,11 @@ def run(arguments: argparse.Namespace) -> None:
         bar.total = total
         bar.update(done)
 
-    with told_to_the_user(), bar:
+    with bar:
         if arguments.command == "import":
             result = import_model(source, arguments.target, dtype=dtype, progress=progress)
         else:
-            source = model_folder(source, arguments.which)
+            source = find_model(source, arguments.which)
             result = export_model(
                 source,
                 arguments.target,
@@ -108,15 +108,15 @@ def run(arguments: argparse.Namespace) -> None:
         f"{str(result.dtype).removeprefix('torch.')}, {len(result.files)} file(s) of weights"
     )
     if tokenizer.kind is None:
-        print("no tokenizer was there: none is in the new folder, and text needs one")
+        print("the model has no tokenizer, so the new folder has none")
     else:
-        begins = "" if tokenizer.bos_id is None else f", texts begin with {tokenizer.bos_id}"
-        print(f"tokenizer: {tokenizer.kind}, end of document {tokenizer.eod_id}{begins}")
+        start = "" if tokenizer.bos_id is None else f", texts start with {tokenizer.bos_id}"
+        print(f"tokenizer: {tokenizer.kind}, end of document {tokenizer.eod_id}{start}")
     verify(arguments, source, result.parameters)
 
 
 def verify(arguments: argparse.Namespace, source: Path, parameters: int) -> None:
-    """Print how far transformers agrees. Raises UserError when it was asked for and cannot be."""
+    """Print the agreement with transformers. Raises UserError if it is required and cannot be computed."""
     from megatronish.interop.agreement import compare, why_not
 
     if arguments.verify == "never":

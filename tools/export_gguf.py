@@ -1,6 +1,6 @@
-"""A trained model as a GGUF file for llama.cpp and what is built on it: `export_gguf.py RUN model.gguf`.
+"""Export a trained model to GGUF, the format of llama.cpp: `export_gguf.py RUN model.gguf`.
 
-Llama-like models (what llama, mistral without a window, qwen2 and qwen3 can say) with a byte-level BPE, as
+Llama-like models (those that llama, mistral without a window, qwen2 and qwen3 express) with a byte-level BPE, as
 tools/preprocess_data.py trains it. Needs `pip install 'megatronish[gguf]'`.
 """
 
@@ -35,15 +35,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     arguments = build_parser().parse_args()
     with exit_on_user_error():
+        from megatronish.checkpoint.weights import find_model
         from megatronish.interop.gguf import export_gguf
-        from megatronish.interop.source import model_folder, told_to_the_user
 
-        source = model_folder(arguments.source, arguments.which)
-        with told_to_the_user():
-            result = export_gguf(source, arguments.target, arguments.dtype)
+        source = find_model(arguments.source, arguments.which)
+        result = export_gguf(source, arguments.target, arguments.dtype)
         print(f"{source} -> {result.path}: {result.architecture}, {result.size / 1e6:.1f} MB")
         if not result.tokenizer:
-            print("no tokenizer was there: the file takes and gives ids")
+            print("the model has no tokenizer, so the file has none")
     return 0
 
 

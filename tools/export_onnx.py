@@ -1,6 +1,6 @@
-"""A trained model as an ONNX graph: `export_onnx.py RUN OUT` writes OUT/model.onnx, its tokenizer, and config.json.
+"""Export a trained model to ONNX: `export_onnx.py RUN OUT` writes OUT/model.onnx, its tokenizer, and config.json.
 
-One graph reads prompts and decodes behind a cache, in optimum's names. Needs `pip install 'megatronish[onnx]'`.
+One graph for prefill and for decoding with a cache, with the names of optimum. Needs `pip install 'megatronish[onnx]'`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     arguments = build_parser().parse_args()
     with exit_on_user_error():
+        from megatronish.checkpoint.weights import find_model
         from megatronish.interop.onnx import export_onnx
-        from megatronish.interop.source import model_folder, told_to_the_user
         from megatronish.ops.dtypes import DTYPES
 
-        source = model_folder(arguments.source, arguments.which)
-        with told_to_the_user():
-            result = export_onnx(source, arguments.target, DTYPES[arguments.dtype])
+        source = find_model(arguments.source, arguments.which)
+        result = export_onnx(source, arguments.target, DTYPES[arguments.dtype])
         print(f"{source} -> {result.folder}: {result.size / 1e6:.1f} MB")
         if result.model_type is None:
             print("no config.json: no Hugging Face architecture expresses this model; the graph needs none")

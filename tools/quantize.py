@@ -1,7 +1,7 @@
-"""Narrow a trained model's weights to 8 or 4 bits: `python tools/quantize.py --checkpoint runs/demo --format int8 --output DIR`.
+"""Quantize a trained model's weights to 8 or 4 bits: `python tools/quantize.py --checkpoint runs/demo --format int8 --output DIR`.
 
-Prints the size of the weights and the perplexity on held-out text, before and after. DIR is for launchers/generate.py and
-launchers/serve.py --checkpoint.
+Prints the size of the weights and the perplexity on held-out text, before and after. launchers/generate.py and
+launchers/serve.py open DIR.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from megatronish.launch.process import initialize_process
 def main() -> int:
     parser = model_parser("quantize.py", __doc__)
     add = parser.add_argument
-    add("--format", choices=("int8", "int4"), required=True, help="bits of a weight")
-    add("--group", type=int, default=64, metavar="N", help="int4: columns that share a range: 32, 64 or 128 (64)")
-    add("--output", type=Path, metavar="DIR", help="write the model here; without it, only compare")
+    add("--format", choices=("int8", "int4"), required=True, help="bits per weight")
+    add("--group", type=int, default=64, metavar="N", help="int4: columns that share a scale: 32, 64 or 128 (64)")
+    add("--output", type=Path, metavar="DIR", help="write the model here; without it, only evaluate")
     add(
         "--data",
         metavar="PREFIX",
-        help="a data set of the same tokenizer to compare on (the one that the run trained on)",
+        help="a data set of the same tokenizer to evaluate on (default: that of the run)",
     )
-    add("--max-tokens", type=int, default=20_000, metavar="N", help="compare on so many held-out tokens (20,000)")
+    add("--max-tokens", type=int, default=20_000, metavar="N", help="evaluate on N held-out tokens (20,000)")
     arguments = parser.parse_args()
     with exit_on_user_error():
         if arguments.output is not None and arguments.output.exists() and any(arguments.output.iterdir()):

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatronish.checkpoint.paths import run_folder
 from megatronish.checkpoint.store import CheckpointStore
 from megatronish.config.model import KernelConfig, ModelConfig
+from megatronish.errors import UserError
 from megatronish.files import sync, write_atomic
 from megatronish.model.transformer import Transformer
 
@@ -35,8 +36,8 @@ def save_model(
     """Write weights and configuration into `folder` (made if missing).
 
     Each file is replaced atomically, so a reader sees the old file or the new one and never a part. The configuration is
-    also in the header of the weights: `load_model` refuses a pair that does not belong together. metadata: further strings for the header. Raises ValueError if the weights are not those of
-    `config`, naming the first that differs.
+    also in the header of the weights: `load_model` refuses a pair that does not belong together. metadata: further strings
+    for the header. Raises UserError if the weights are not those of `config`, naming the first that differs.
     """
     folder = Path(folder)
     state = {name: tensor for name, tensor in model_state.items() if not (config.tie_embeddings and name == _TIED_NAME)}
@@ -61,13 +62,22 @@ def weights_header(config: ModelConfig, metadata: Mapping[str, str] | None = Non
     return {**(metadata or {}), "format": "pt", "model_config": config.model_dump_json(indent=2)}
 
 
+def find_model(path: str | Path, prefer: str) -> Path:
+    """The folder of a model: `path` itself if it holds weights, else the checkpoint that `path` means.
+
+    prefer: "latest" or "best", for the folder of a run. Raises ConfigError, see `CheckpointStore.find`.
+    """
+    path = Path(path)
+    return path if (path / WEIGHTS_FILE).exists() else CheckpointStore.find(path, prefer)
+
+
 def load_config(folder: str | Path) -> ModelConfig:
-    """The configuration in `folder`. Raises ValueError if it is missing, torn, or not a ModelConfig."""
+    """The configuration in `folder`. Raises UserError if it is missing, torn, or not a ModelConfig."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         foreign = Path(folder) / "config.json"
         convert = f"; {foreign} is Hugging Face's: tools/convert_hf.py import makes a folder of ours"
-        raise ValueError(
+        raise UserError(
             f"{path} does not exist: give a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}"
             + (convert if foreign.is_file() else "")
         )
@@ -76,7 +86,7 @@ def load_config(folder: str | Path) -> ModelConfig:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ValueError(f"{path} is not a model configuration: {place}: {first['msg']}") from error
+        raise UserError(f"{path} is not a model configuration: {place}: {first['msg']}") from error
 
 
 def load_model(
@@ -89,7 +99,7 @@ def load_model(
 ) -> Transformer:
     """The model in `folder`, on `device`, in `dtype` (as saved by default), in evaluation mode.
 
-    Raises ValueError for missing or torn files, for weights and configuration of different models (with the first
+    Raises UserError for missing or torn files, for weights and configuration of different models (with the first
     tensor that differs), and for an attention backend that is not installed.
     """
     with open_model(folder, device, store) as (config, file):
@@ -106,7 +116,7 @@ def load_model(
 
 
 def check_model_state(shapes: Mapping[str, Sequence[int]], config: ModelConfig, source: str) -> None:
-    """Raise ValueError unless `shapes` (by parameter name) are those of a model of `config`; a tied head may be absent.
+    """Raise UserError unless `shapes` (by parameter name) are those of a model of `config`; a tied head may be absent.
 
     The message names `source` and the first tensor, in the order of the model, that differs.
     """
@@ -114,15 +124,15 @@ def check_model_state(shapes: Mapping[str, Sequence[int]], config: ModelConfig, 
         expected = {name: tuple(tensor.shape) for name, tensor in Transformer(config, seed=None).named_parameters()}
     for name, shape in expected.items():
         if name not in shapes:
-            raise ValueError(f"{source} is of another model: it has no tensor {name!r}, which should be {list(shape)}")
+            raise UserError(f"{source} is of another model: it has no tensor {name!r}, which should be {list(shape)}")
         if tuple(shapes[name]) != shape:
-            raise ValueError(
+            raise UserError(
                 f"{source} is of another model: {name!r} has shape {list(shapes[name])}, in the configuration "
                 f"{list(shape)}"
             )
     for name in shapes:
         if name not in expected and not (config.tie_embeddings and name == _TIED_NAME):
-            raise ValueError(f"{source} is of another model: the configuration has no tensor {name!r}")
+            raise UserError(f"{source} is of another model: the configuration has no tensor {name!r}")
 
 
 @contextmanager
@@ -131,25 +141,25 @@ def open_model(
 ) -> Iterator[tuple[ModelConfig, Any]]:
     """The configuration in `folder` and its weights, an open safetensors file whose names and shapes are checked.
 
-    store: one that has read the manifest of `folder` already, if any. Raises ValueError as `load_model` does.
+    store: one that has read the manifest of `folder` already, if any. Raises UserError as `load_model` does.
     """
     folder = Path(folder)
     (store or CheckpointStore(run_folder(folder))).verify(folder, (WEIGHTS_FILE, CONFIG_FILE))
     path, config = folder / WEIGHTS_FILE, load_config(folder)
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise UserError(f"{path} does not exist: give a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             shapes = {name: file.get_slice(name).get_shape() for name in list(file.keys())}
             check_model_state(shapes, config, str(path))
             written = (file.metadata() or {}).get("model_config")
             if written is not None and ModelConfig.model_validate_json(written) != config:
-                raise ValueError(
+                raise UserError(
                     f"{path} and the {CONFIG_FILE} next to it were not saved together: their configurations differ. Save the "
                     "model again, or restore the file that belongs to the weights"
                 )
             yield config, file
     except SafetensorError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is torn or not a safetensors file ({error}): use another checkpoint, or save this one again"
         ) from error

@@ -1,4 +1,4 @@
-"""The command-line arguments that launchers of a trained model share. No torch: that waits until the process is settled."""
+"""Command-line arguments shared by launchers for trained models. Torch is imported only after the process is set up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def model_parser(program: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser that knows --checkpoint, --device and --dtype."""
+    """A parser with --checkpoint, --device and --dtype."""
     parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
     parser.add_argument(
         "--checkpoint",
@@ -29,26 +29,26 @@ def model_parser(program: str, description: str | None) -> argparse.ArgumentPars
 
 
 def add_quantize(parser: argparse.ArgumentParser) -> None:
-    """--quantize, for weights that are narrowed as they are loaded."""
+    """Add --quantize, for weights that are quantized after loading."""
     parser.add_argument(
         "--quantize",
         choices=("none", "int8", "int4"),
         default="none",
-        help="narrow the weights after loading (tools/quantize.py saves them narrowed)",
+        help="quantize the weights after loading (tools/quantize.py saves quantized weights)",
     )
 
 
 def add_compile(parser: argparse.ArgumentParser) -> None:
-    """--compile, for who generates long enough."""
+    """Add --compile."""
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="the decoding step as one graph of torch.compile: seconds a layer at first, then faster by some 7%% on CPUs",
+        help="decode with torch.compile: compiles for seconds per layer, then about 7%% faster on CPUs",
     )
 
 
 def add_sampling(parser: argparse.ArgumentParser, temperature: float = 0.8) -> None:
-    """How tokens are drawn."""
+    """Add the arguments of sampling."""
     add = parser.add_argument
     add(
         "--temperature",
@@ -57,24 +57,34 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float = 0.8) -> N
         metavar="T",
         help=f"divides the logits; 0 is greedy ({temperature})",
     )
-    add("--top-k", type=int, default=0, metavar="K", help="draw from the K best tokens; 0 is all (0)")
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K best tokens; 0 is all (0)")
     add(
-        "--top-p", type=float, default=0.95, metavar="P", help="draw from the best tokens of total probability P (0.95)"
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="sample from the best tokens of total probability P (0.95)",
     )
-    add("--min-p", type=float, default=0.0, metavar="P", help="only tokens of P times the best one's probability (0)")
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="only tokens of at least P times the best one's probability (0)",
+    )
     add(
         "--repetition-penalty",
         type=float,
         default=1.0,
         metavar="R",
-        help="above 1: what was written comes back less (1)",
+        help="above 1: fewer repetitions (1)",
     )
     add("--greedy", action="store_true", help="always take the best token, as --temperature 0")
-    add("--seed", type=int, default=1234, help="of the random numbers of each prompt (1234)")
+    add("--seed", type=int, default=1234, help="random seed of each prompt (1234)")
 
 
 def sampling_of(arguments: argparse.Namespace) -> Sampling:
-    """The sampling that the arguments ask for. Raises UserError for values out of range."""
+    """The sampling parameters of the arguments. Raises UserError for values out of range."""
     from megatronish.inference.sampling import Sampling
 
     if not 0 <= arguments.seed < 2**63:
@@ -89,7 +99,7 @@ def sampling_of(arguments: argparse.Namespace) -> Sampling:
 
 
 def open_model(arguments: argparse.Namespace) -> Loaded:
-    """The model that the arguments name, loaded. Raises UserError."""
+    """Load the model of the arguments. Raises UserError."""
     from megatronish.inference.load import load_for_inference, resolve_device
     from megatronish.ops.dtypes import DTYPES
 

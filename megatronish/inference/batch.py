@@ -1,7 +1,7 @@
-"""Several sequences generated side by side over one key/value cache, each coming and going when it likes.
+"""Text generation with continuous batching (Yu et al. 2022, Orca) and chunked prefill (Agrawal et al. 2023, Sarathi).
 
-A step reads a piece of a prompt or several short prompts, then one new token (or a guessed run of them) of every sequence that has read its own:
-"continuous batching" (Yu et al. 2022, Orca) with prompts in pieces (Agrawal et al. 2023, Sarathi).
+Sequences share one key/value cache and enter and leave the batch independently. Each step runs prefill on one chunk of a
+long prompt or on several short prompts, then decodes one token (or several draft tokens) of every other sequence.
 """
 
 from __future__ import annotations
@@ -16,23 +16,27 @@ from torch import Tensor
 
 from megatronish.errors import UserError
 from megatronish.inference.compiled import CompiledStep
-from megatronish.inference.lookup import PromptLookup
+from megatronish.inference.prompt_lookup import PromptLookup
 from megatronish.inference.sampling import Sampling, choose
 from megatronish.model.kv_cache import CACHE_CHUNK, KVCache
 from megatronish.model.transformer import Transformer
 from megatronish.ops.linear import FEW_ROWS
 
-FILLED = 16  # short prompts are read together with zeros behind them, up to a multiple of so many tokens
+PADDING_MULTIPLE = 16  # short prompts of one forward pass are padded to a multiple of this length
 
 FinishReason = Literal["end of document", "max new tokens", "context full", "stop string", "cancelled"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to continue, and how. prompt_ids: what the model reads, one id at least. first_ids: the first new token is one
-    of these (see `Prompt`). lookup: guess so many tokens ahead where the text repeats itself (0: never; the same text
-    comes out). stop_ids: ids that end the text beside the end of a document. logprobs: record the log-probability of every token and of so many best ones (None: record nothing).
-    ignore_eod: go on behind the end-of-document token, as a benchmark does."""
+    """Parameters of one generation.
+
+    prompt_ids: at least one id. generator: random numbers, on the device of the model. first_ids: the candidates for the
+    first new token (see `text.Prompt`). lookup: maximum number of draft tokens per step of speculative decoding (0: off;
+    the output is the same). logprobs: record the log-probability of each new token and of that many most likely ones
+    (None: record nothing). stop_ids: ids that end the text like the end-of-document token. ignore_eod: continue after an
+    end-of-document token, for benchmarks.
+    """
 
     prompt_ids: Sequence[int]
     max_new_tokens: int
@@ -47,7 +51,7 @@ class Request:
 
 @dataclass
 class TokenScore:
-    """Log-probability of a token in the model's own distribution (before any of Sampling), and of the best ones."""
+    """Log-probability of a token under the model's own distribution (before Sampling), and of the most likely tokens."""
 
     logprob: float
     best: list[tuple[int, float]]
@@ -57,8 +61,9 @@ class TokenScore:
 class Generation(Iterator[int]):
     """Iterator over new token ids; the end-of-document token ends it and is not among them.
 
-    Asking for an id lets the whole batch go on until there is one. `finish_reason` is None until it ends. `new_ids` are
-    the ids so far, `scores` theirs where asked for; `guessed` and `accepted` count the tokens of `Request.lookup`.
+    Requesting an id runs steps of the batch until there is one. `finish_reason` is None until the generation ends.
+    `new_ids` are the ids so far, `scores` their scores if requested; `drafted` and `accepted` count the draft tokens of
+    speculative decoding.
     """
 
     batch: Batch
@@ -66,49 +71,38 @@ class Generation(Iterator[int]):
     new_ids: list[int] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    guessed: int = 0
+    drafted: int = 0
     accepted: int = 0
-    ids: list[int] = field(default_factory=list)  # prompt and new
-    read: int = 0  # of `ids` by the model
+    ids: list[int] = field(default_factory=list)  # prompt and new ids
+    read: int = 0  # ids in the key/value cache
     slot: int | None = None
     lookup: PromptLookup | None = None
-    given: int = 0  # new ids that iteration has given
+    returned: int = 0  # new ids returned by iteration
 
     def __post_init__(self) -> None:
         self.ids = list(self.request.prompt_ids)
         self.lookup = PromptLookup(self.ids, self.request.lookup) if self.request.lookup else None
 
     @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt_ids)
-
-    @property
-    def new_tokens(self) -> int:
-        """Tokens written so far."""
-        return len(self.new_ids)
-
-    @property
     def unread(self) -> int:
-        """Ids that the model has not read."""
+        """Number of ids that are not in the key/value cache yet."""
         return len(self.ids) - self.read
 
     def __next__(self) -> int:
-        while self.given == len(self.new_ids):
+        while self.returned == len(self.new_ids):
             if self.finish_reason is not None:
                 raise StopIteration
             self.batch.step()
-        self.given += 1
-        return self.new_ids[self.given - 1]
+        self.returned += 1
+        return self.new_ids[self.returned - 1]
 
 
 class Batch:
-    """A model, a cache of `slots` rows of `max_length` tokens (the model's context by default), and what runs in them.
+    """A model, a key/value cache of `slots` rows of `max_length` tokens (default: the model's context), and its sequences.
 
-    eod_id: the token that ends a text. vocab_size: the tokenizer's; larger ids are never drawn. keep_prefixes: a prompt
-    that begins as an earlier one of the same slot does is not read again that far; its numbers then differ in rounding
-    from those of a prompt read at once. compiled: one new token of every sequence is a graph of torch.compile, made when
-    first needed.
+    eod_id: the token that ends a text. vocab_size: the tokenizer's; larger ids are never sampled. keep_prefixes: reuse the
+    cached prefix that a prompt shares with the last sequence of its slot; results then differ in rounding from a full
+    prefill. compiled: decode with a graph of torch.compile, compiled on first use.
     """
 
     def __init__(
@@ -132,16 +126,16 @@ class Batch:
         weight = next(model.parameters())
         self.device = weight.device
         self._cache = KVCache(model.config, slots, self.max_length, device=weight.device, dtype=weight.dtype)
-        self._held: list[list[int]] = [[] for _ in range(slots)]  # the ids that a slot's keys and values are of
+        self._cached_ids: list[list[int]] = [[] for _ in range(slots)]  # the ids whose keys and values each slot holds
         self._free = list(range(slots))
 
     @property
     def cache_bytes(self) -> int:
-        """Memory of the cache."""
+        """Memory of the key/value cache."""
         return self._cache.nbytes
 
     def check(self, request: Request) -> None:
-        """Raise UserError for a request that cannot be served: too long a prompt, ids outside the vocabulary, no tokens."""
+        """Raise UserError for an empty or too long prompt, ids outside the vocabulary, or fewer than one new token."""
         ids = request.prompt_ids
         if request.max_new_tokens < 1:
             raise UserError(f"max new tokens {request.max_new_tokens} must be at least 1")
@@ -159,14 +153,14 @@ class Batch:
             raise UserError(f"prompt ids {min(ids)}..{max(ids)} are outside 0..{self.vocab_size - 1}")
 
     def add(self, request: Request) -> Generation:
-        """Queue a request; it gets a slot when one is free, in the order of arrival. Raises UserError, see `check`."""
+        """Queue a request; slots are assigned in order of arrival. Raises UserError, see `check`."""
         self.check(request)
         generation = Generation(self, request)
         self.waiting.append(generation)
         return generation
 
     def finish(self, generation: Generation, reason: FinishReason) -> None:
-        """End a generation and free its slot; nothing happens to one that has ended."""
+        """End a generation and free its slot; no effect on one that has ended."""
         if generation.finish_reason is not None:
             return
         generation.finish_reason = reason
@@ -176,24 +170,23 @@ class Batch:
         self.running.remove(generation)
         self._free.append(generation.slot)
 
-    # Not a `with` around a yield: that would leave the caller in inference mode between two tokens.
     @torch.inference_mode()
     def step(self) -> None:
-        """A piece of a prompt, or several short ones, and one decoding pass for all that have read theirs."""
+        """Prefill of one chunk or of several short prompts, and one decoding pass for the sequences that had completed theirs."""
         while self.waiting and self._free:
             self._admit(self.waiting.popleft())
         ready = [each for each in self.running if each.unread == 1]
         last: list[tuple[Generation, Tensor]] = []
-        for group in self._groups():
-            hidden = self._read_pieces(group)
+        for group in self._prefill_groups():
+            hidden = self._prefill(group)
             last += [(each, row) for each, row in zip(group, hidden, strict=True) if each.unread == 0]
-        self._begin(last)
+        self._sample_first(last)
         self._decode(ready)
 
     def _admit(self, generation: Generation) -> None:
-        """Give it the free slot whose contents its prompt shares the longest beginning with."""
-        shared = {slot: self._shared(slot, generation.ids) for slot in self._free}
-        slot = max(self._free, key=lambda slot: (shared[slot], -len(self._held[slot])))
+        """Assign the free slot that shares the longest prefix with the prompt."""
+        shared = {slot: self._shared_prefix(slot, generation.ids) for slot in self._free}
+        slot = max(self._free, key=lambda slot: (shared[slot], -len(self._cached_ids[slot])))
         self._free.remove(slot)
         generation.slot, generation.read = slot, shared[slot]
         row = self._cache.select([slot])
@@ -201,106 +194,104 @@ class Batch:
             row.rewind(shared[slot])
         else:
             row.reset()
-        del self._held[slot][shared[slot] :]
+        del self._cached_ids[slot][shared[slot] :]
         self.running.append(generation)
 
-    def _shared(self, slot: int, ids: list[int]) -> int:
-        held = self._held[slot]
+    def _shared_prefix(self, slot: int, ids: list[int]) -> int:
+        cached = self._cached_ids[slot]
         if not self.keep_prefixes:
             return 0
-        limit = min(len(held), len(ids) - 1)  # the last id is read in any case: its logits are wanted
-        count = next((i for i in range(limit) if held[i] != ids[i]), limit)
-        return count if self._cache.can_rewind(len(held) - count) else 0
+        limit = min(len(cached), len(ids) - 1)  # the last id is always read: its logits are needed
+        count = next((i for i in range(limit) if cached[i] != ids[i]), limit)
+        return count if self._cache.can_rewind(len(cached) - count) else 0
 
-    def _groups(self) -> Iterable[list[Generation]]:
-        """Whose prompts this step reads a piece of, those together that one forward pass reads.
+    def _prefill_groups(self) -> Iterable[list[Generation]]:
+        """The sequences that this step prefills, grouped by forward pass.
 
-        A piece is never cut by what was read before it, and pieces are read together only as far as the CPU's kernels compute
-        every row by itself (ops/linear.py): its numbers do not depend on its neighbours there.
+        Chunk boundaries do not depend on other sequences, and chunks are batched only within the row count for which the
+        CPU kernels compute every row independently (ops/linear.py): results do not depend on the rest of the batch.
         """
         groups: dict[int, list[Generation]] = {}
         room = CACHE_CHUNK
         for each in self.running:
             if each.unread == 1:
                 continue
-            piece = min(each.unread, self._cache.chunk)
-            if piece > room:
+            chunk = min(each.unread, self._cache.chunk)
+            if chunk > room:
                 break
-            room -= piece
-            together = id(each) if piece > FEW_ROWS else -(-piece // FILLED)
-            groups.setdefault(together, []).append(each)
+            room -= chunk
+            key = id(each) if chunk > FEW_ROWS else -(-chunk // PADDING_MULTIPLE)
+            groups.setdefault(key, []).append(each)
         return groups.values()
 
-    def _read_pieces(self, group: list[Generation]) -> Tensor:
-        """Read the next pieces of prompts, shorter ones filled up; what the head would read of the last token of each,
-        [b, hidden]."""
-        pieces = [each.ids[each.read :][: self._cache.chunk] for each in group]
-        width = max(map(len, pieces))
-        tokens = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces], device=self.device)
+    def _prefill(self, group: list[Generation]) -> Tensor:
+        """Run the next chunk of each prompt, padded to the longest; final hidden states of each last token, [b, hidden]."""
+        chunks = [each.ids[each.read :][: self._cache.chunk] for each in group]
+        width = max(map(len, chunks))
+        tokens = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self.device)
         slots = [each.slot for each in group if each.slot is not None]
-        hidden = self.model.last_hidden(tokens, self._cache.select(slots), [len(piece) for piece in pieces])
-        for slot, each, piece in zip(slots, group, pieces, strict=True):
-            self._held[slot] += piece
-            each.read += len(piece)
+        hidden = self.model.last_hidden(tokens, self._cache.select(slots), [len(chunk) for chunk in chunks])
+        for slot, each, chunk in zip(slots, group, chunks, strict=True):
+            self._cached_ids[slot] += chunk
+            each.read += len(chunk)
         return hidden
 
-    def _begin(self, last: list[tuple[Generation, Tensor]]) -> None:
-        """Draw the first new token of each whose prompt is read, from what the head would read: the head is the largest
-        matrix of a small model, and reads its weights once for all of them, each row by itself as long as they are few."""
-        assert self.model.head is not None, "generation needs the whole model"
+    def _sample_first(self, last: list[tuple[Generation, Tensor]]) -> None:
+        """Sample the first new token of each completed prompt. The head is the largest matrix of a small model: one product
+        reads its weights once for up to FEW_ROWS prompts, which are still computed independently."""
+        assert self.model.head is not None, "generation needs the complete model"
         for part in (last[start : start + FEW_ROWS] for start in range(0, len(last), FEW_ROWS)):
             logits = self.model.head(torch.stack([hidden for _, hidden in part]))
             for (generation, _), row in zip(part, logits, strict=True):
-                self._take(generation, row)
+                self._sample(generation, row)
 
     def _decode(self, ready: list[Generation]) -> None:
-        """Read the last token of each, with the guesses behind it, and draw the tokens that follow."""
+        """One forward pass over the last token of each sequence and its draft tokens; samples the tokens that follow."""
         if not ready:
             return
         room = self.max_length - max(each.read for each in ready)
-        guesses = [self._guess(each, room - 1) for each in ready]
-        width = 1 + max(map(len, guesses))
+        drafts = [self._draft(each, room - 1) for each in ready]
+        width = 1 + max(map(len, drafts))
         rows = [
-            ([each.ids[-1], *guess] + [0] * width)[:width] for each, guess in zip(ready, guesses, strict=True)
-        ]  # zeros fill up shorter guesses: what they write is forgotten again
+            ([each.ids[-1], *draft] + [0] * width)[:width] for each, draft in zip(ready, drafts, strict=True)
+        ]  # shorter drafts are padded with zeros, whose keys and values are discarded below
         cache = self._cache.select([each.slot for each in ready if each.slot is not None])
         tokens = torch.tensor(rows, device=self.device)
         if self._step is not None and width == 1:
             logits = self._step(tokens, cache)
         else:
             logits = self.model(tokens, cache=cache)
-        for row, (each, guess) in enumerate(zip(ready, guesses, strict=True)):
+        for row, (each, draft) in enumerate(zip(ready, drafts, strict=True)):
             assert each.slot is not None, "running generations have a slot"
-            slot, start = each.slot, each.read
-            read = [each.ids[-1]]
-            for place in range(width):
-                self._take(each, logits[row, place])
-                right = place < len(guess) and each.finish_reason is None and each.ids[-1] == guess[place]
-                if not right:
+            slot, read = each.slot, [each.ids[-1]]
+            for index in range(width):
+                self._sample(each, logits[row, index])
+                accepted = index < len(draft) and each.finish_reason is None and each.ids[-1] == draft[index]
+                if not accepted:
                     break
-                read.append(guess[place])
+                read.append(draft[index])
             each.accepted += len(read) - 1
-            each.guessed += len(guess)
-            each.read = start + len(read)
-            self._held[slot] += read
+            each.drafted += len(draft)
+            each.read += len(read)
+            self._cached_ids[slot] += read
             if len(read) < width:
                 self._cache.select([slot]).rewind(each.read)
 
-    def _guess(self, generation: Generation, room: int) -> list[int]:
+    def _draft(self, generation: Generation, room: int) -> list[int]:
         if generation.lookup is None:
             return []
-        left = generation.request.max_new_tokens - generation.new_tokens - 1
-        return generation.lookup.guess(min(left, room))
+        left = generation.request.max_new_tokens - len(generation.new_ids) - 1
+        return generation.lookup.draft(min(left, room))
 
-    def _take(self, generation: Generation, logits: Tensor) -> None:
-        """Draw the token that follows the ids so far from logits [V]; end the generation where it ends."""
+    def _sample(self, generation: Generation, logits: Tensor) -> None:
+        """Sample the next token of a generation from logits [V], and end the generation if it is the last one."""
         request = generation.request
-        logits = logits[: self.vocab_size]  # a vocabulary padded for speed has ids that no tokenizer knows
-        drawn_from = logits
-        if request.first_ids is not None and generation.new_tokens == 0:
-            among = torch.tensor(request.first_ids, device=self.device)
-            drawn_from = torch.full_like(logits, -torch.inf).scatter(0, among, logits[among])
-        token = int(choose(drawn_from[None], request.sampling, request.generator, generation.ids))
+        logits = logits[: self.vocab_size]  # a vocabulary padded for speed has ids that the tokenizer does not have
+        candidates = logits
+        if request.first_ids is not None and not generation.new_ids:
+            ids = torch.tensor(request.first_ids, device=self.device)
+            candidates = torch.full_like(logits, -torch.inf).scatter(0, ids, logits[ids])
+        token = int(choose(candidates[None], request.sampling, request.generator, generation.ids))
         if (token == self.eod_id or token in request.stop_ids) and not request.ignore_eod:
             self.finish(generation, "end of document")
             return
@@ -310,7 +301,7 @@ class Batch:
         generation.new_ids.append(token)
         if generation.lookup is not None:
             generation.lookup.push(token)
-        if generation.new_tokens == request.max_new_tokens:
+        if len(generation.new_ids) == request.max_new_tokens:
             self.finish(generation, "max new tokens")
         elif len(generation.ids) > self.max_length:
             self.finish(generation, "context full")
@@ -320,3 +311,25 @@ def _score(logits: Tensor, token: int, count: int) -> TokenScore:
     logprobs = logits.float().log_softmax(-1)
     values, ids = logprobs.topk(min(count, len(logprobs)))
     return TokenScore(float(logprobs[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def generate(
+    model: Transformer,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    eod_id: int | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    vocab_size: int | None = None,
+    first_ids: Sequence[int] | None = None,
+    lookup: int = 0,
+) -> Generation:
+    """Continue one sequence, `prompt_ids`, by at most `max_new_tokens` ids; the arguments are those of `Request` and `Batch`.
+
+    Ends at `eod_id`, or when the model has read model.config.seq_length tokens. Raises UserError before any computation,
+    see `Batch.check`.
+    """
+    length = min(model.config.seq_length, len(prompt_ids) + max(0, max_new_tokens))
+    batch = Batch(model, 1, max(1, length), eod_id=eod_id, vocab_size=vocab_size)
+    return batch.add(Request(prompt_ids, max_new_tokens, sampling, generator, first_ids, lookup))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -16,15 +17,15 @@ import torch
 from megatronish.errors import UserError
 from megatronish.inference.batch import Batch, Request
 from megatronish.inference.chat_format import ChatFormat, Message
-from megatronish.inference.generate import TextGeneration
 from megatronish.inference.load import Loaded
 from megatronish.inference.sampling import Sampling
+from megatronish.inference.text import TextGeneration
 
 HELP = """/help            this list
-/reset           forget the conversation
-/undo            forget the last question and its answer
+/reset           delete the conversation
+/undo            delete the last question and its answer
 /retry           another answer to the last question
-/system TEXT     what the model is told before the conversation (without TEXT: nothing)
+/system TEXT     the system message (without TEXT: none)
 /set NAME VALUE  temperature, top_k, top_p, min_p, repetition_penalty, seed or max_new_tokens (without: show them)
 /history         show the conversation
 /save FILE       write the conversation as JSON
@@ -32,7 +33,7 @@ HELP = """/help            this list
 
 
 class Chat:
-    """A model that talks. `messages` is the conversation, the system message first where there is one."""
+    """A conversation with a model. `messages` are its messages, the system message first if there is one."""
 
     def __init__(
         self, loaded: Loaded, sampling: Sampling, *, seed: int = 0, max_new_tokens: int = 200, system: str | None = None,
@@ -43,33 +44,27 @@ class Chat:
         self.sampling, self.seed, self.max_new_tokens = sampling, seed, max_new_tokens
         self.stop, self.lookup = (*stop, *self.format.stop_texts), lookup
         self.messages: list[Message] = []
-        self.tell(system)
+        self.set_system(system)
         self._tokenizer = tokenizer
-        # Turns share their beginning: what the cache holds of the last turn is not read again.
         self._batch = Batch(
             model,
-            1,
             eod_id=tokenizer.eod_id,
             vocab_size=tokenizer.vocab_size,
-            keep_prefixes=True,
+            keep_prefixes=True,  # successive prompts share the conversation so far
             compiled=compiled,
         )
         self._generator = torch.Generator(self._batch.device).manual_seed(seed)
 
-    def tell(self, system: str | None) -> None:
+    def set_system(self, system: str | None) -> None:
         """Set or remove the system message."""
         turns = [message for message in self.messages if message["role"] != "system"]
         self.messages = ([Message(role="system", content=system)] if system else []) + turns
 
-    def reseed(self, seed: int) -> None:
-        """Draw from the beginning of another seed's numbers."""
-        self.seed = seed
-        self._generator.manual_seed(seed)
-
     def answer(self, question: str, show: Callable[[str], object]) -> TextGeneration:
-        """Ask; the answer goes to `show` piece by piece, and into the conversation. Ctrl-C ends it where it is.
+        """Generate the answer to a question; its pieces go to `show`, and it is appended to the conversation.
 
-        The oldest turns are forgotten where the context has no room for the answer. Raises UserError for a question too long.
+        Ctrl-C ends the answer. The oldest turns are dropped where the context has no room for the answer. Raises
+        UserError for a question that is too long.
         """
         conversation = [*self.messages, Message(role="user", content=question)]
         prompt = self.format.prompt(conversation)
@@ -93,45 +88,42 @@ class Chat:
                 show(piece)
         except KeyboardInterrupt:
             self._batch.finish(generation, "cancelled")
-            show(text.take())
+            show(text.take().text)
         self.messages = [*conversation, Message(role="assistant", content=text.text.strip())]
         return text
 
-    def undo(self) -> str | None:
-        """Forget the last question and answer; the question, or None where there is none."""
+    def undo(self) -> str:
+        """Delete the last question and its answer; returns the question. Raises UserError if there is none."""
         if not any(message["role"] == "user" for message in self.messages):
-            return None
+            raise UserError("nothing has been asked yet")
         self.messages.pop()
         return self.messages.pop()["content"]
 
     def set(self, name: str, value: str) -> None:
         """Change a setting. Raises UserError for an unknown one or a value out of range."""
-        names = [field.name for field in dataclasses.fields(Sampling)]
+        if name not in self.settings():
+            raise UserError(f"no setting {name!r}: there are {', '.join(self.settings())}")
         try:
+            number: Any = int(value) if name in ("seed", "max_new_tokens", "top_k") else float(value)
             if name == "seed":
-                self.reseed(int(value))
-            elif name == "max_new_tokens":
-                if int(value) < 1:
-                    raise UserError(f"max_new_tokens {value} must be at least 1")
-                self.max_new_tokens = int(value)
-            elif name in names:
-                number: Any = int(value) if name == "top_k" else float(value)
-                self.sampling = dataclasses.replace(self.sampling, **{name: number})
-            else:
-                raise UserError(f"no setting {name!r}: there are {', '.join([*names, 'seed', 'max_new_tokens'])}")
-        except (ValueError, RuntimeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{name}: {value!r} is no number it can have") from None
+                self._generator.manual_seed(number)
+        except (ValueError, RuntimeError):
+            raise UserError(f"{name}: {value!r} is not a valid number") from None
+        if name == "max_new_tokens" and number < 1:
+            raise UserError(f"max_new_tokens {value} must be at least 1")
+        if name in ("seed", "max_new_tokens"):
+            setattr(self, name, number)
+        else:
+            self.sampling = dataclasses.replace(self.sampling, **{name: number})
 
-    def settings(self) -> str:
-        """All settings in one line."""
-        values = {**dataclasses.asdict(self.sampling), "seed": self.seed, "max_new_tokens": self.max_new_tokens}
-        return ", ".join(f"{name} {value}" for name, value in values.items())
+    def settings(self) -> dict[str, Any]:
+        """All settings by name."""
+        return {**dataclasses.asdict(self.sampling), "seed": self.seed, "max_new_tokens": self.max_new_tokens}
 
 
 def converse(loaded: Loaded, sampling: Sampling, arguments: argparse.Namespace) -> None:
-    """Read lines from stdin until it ends; answers go to stdout, all else to stderr."""
+    """Read lines from stdin until it ends; answers are written to stdout, everything else to stderr."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends an answer, not the conversation
     chat = Chat(
         loaded,
         sampling,
@@ -142,12 +134,8 @@ def converse(loaded: Loaded, sampling: Sampling, arguments: argparse.Namespace) 
         lookup=arguments.lookup,
         compiled=arguments.compile,
     )
-    shape = (
-        "its chat template"
-        if chat.format.template
-        else 'plain lines ("User: ...", "Assistant: ..."): it has no template'
-    )
-    _tell(f"A conversation in {shape}. /help lists what else can be typed.")
+    plain = 'plain lines ("User: ...", "Assistant: ..."): it has no template'
+    _print(f"A conversation in {'its chat template' if chat.format.template else plain}. /help lists the commands.")
     if sys.stdin.isatty():
         import readline  # noqa: F401  # line editing and history for input()
     while True:
@@ -156,69 +144,61 @@ def converse(loaded: Loaded, sampling: Sampling, arguments: argparse.Namespace) 
         except EOFError:
             return
         except KeyboardInterrupt:
-            _tell("")
+            _print("")
             continue
         if line in ("/quit", "/exit"):
             return
-        if not line:
-            continue
         try:
             question = command(chat, line) if line.startswith("/") else line
-            if question is not None:
+            if question:
                 _answer(chat, question)
         except UserError as error:
-            _tell(f"error: {error}")
+            _print(f"error: {error}")
 
 
 def command(chat: Chat, line: str) -> str | None:
-    """Do what a /command says; returns a question to ask again, if it says so. Raises UserError."""
+    """Run a /command; returns the question to ask again after /retry. Raises UserError."""
     name, _, rest = line.partition(" ")
     rest = rest.strip()
-    if name == "/help":
-        _tell(HELP)
-    elif name == "/reset":
-        chat.messages = [message for message in chat.messages if message["role"] == "system"]
-        _tell("forgotten")
-    elif name in ("/undo", "/retry"):
-        question = chat.undo()
-        if question is None:
-            raise UserError("nothing has been asked yet")
-        if name == "/retry":
-            return question
-        _tell(f"forgotten: {question}")
-    elif name == "/system":
-        chat.tell(rest or None)
-    elif name == "/set":
-        setting, _, value = rest.partition(" ")
-        if setting:
-            chat.set(setting, value.strip())
-        _tell(chat.settings())
-    elif name == "/history":
-        for message in chat.messages:
-            _tell(f"{message['role']}: {message['content']}")
-    elif name == "/save":
-        try:
-            Path(rest).write_text(json.dumps(chat.messages, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{rest or 'no file named'}: cannot be written ({error.strerror})") from None
-        _tell(f"written to {rest}")
-    else:
-        raise UserError(f"no command {name}: /help lists them")
+    match name:
+        case "/help":
+            _print(HELP)
+        case "/reset":
+            chat.messages = [message for message in chat.messages if message["role"] == "system"]
+            _print("deleted")
+        case "/undo":
+            _print(f"deleted: {chat.undo()}")
+        case "/retry":
+            return chat.undo()
+        case "/system":
+            chat.set_system(rest or None)
+        case "/set":
+            setting, _, value = rest.partition(" ")
+            if setting:
+                chat.set(setting, value.strip())
+            _print(", ".join(f"{name} {value}" for name, value in chat.settings().items()))
+        case "/history":
+            for message in chat.messages:
+                _print(f"{message['role']}: {message['content']}")
+        case "/save":
+            try:
+                Path(rest).write_text(json.dumps(chat.messages, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"{rest or 'no file named'}: cannot be written ({error.strerror})") from None
+            _print(f"written to {rest}")
+        case _:
+            raise UserError(f"no command {name}: /help lists them")
     return None
 
 
 def _answer(chat: Chat, question: str) -> None:
     start = time.perf_counter()
-
-    def show(piece: str) -> None:
-        print(piece, end="", flush=True)
-
-    text = chat.answer(question, show)
+    text = chat.answer(question, lambda piece: print(piece, end="", flush=True))
     seconds = time.perf_counter() - start
     print(flush=True)
-    new = text.generation.new_tokens
-    _tell(f"[{new} tokens in {seconds:.2f} s, {new / seconds:,.1f} tokens/s; {text.generation.finish_reason}]")
+    new = len(text.generation.new_ids)
+    _print(f"[{new} tokens in {seconds:.2f} s, {new / seconds:,.1f} tokens/s; {text.generation.finish_reason}]")
 
 
-def _tell(text: str) -> None:
+def _print(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

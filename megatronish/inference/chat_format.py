@@ -1,8 +1,7 @@
-"""A conversation as token ids: by the chat template that came with the model, or as plain lines for a model without one."""
+"""Conversations as token ids: by the model's chat template, or as plain lines for a model without one."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +10,12 @@ from typing import Any, TypedDict
 
 from megatronish.data.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megatronish.errors import UserError
-from megatronish.inference.prompt import Prompt
-
-TEMPLATE_FILE, SETTINGS_FILE = "chat_template.jinja", "tokenizer_config.json"
-ROLES = ("system", "user", "assistant")
+from megatronish.inference.text import Prompt
+from megatronish.interop.tokenizer_files import chat_template, tokenizer_settings
 
 
 class Message(TypedDict):
-    """One turn of a conversation."""
+    """One message of a conversation."""
 
     role: str
     content: str
@@ -26,9 +23,9 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a model reads a conversation. template: Jinja source, None for plain lines `User: ...`, `Assistant: ...`.
+    """Converts conversations to prompts. template: Jinja source, None for plain lines `User: ...`, `Assistant: ...`.
 
-    stop_ids and stop_texts end an answer, beside the end of a document.
+    stop_ids and stop_texts end an answer, in addition to the end-of-document token.
     """
 
     tokenizer: Tokenizer
@@ -40,12 +37,17 @@ class ChatFormat:
 
     @classmethod
     def of_folder(cls, folder: Path, tokenizer: Tokenizer) -> ChatFormat:
-        """The format of the model in `folder`. Raises UserError for files there that cannot be read."""
-        settings = _read_settings(folder / SETTINGS_FILE)
-        special_ids = _special_ids(tokenizer)
-        template = _template(folder, settings)
+        """The format of the model in `folder`. Raises UserError for files that cannot be read."""
+        settings, template = tokenizer_settings(folder), chat_template(folder)
+        spec = tokenizer.spec if isinstance(tokenizer, HuggingFaceTokenizer) else {}
+        special_ids = {token["content"]: token["id"] for token in spec.get("added_tokens") or [] if token["special"]}
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        variables = {name: text for name in names if (text := _content(settings.get(name))) is not None}
+        tokens = {name: settings.get(name) for name in names}  # each a string, or an object with its content
+        variables = {
+            name: text
+            for name, token in tokens.items()
+            if (text := token.get("content") if isinstance(token, dict) else token) is not None
+        }
         if template is None:
             return cls(tokenizer, None, special_ids, variables, frozenset(), ("\nUser:", "\nSystem:"))
         ends = {
@@ -56,9 +58,9 @@ class ChatFormat:
         return cls(tokenizer, template, special_ids, variables, frozenset(ends), ())
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
-        """Ids up to where the answer begins. What a message says never becomes a special token.
+        """Token ids up to the start of the answer. The text of a message never becomes a special token.
 
-        Raises UserError for a conversation that the template refuses.
+        Raises UserError for a conversation that the template rejects.
         """
         if self.template is None:
             lines = [f"{message['role'].capitalize()}: {message['content'].strip()}" for message in messages]
@@ -67,7 +69,7 @@ class ChatFormat:
         mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if all(c not in m["content"] for m in messages))
         pattern = re.compile("|".join(re.escape(text) for text in sorted(self.special_ids, key=len, reverse=True)))
         if self.special_ids:
-            # A mark inside each: no special token any more, until it is taken out again from plain text.
+            # A mark inside the text of a special token in a message keeps it from being one; it is removed again below.
             messages = [
                 Message(
                     role=m["role"], content=pattern.sub(lambda found: found[0][0] + mark + found[0][1:], m["content"])
@@ -77,8 +79,8 @@ class ChatFormat:
         text = self._render(messages)
         ids: list[int] = []
         pieces = re.split(f"({pattern.pattern})", text) if self.special_ids else [text]
-        for place, piece in enumerate(pieces):
-            if place % 2:
+        for index, piece in enumerate(pieces):
+            if index % 2:
                 ids.append(self.special_ids[piece])
             elif piece:
                 ids += self.tokenizer.encode(piece.replace(mark, "")).tolist()
@@ -91,7 +93,7 @@ class ChatFormat:
         def refuse(message: str) -> None:
             raise TemplateError(message)
 
-        # As Hugging Face sets it up; sandboxed, for a template comes from where the weights came from.
+        # As in transformers; sandboxed because templates come from the same source as the weights.
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -102,36 +104,3 @@ class ChatFormat:
             return template.render(messages=messages, add_generation_prompt=True, **self.variables)
         except (TemplateError, TypeError) as error:
             raise UserError(f"the model's chat template does not take this conversation: {error}") from None
-
-
-def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
-        return {}
-    return {token["content"]: token["id"] for token in tokenizer.spec.get("added_tokens") or [] if token["special"]}
-
-
-def _template(folder: Path, settings: dict[str, Any]) -> str | None:
-    path = folder / TEMPLATE_FILE
-    if path.exists():
-        return path.read_text(encoding="utf-8")
-    found = settings.get("chat_template")
-    if isinstance(found, list):  # several, by name
-        found = next((each["template"] for each in found if each.get("name") == "default"), None)
-    return found
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); restore it, or delete it to talk without a template"
-        ) from None
-    return content if isinstance(content, dict) else {}
-
-
-def _content(token: Any) -> str | None:
-    """A special token as tokenizer_config.json names it: text, or an object around it."""
-    return token.get("content") if isinstance(token, dict) else token

@@ -1,7 +1,7 @@
-"""The decoding step as one graph of torch.compile: one new token of every row, whatever their lengths.
+"""The decoding step as one graph of torch.compile, for one new token per row.
 
-Nothing in it depends on a length as a number, which would compile it anew at every token: positions and rows come in as
-tensors, and attention reads the cache by CPU kernels or, where those do not take the model, whole and masked.
+Positions and rows are tensors, so no length is a constant of the graph, which would recompile it for every token.
+Attention reads the cache with the CPU kernels or, for models that these do not support, in full and masked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatronish.ops.dispatch import AttentionBackend
 
 
 class _Static:
-    """A cache as the graph sees it: tensors alone."""
+    """The tensors of a cache, as an input of the graph."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], rows: Tensor, positions: Tensor) -> None:
         self.keys, self.values, self.rows, self.positions = keys, values, rows, positions
@@ -37,7 +37,7 @@ class _Static:
             return cached_attention_(q, k, v, keys, values, self.rows, self.positions, window)
         rows, places = self.rows.long(), self.positions.long() % capacity
         keys[rows[:, None], places], values[rows[:, None], places] = k, v
-        # A place holds the latest position that falls on it, none where that would be negative.
+        # A place holds the last position that maps to it, none if that would be negative.
         last = self.positions[:, -1:]
         place = torch.arange(capacity, dtype=torch.int32, device=q.device)
         held = (last - (last - place) % capacity)[:, None, None]
@@ -45,15 +45,15 @@ class _Static:
         mask = (held >= 0) & (held <= query)
         if window is not None:
             mask = mask & (held > query - window)
-        masked: AttentionBackend = "reference" if backend == "reference" else "sdpa"  # those that take a mask
+        masked: AttentionBackend = "reference" if backend == "reference" else "sdpa"  # which support a mask
         return attention(q, keys[rows], values[rows], backend=masked, window=window, mask=mask)
 
 
 class CompiledStep:
-    """Logits [b, 1, V] of one more token of each row, as `model(tokens, cache=cache)` gives them.
+    """Logits [b, 1, V] of one more token per row, as `model(tokens, cache=cache)`.
 
-    Compiled at the first call, and once more for the first call with several rows; seconds a layer. Raises UserError where
-    torch.compile has no C++ compiler for a CPU.
+    Compiled at the first call, and once more for the first call with several rows; this takes seconds per layer. Raises
+    UserError if torch.compile has no C++ compiler for a CPU.
     """
 
     def __init__(self, model: Transformer) -> None:
@@ -70,7 +70,7 @@ class CompiledStep:
         """tokens [b, 1] int64; `cache` of these rows, extended by them."""
         positions, rows = cache.begin(tokens), cache.selected_rows
         cos, sin = self._model.rotary.get(tokens.device, cache.max_length)
-        if len(tokens) > 1:  # one row is a graph of its own in any case; the sizes of the cache stay numbers
+        if len(tokens) > 1:  # one row always has a separate graph; the sizes of the cache remain constants
             for tensor in (tokens, positions, rows):
                 torch._dynamo.mark_dynamic(tensor, 0)
         held: Any = _Static(cache.keys, cache.values, rows, positions)

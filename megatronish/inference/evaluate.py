@@ -1,7 +1,7 @@
-"""How well a model predicts held-out text: loss, perplexity and bits per byte, beside gzip and xz on the same bytes.
+"""Evaluation on held-out text: loss, perplexity and bits per byte, compared with gzip and xz on the same bytes.
 
-Bits per byte = nats over all tokens, end-of-document tokens among them, / ln 2 / bytes of raw text: the length of an
-arithmetic code driven by the model, so models of any tokenizer, gzip and xz are compared on one scale.
+Bits per byte = nats over all tokens (including end-of-document tokens) / ln 2 / bytes of raw text: the length of an
+arithmetic code with the model's probabilities, which compares models with any tokenizer, gzip and xz.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import lzma
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -21,13 +20,12 @@ from megatronish.errors import UserError
 from megatronish.model.transformer import IGNORED_LABEL, Transformer
 from megatronish.ops.cross_entropy import cross_entropy
 
-# The logits of one batch hold at most so many elements, unless a single window has more.
-LOGITS_CPU, LOGITS_CUDA = 1 << 24, 1 << 28
+MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28}  # elements of the logits of one batch, if it has several windows
 
 
 @dataclass(frozen=True)
 class Window:
-    """tokens int64[n] that the model reads; labels int64[n], the token after each, -100 where another window scores it."""
+    """tokens: int64[n]; labels: int64[n], the next tokens, IGNORED_LABEL for those that another window scores."""
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -42,24 +40,24 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Nats per token."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinity where that is no float."""
+        """exp(loss); infinity on overflow."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     def bits_per_byte(self, text_bytes: int) -> float:
-        """Bits a byte of raw text."""
+        """Bits per byte of raw text."""
         return self.nats / math.log(2) / text_bytes
 
 
 def sliding_windows(stream: np.ndarray, seq_length: int, stride: int) -> Iterator[Window]:
-    """Cut stream int64[n + 1] into windows so that each of its tokens but the first is scored exactly once.
+    """Split stream int64[n + 1] into windows that score each token except the first exactly once.
 
-    Window k ends `stride` tokens behind window k - 1 and reads as many tokens before its end as there are, up to
-    `seq_length`: a scored token has seq_length - stride tokens of context or more, where the stream has them.
+    Window k ends `stride` tokens after window k - 1 and has up to `seq_length` tokens: a scored token has at least
+    seq_length - stride tokens of context, if the stream has them.
     Raises UserError unless 1 <= stride <= seq_length.
     """
     if not 1 <= stride <= seq_length:
@@ -77,11 +75,10 @@ def sliding_windows(stream: np.ndarray, seq_length: int, stride: int) -> Iterato
 def held_out_streams(
     reader: IndexedReader, document_ids: np.ndarray, start_id: int | None, document_mask: bool
 ) -> Iterator[np.ndarray]:
-    """The token streams, int64[n], to score: all documents end to end, or one a document with `document_mask`.
+    """The token streams, int64[n], to score: the concatenated documents, or each document with `document_mask`.
 
-    `start_id` comes before the first token of every stream. That of a single stream is the end-of-document token, as in
-    training. A model trained with `document_mask` never sees a token before a document's first one: None; an imported one
-    may want every document to begin with a token.
+    `start_id` precedes every stream: the end-of-document token for a single stream, as in training; None for a model
+    trained with `document_mask`, which never sees a token before a document; the BOS token of an imported model.
     """
     documents = [reader.document(int(number)).astype(np.int64) for number in document_ids]
     documents = [document for document in documents if len(document)]
@@ -103,14 +100,13 @@ def score_streams(
 ) -> Score:
     """Score every token of every stream, in windows of model.config.seq_length tokens.
 
-    first_is_given: the first token of a stream is context and not scored. Otherwise nothing predicts it and it costs
-    ln(vocab_size), a uniform code over the tokenizer's ids. progress: called with the number of tokens scored so far.
-    Raises UserError when there is nothing to score, for a stride out of range and for a loss that is no number.
+    first_is_given: the first token of a stream is context and not scored. Otherwise it costs ln(vocab_size), a uniform
+    code over the tokenizer's ids. progress: called with the number of tokens of each batch. Raises UserError if there is
+    nothing to score, for a stride out of range, and for a non-finite loss.
     """
     nats, count = 0.0, 0
     device, limit = next(model.parameters()).device, model.config.seq_length
-    elements = LOGITS_CUDA if device.type == "cuda" else LOGITS_CPU
-    batch_size = max(1, elements // (limit * model.config.vocab_size))
+    batch_size = max(1, MAX_LOGITS[device.type] // (limit * model.config.vocab_size))
 
     def windows() -> Iterator[Window]:
         nonlocal nats, count
@@ -121,10 +117,11 @@ def score_streams(
 
     for batch in batched_by_length(windows(), batch_size):
         nats += _batch_nats(model, batch, device)
-        count += sum(int((window.labels != IGNORED_LABEL).sum()) for window in batch)
-        progress(count)
+        scored = sum(int((window.labels != IGNORED_LABEL).sum()) for window in batch)
+        count += scored
+        progress(scored)
     if count == 0:
-        raise UserError("nothing is held out to evaluate on: the documents hold no token to predict")
+        raise UserError("nothing is held out to evaluate on: the documents have no token to predict")
     if not math.isfinite(nats):
         raise UserError(
             f"the model's loss is {nats}: its weights are damaged, training diverged, or fp16 overflowed. Use another "
@@ -134,7 +131,7 @@ def score_streams(
 
 
 def batched_by_length(windows: Iterable[Window], batch_size: int) -> Iterator[list[Window]]:
-    """Successive windows of equal length, at most `batch_size` together."""
+    """Batches of at most `batch_size` successive windows of equal length."""
     batch: list[Window] = []
     for window in windows:
         if batch and (len(batch) == batch_size or len(batch[0].tokens) != len(window.tokens)):
@@ -153,34 +150,10 @@ def _batch_nats(model: Transformer, batch: list[Window], device: torch.device) -
 
 
 def gzip_size(text: bytes) -> int:
-    """Bytes that `gzip -9` makes of `text` (without a file name in the header)."""
+    """Size of `text` compressed by `gzip -9`, without a file name in the header."""
     return len(gzip.compress(text, compresslevel=9, mtime=0))
 
 
 def xz_size(text: bytes) -> int:
-    """Bytes that `xz -9e` makes of `text`."""
+    """Size of `text` compressed by `xz -9e`."""
     return len(lzma.compress(text, format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC64, preset=9 | lzma.PRESET_EXTREME))
-
-
-class ProgressLine:
-    """Tells how far a long evaluation is: on a terminal one line rewritten, in a log a line every ten seconds."""
-
-    def __init__(self, total: int, write: Callable[[str], object], live: bool) -> None:
-        self._total, self._write, self._live = total, write, live
-        self._start = self._last = time.monotonic()
-
-    def __call__(self, done: int) -> None:
-        """`done` of the total tokens are scored."""
-        now = time.monotonic()
-        if now - self._last < (0.2 if self._live else 10.0):
-            return
-        self._last = now
-        share = min(1.0, done / self._total)
-        left = (now - self._start) * (1 / share - 1)
-        line = f"evaluating: {done:,} of {self._total:,} tokens, {share:.0%}, {left:.0f} s left"
-        self._write(f"\r\x1b[K{line}" if self._live else f"{line}\n")
-
-    def close(self) -> None:
-        """Clear the live line."""
-        if self._live:
-            self._write("\r\x1b[K")

@@ -1,16 +1,15 @@
-"""The evaluation of a run: its model on its held-out documents, a table for people and evaluation.json for programs."""
+"""Evaluation of a run on its held-out documents: a table for the terminal, and evaluation.json."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
+from tqdm import tqdm
 
 from megatronish.checkpoint.paths import EVALUATION_FILE, RUN_FILE
 from megatronish.config.data import DataConfig
@@ -19,18 +18,19 @@ from megatronish.data.readers.sources import is_stream
 from megatronish.data.samples.dataset import IndexedDataset, check_dataset_fits, combined_fingerprint, open_dataset
 from megatronish.data.training_data import split_of
 from megatronish.errors import UserError
-from megatronish.inference.evaluate import ProgressLine, gzip_size, held_out_streams, score_streams, xz_size
-from megatronish.inference.load import CheckpointInfo, Loaded, load_for_inference
+from megatronish.files import write_atomic
+from megatronish.inference.evaluate import gzip_size, held_out_streams, score_streams, xz_size
+from megatronish.inference.load import CheckpointInfo, Loaded
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The contents of evaluation.json. loss: nats a token; bits are per byte of raw text."""
+    """The contents of evaluation.json. loss: nats per token; bits are per byte of raw text."""
 
     checkpoint: str
     step: int | None
     data: str
-    held_out: bool  # False: all documents of a data set that the run did not train on
+    held_out: bool  # False: all documents of a data set that the run was not trained on
     documents: int
     tokens: int
     text_bytes: int
@@ -41,22 +41,20 @@ class Evaluation:
     bits_per_byte: float
     gzip_bits_per_byte: float
     xz_bits_per_byte: float
-    exact_bytes: bool  # False: the tokenizer normalises text, the bytes are those of the normalised text
+    exact_bytes: bool  # False: the tokenizer normalizes text, and the bytes are those of the normalized text
     seconds: float
 
     def save(self, run_dir: Path) -> Path:
-        """Write run_dir/evaluation.json, replacing an older one whole. Raises UserError without permission."""
+        """Write run_dir/evaluation.json. Raises UserError if it cannot be written."""
         path = run_dir / EVALUATION_FILE
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-            partial.replace(path)
+            write_atomic(path, json.dumps(asdict(self), indent=2) + "\n")
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
         return path
 
     def table(self) -> str:
-        """The numbers, and in words whether the model beats gzip and xz."""
+        """The results, and whether the model beats gzip and xz."""
         kind = "held-out documents" if self.held_out else "documents"
         rows = [("model", self.bits_per_byte), ("gzip -9", self.gzip_bits_per_byte), ("xz -9e", self.xz_bits_per_byte)]
         step = "" if self.step is None else f", step {self.step:,}"
@@ -64,7 +62,7 @@ class Evaluation:
             f"{self.checkpoint}{step}, on {self.documents:,} {kind} of {self.data}",
             f"{self.tokens:,} tokens, {self.text_bytes:,} bytes; context {self.context:,}, stride {self.stride:,}; "
             f"{self.seconds:.1f} s",
-            f"loss {self.loss:.4f} nats a token, perplexity {self.perplexity:,.2f}",
+            f"loss {self.loss:.4f} nats per token, perplexity {self.perplexity:,.2f}",
             "",
             f"{'':10}{'bits per byte':>14}{'size':>9}",
             *(f"{name:10}{bits:>14.4f}{bits / 8:>9.1%}" for name, bits in rows),
@@ -72,7 +70,7 @@ class Evaluation:
             f"The model {_verdict(rows)}.",
         ]
         if not self.exact_bytes:
-            lines.append("The tokenizer normalises text: the bytes compared are those of the normalised text.")
+            lines.append("The tokenizer normalizes text: the bytes compared are those of the normalized text.")
         return "\n".join(lines)
 
 
@@ -85,28 +83,15 @@ def _verdict(rows: list[tuple[str, float]]) -> str:
     return " but ".join(words)
 
 
-def evaluate_run(
-    checkpoint: str | Path,
-    data: str | None,
-    stride: int | None,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    max_tokens: int | None = None,
-) -> tuple[Evaluation, CheckpointInfo]:
-    """Evaluate a run folder or checkpoint; see `evaluate_model`."""
-    loaded = load_for_inference(checkpoint, device, dtype)
-    return evaluate_model(loaded, data, stride, max_tokens), loaded.info
-
-
 def evaluate_model(
     loaded: Loaded, data: str | None = None, stride: int | None = None, max_tokens: int | None = None
 ) -> Evaluation:
-    """Evaluate a model on held-out text (shown on stderr as it goes).
+    """Evaluate a model on held-out text, with a progress bar on stderr.
 
-    data: the prefix of a data set, by default the one that run.json names. Of the data that the run trained on, its
-    held-out documents are taken; of another data set of the same tokenizer, all. stride: tokens scored a window, half
-    the context by default. max_tokens: only the first documents, up to so many tokens, one document at least.
-    Raises UserError for a data set of another tokenizer, one that changed since training, and nothing held out.
+    data: the prefix of a data set (default: that of run.json). The held-out documents of the run's own data are used,
+    and all documents of another data set of the same tokenizer. stride: tokens scored per window (default: half the
+    context). max_tokens: only the first documents, up to N tokens, at least one document. Raises UserError for a data
+    set of another tokenizer, one that changed since training, and if nothing is held out.
     """
     start = time.monotonic()
     model, tokenizer, info = loaded
@@ -124,23 +109,23 @@ def evaluate_model(
         kept = max(1, int(np.searchsorted(np.cumsum(lengths), max_tokens, side="right")))
         documents, lengths = documents[:kept], lengths[:kept]
     mask = run.megatronish.data.document_mask if run else False
-    # Without end-of-document tokens in the data the model has not learnt that one comes before a text.
+    # A model trained on data without end-of-document tokens has not learned that one precedes a text.
     start_id = tokenizer.eod_id if dataset.manifest.appended_eod and not mask else None
-    if tokenizer.bos_id is not None:  # an imported model that begins every text with a token of its own
+    if tokenizer.bos_id is not None:  # an imported model, whose texts start with its BOS token
         mask, start_id = True, tokenizer.bos_id
-    progress = ProgressLine(int(lengths.sum()), sys.stderr.write, sys.stderr.isatty())
-    score = score_streams(
-        model,
-        held_out_streams(dataset.reader, documents, start_id, mask),
-        stride,
-        first_is_given=start_id is not None,
-        vocab_size=tokenizer.vocab_size,
-        progress=progress,
-    )
-    progress.close()
+    interval = 0.2 if sys.stderr.isatty() else 10.0  # seconds
+    with tqdm(desc="evaluating", total=int(lengths.sum()), unit=" tokens", mininterval=interval, leave=False) as bar:
+        score = score_streams(
+            model,
+            held_out_streams(dataset.reader, documents, start_id, mask),
+            stride,
+            first_is_given=start_id is not None,
+            vocab_size=tokenizer.vocab_size,
+            progress=bar.update,
+        )
     text = dataset.held_out_text(documents)
     if not text:
-        raise UserError(f"{prefix}: the held-out documents hold no text")
+        raise UserError(f"{prefix}: the held-out documents have no text")
     return Evaluation(
         checkpoint=str(info.folder),
         step=info.step,
@@ -173,7 +158,7 @@ def _run_config(info: CheckpointInfo, required: bool) -> RunConfig | None:
 def _documents(
     dataset: IndexedDataset, info: CheckpointInfo, run: RunConfig | None, named: bool
 ) -> tuple[np.ndarray, bool]:
-    """Which documents to evaluate on, and whether they are a run's held-out ones."""
+    """The documents to evaluate on, and whether they are a run's held-out ones."""
     reader = dataset.reader
     if run is not None and info.data_identity in (reader.identity, dataset.fingerprint, _blend_identity(dataset, run)):
         settings = run.megatronish.data
@@ -189,14 +174,14 @@ def _documents(
     if not named:
         raise UserError(
             f"{dataset.prefix} is not the data set that this run trained on, so which documents were held out is not "
-            "known: make it again as it was, or evaluate on all of its documents with --data "
+            "known: restore it, or evaluate on all of its documents with --data "
             f"{dataset.prefix} (the run may have been trained on some of them)."
         )
     return np.arange(reader.num_documents), False
 
 
 def _open(prefix: str, run: RunConfig | None) -> IndexedDataset:
-    """The data set as the run opens it."""
+    """The data set, opened as in the run."""
     if run is None:
         return open_dataset(prefix)
     settings = run.megatronish.data
@@ -210,14 +195,14 @@ def _only_corpus(settings: DataConfig) -> str:
         raise UserError(f"the run trained on {len(names)} data sets: choose one with --data: {', '.join(names)}")
     if is_stream(names[0]):
         raise UserError(
-            f"the run was trained on streamed text ({names[0]}), of which nothing is held out: name an indexed data set of the "
-            "same tokenizer with --data PREFIX"
+            f"the run was trained on streamed text ({names[0]}), of which nothing is held out: name an indexed data set of "
+            "the same tokenizer with --data PREFIX"
         )
     return names[0]
 
 
 def _blend_identity(dataset: IndexedDataset, run: RunConfig) -> str | None:
-    """Fingerprint of a run's data sets together, if this is one of several, else None."""
+    """Fingerprint of the blend of a run's data sets, None unless this is one of several."""
     names = [corpus.path for corpus in run.megatronish.data.corpora]
     if any(map(is_stream, names)):
         return None

@@ -1,15 +1,15 @@
-"""Weights in 8 or 4 bits for inference: the matrices are narrowed, activations and sums stay as they are.
+"""Weight-only quantization to 8 or 4 bits for inference; activations and sums keep their dtype.
 
-int8: a row of a matrix in 8 bits with a scale of its own. int4: groups of a row in 4 bits with a scale and a low end of their
-own, clipped where that makes the squared error smaller; embedding and head, and matrices whose rows groups do not divide, in
-int8. What is read a token shrinks, which is what decoding waits for.
+int8: one scale per row of a matrix. int4: a scale and a minimum per group of a row, clipped where that reduces the squared
+error; embedding and head, and matrices whose rows are not divisible into groups, are int8. Decoding is bound by the bytes
+of weights that it reads for each token.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ Format = Literal["int8", "int4"]
 QUANTIZATION_FILE = "quantization.json"
 GROUPS = (32, 64, 128)
 _BLOCK = 32  # values packed together: 16 bytes whose low halves are values 0 to 15 and high halves 16 to 31
-_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # parts of a group's range that are tried
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # fractions of a group's range that are tried
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """weight [n, k] -> packed codes uint8 [n, k / 2] and ranges bf16 [n, k / group, 2] (scale, low end)."""
+    """weight [n, k] -> packed codes uint8 [n, k / 2] and ranges bf16 [n, k / group, 2] (scale, minimum)."""
     wide = weight.float().unflatten(1, (-1, group))
     low, high = wide.amin(2), wide.amax(2)
     middle, best = (low + high) / 2, torch.full_like(low, torch.inf)
@@ -59,7 +59,7 @@ def to_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def from_int4(codes: Tensor, ranges: Tensor) -> Tensor:
-    """The weight [n, k] in fp32 that `to_int4` made codes and ranges of."""
+    """The dequantized weight [n, k] in fp32, from the results of `to_int4`."""
     blocks = codes.unflatten(1, (-1, _BLOCK // 2))
     values = torch.stack((blocks & 15, blocks >> 4), 2).view(len(codes), ranges.shape[1], -1)
     wide = ranges.float()
@@ -67,46 +67,39 @@ def from_int4(codes: Tensor, ranges: Tensor) -> Tensor:
 
 
 class Int8Linear(nn.Module):
-    """x weight^T + bias, the weight int8 [out, in] times scales [out]."""
+    """x weight^T + bias, the weight [out, in] quantized to int8 [out, in] with scales [out]."""
 
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, rows: int, columns: int, bias: nn.Parameter | None) -> None:
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None = None) -> None:
         super().__init__()
-        self.register_buffer("codes", torch.empty(rows, columns, dtype=torch.int8))
-        self.register_buffer("scales", torch.empty(rows, dtype=torch.float32))
+        codes, scales = to_int8(weight)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
         self.bias = bias
-
-    def fill(self, weight: Tensor) -> None:
-        """Take the values of `weight`."""
-        self.codes, self.scales = to_int8(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         if few_rows(x):
             return rows_product(torch.ops.megatronish.linear_rows_int8, x, self.codes, self.scales, bias=self.bias)
-        # The sums are scaled and not the weight, whose codes every dtype holds exactly.
+        # Scale the sums and not the weight, whose codes are exact in every dtype.
         y = F.linear(x, self.codes.to(x.dtype)) * self.scales.to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
 class Int4Linear(nn.Module):
-    """x weight^T + bias, the weight in 4 bits with a range a group."""
+    """x weight^T + bias, the weight [out, in] quantized to 4 bits with a scale and a minimum per group."""
 
     codes: Tensor
     ranges: Tensor
 
-    def __init__(self, rows: int, columns: int, group: int, bias: nn.Parameter | None) -> None:
+    def __init__(self, weight: Tensor, group: int, bias: nn.Parameter | None = None) -> None:
         super().__init__()
-        self.group = group
-        self.register_buffer("codes", torch.empty(rows, columns // 2, dtype=torch.uint8))
-        self.register_buffer("ranges", torch.empty(rows, columns // group, 2, dtype=torch.bfloat16))
+        codes, ranges = to_int4(weight, group)
+        self.register_buffer("codes", codes)
+        self.register_buffer("ranges", ranges)
         self.bias = bias
-
-    def fill(self, weight: Tensor) -> None:
-        """Take the values of `weight`."""
-        self.codes, self.ranges = to_int4(weight, self.group)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -116,20 +109,16 @@ class Int4Linear(nn.Module):
 
 
 class Int8Embedding(nn.Module):
-    """Rows of an int8 table; `head` shares its codes where the model ties the two."""
+    """Rows of an int8 table [V, hidden] with scales [V], dequantized to `dtype`."""
 
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, head: Int8Linear, dtype: torch.dtype) -> None:
+    def __init__(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.register_buffer("codes", head.codes)
-        self.register_buffer("scales", head.scales)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
         self.dtype = dtype
-
-    def fill(self, weight: Tensor) -> None:
-        """Take the values of `weight`."""
-        self.codes, self.scales = to_int8(weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [b, s] -> [b, s, hidden]."""
@@ -138,47 +127,35 @@ class Int8Embedding(nn.Module):
 
 @torch.no_grad()
 def quantize_model(model: Transformer, form: Format, group: int = 64) -> Transformer:
-    """Replace the weight matrices of `model` in place, those on the meta device without filling them; returns it.
+    """Replace the weight matrices of `model`, which may be on the meta device, in place and return it.
 
-    group: columns that share a range in int4. Raises UserError for an unknown group.
+    group: columns that share a scale in int4. Raises UserError for an unknown group.
     """
     assert form in get_args(Format)
     if group not in GROUPS:
         raise UserError(f"group {group}: choose {', '.join(map(str, GROUPS))}")
-    table, head_weight = model.get_parameter("embedding.weight"), model.get_parameter("head.weight")
-    dtype, tied = table.dtype, model.config.tie_embeddings
+    table, head = model.get_parameter("embedding.weight"), Int8Linear(model.get_parameter("head.weight"))
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Linear):
-                rows, columns = layer.weight.shape
-                if form == "int4" and columns % group == 0:
-                    setattr(parent, name, _filled(Int4Linear(rows, columns, group, layer.bias), layer.weight))
-                else:
-                    setattr(parent, name, _filled(Int8Linear(rows, columns, layer.bias), layer.weight))
-    head = _filled(Int8Linear(head_weight.shape[0], head_weight.shape[1], None), head_weight)
-    embedding = Int8Embedding(head, dtype)
-    model.head, model.embedding = head, embedding if tied else _filled(embedding, table)
+            if isinstance(layer, nn.Linear) and layer is not model.head:
+                int4 = form == "int4" and layer.weight.shape[1] % group == 0
+                quantized = (
+                    Int4Linear(layer.weight, group, layer.bias) if int4 else Int8Linear(layer.weight, layer.bias)
+                )
+                setattr(parent, name, quantized)
+    codes, scales = (head.codes, head.scales) if model.config.tie_embeddings else to_int8(table)
+    model.head, model.embedding = head, Int8Embedding(codes, scales, table.dtype)
     return model
 
 
-Narrow = TypeVar("Narrow", Int8Linear, Int4Linear, Int8Embedding)
-
-
-def _filled(layer: Narrow, weight: Tensor) -> Narrow:
-    if weight.is_meta:
-        return layer.to("meta")
-    layer.fill(weight)
-    return layer
-
-
 def stored_bytes(model: nn.Module) -> int:
-    """Memory of a model's weights, each counted once."""
+    """Bytes of a model's weights, tied ones counted once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def save_quantized(folder: Path, model: Transformer, form: Format, group: int) -> None:
-    """Write a quantized model's weights, its configuration and how it was quantized into `folder`."""
+    """Write the weights, the configuration and the quantization format of a quantized model into `folder`."""
     state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     if model.config.tie_embeddings:
         state = {name: value for name, value in state.items() if not name.startswith("embedding.")}
@@ -196,7 +173,7 @@ def save_quantized(folder: Path, model: Transformer, form: Format, group: int) -
 def load_quantized(
     folder: Path, device: torch.device | str, dtype: torch.dtype | None, *, store: CheckpointStore | None = None
 ) -> Transformer:
-    """The quantized model in `folder`, in evaluation mode; store: see `open_model`. Raises UserError for files that are torn or do not fit."""
+    """The quantized model in `folder`, in evaluation mode; store: see `open_model`. Raises UserError for damaged files."""
     path = folder / QUANTIZATION_FILE
     (store or CheckpointStore(run_folder(folder))).verify(folder, (QUANTIZATION_FILE, WEIGHTS_FILE, CONFIG_FILE))
     try:
@@ -206,17 +183,17 @@ def load_quantized(
             raise ValueError(f"unknown format {form!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: not how a model was quantized ({error}): make it again with tools/quantize.py"
+            f"{path}: not a quantization format ({error}): create it again with tools/quantize.py"
         ) from None
     config = load_config(folder)
     with torch.device("meta"):
         model = Transformer(config, seed=None)
     try:
         with safe_open(folder / WEIGHTS_FILE, framework="pt", device=str(device)) as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{folder / WEIGHTS_FILE}: torn or missing ({error}): make it again with tools/quantize.py"
+            f"{folder / WEIGHTS_FILE}: torn or missing ({error}): create it again with tools/quantize.py"
         ) from None
     with torch.device("meta"):
         quantize_model(model, form, group)
@@ -226,7 +203,7 @@ def load_quantized(
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise UserError(f"{folder}: weights and configuration are of different models: {error}") from None
-    for parameter in model.parameters():  # not `model.to`: scales stay as they are
+    for parameter in model.parameters():  # not `model.to`, which would convert scales
         parameter.data = parameter.data.to(dtype or parameter.dtype)
     assert isinstance(model.embedding, Int8Embedding)
     model.embedding.dtype = next(model.parameters()).dtype

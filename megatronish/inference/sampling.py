@@ -1,6 +1,6 @@
-"""How the next token is drawn from logits: repetition penalty, temperature, top-k, top-p, min-p, then one draw.
+"""Sampling of the next token from logits: repetition penalty, temperature, top-k, top-p, min-p.
 
-The order is that of transformers' logits processors: top-p sees the probabilities that temperature and top-k left.
+The order is that of transformers' logits processors: top-p applies to the distribution after temperature and top-k.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatronish.errors import UserError
 
 # Below this the best token has all the probability unless logits tie within 1e-4; smaller values underflow in fp32.
 LOWEST_TEMPERATURE = 1e-6
-# Top-p sorts so many best tokens first, and all only where these do not hold p: a sort of 100,000 takes milliseconds.
+# Top-p sorts only the most likely tokens, and all if these do not sum to p: sorting 100,000 takes milliseconds.
 FIRST_SORTED = 512
 
 
@@ -53,7 +53,7 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the best token is taken without drawing."""
+        """Whether the most likely token is taken without random numbers."""
         return self.temperature < LOWEST_TEMPERATURE or self.top_k == 1
 
 
@@ -113,8 +113,8 @@ def choose(
 ) -> Tensor:
     """Draw one token from each row of logits [b, V]: int64 [b], on the device of the logits.
 
-    generator: of the same device; the default one of the device without it. seen: the ids that the repetition penalty
-    is for, the same for each row. Raises UserError if a row's best logit is no finite number, which is a damaged or
+    generator: on the same device (default: the global one). seen: the ids that the repetition penalty applies to, the
+    same for each row. Raises UserError if the largest logit of a row is non-finite, as for a damaged or
     diverged model.
     """
     if seen and sampling.repetition_penalty != 1.0:
@@ -129,7 +129,7 @@ def choose(
 
 
 def _best(logits: Tensor) -> Tensor:
-    """The best token of each row, that of NaN where there is one. NumPy finds it in a tenth of torch's time on CPUs."""
+    """The argmax of each row, the index of NaN if there is one. NumPy takes a tenth of torch's time on CPUs."""
     if logits.device.type != "cpu":
         return logits.argmax(-1)
     return torch.from_numpy(np.asarray(logits.detach().float().numpy().argmax(-1)))
@@ -138,6 +138,6 @@ def _best(logits: Tensor) -> Tensor:
 def _check_finite(best: Tensor) -> None:
     if not bool(best.isfinite().all()):
         raise UserError(
-            "the model's logits are not finite numbers: its weights are damaged, training diverged, or fp16 overflowed. "
+            "the model's logits are non-finite: its weights are damaged, training diverged, or fp16 overflowed. "
             "Use another checkpoint or --dtype fp32."
         )

@@ -1,4 +1,4 @@
-"""Whether transformers, given the same weights, computes what we compute: logits and tokens side by side."""
+"""Compares logits and token ids with those of transformers for the same weights."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ PROBE_TEXTS = (
 
 @dataclass(frozen=True)
 class Agreement:
-    """difference: the largest of logits, over the largest logit. tokens: logit rows compared; same_best: how many of them
-    have the same best token. texts: how many probe texts have the same ids, of len(PROBE_TEXTS); None: no tokenizer."""
+    """difference: largest absolute difference of logits, relative to the largest logit. tokens: number of rows of logits;
+    same_best: how many have the same argmax. texts: how many of PROBE_TEXTS have the same ids; None: no tokenizer."""
 
     difference: float
     tokens: int
@@ -36,18 +36,18 @@ class Agreement:
     texts: int | None
 
     def lines(self) -> list[str]:
-        """For the terminal."""
-        told = [
+        """A report for the terminal."""
+        lines = [
             f"logits agree with transformers to {self.difference:.1e} of the largest (fp32, {self.tokens} tokens, the same "
             f"best token at {self.same_best})"
         ]
         if self.texts is not None:
-            told.append(f"token ids agree with AutoTokenizer on {self.texts} of {len(PROBE_TEXTS)} probe texts")
-        return told
+            lines.append(f"token ids agree with AutoTokenizer on {self.texts} of {len(PROBE_TEXTS)} probe texts")
+        return lines
 
 
 def why_not(parameters: int) -> str | None:
-    """Why the comparison cannot be made here, or None."""
+    """Why the models cannot be compared on this machine, or None."""
     if importlib.util.find_spec("transformers") is None:
         return "transformers is not installed"
     needed, free = 2 * 4 * parameters, psutil.virtual_memory().available
@@ -58,7 +58,7 @@ def why_not(parameters: int) -> str | None:
 
 @torch.inference_mode()
 def compare(ours: Path, theirs: Path) -> Agreement:
-    """Load the model in both folders, in fp32 on the CPU, and compare logits on random tokens, and token ids of texts.
+    """Load the model of both folders in fp32 on the CPU; compare logits of random tokens, and token ids of texts.
 
     Raises UserError if transformers cannot open the folder.
     """

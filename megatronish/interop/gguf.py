@@ -1,4 +1,4 @@
-"""A model as a GGUF file, which llama.cpp and what is built on it read: Llama-like models with byte-level BPE.
+"""Export to GGUF, the format of llama.cpp: Llama-like models with byte-level BPE.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package, llama.cpp's own, writes it.
 """
@@ -23,13 +23,13 @@ from megatronish.errors import UserError
 from megatronish.files import sync
 from megatronish.interop.gguf_tokenizer import add_tokenizer
 from megatronish.interop.huggingface import parameter_shapes
-from megatronish.interop.shards import ShardedFolder, check_space
-from megatronish.interop.weight_names import Layout
+from megatronish.interop.safetensors_files import SafetensorsFolder, check_space
+from megatronish.interop.weight_names import WeightMapping
 from megatronish.model.rotary import rotary_frequencies
 from megatronish.ops.dtypes import DTYPES
 
 Form = Literal["fp32", "fp16", "bf16", "q8_0"]
-# model_type of Hugging Face -> architecture of llama.cpp, in the order in which one that fits is looked for.
+# model_type of Hugging Face -> architecture of llama.cpp; the first that expresses a model is used.
 ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 )
@@ -37,8 +37,8 @@ _Q8_BLOCK = 32  # columns that share a scale
 
 
 @dataclass(frozen=True)
-class Written:
-    """What was written. size in bytes; tokenizer False: ids only, for none was there."""
+class GGUFExport:
+    """Result of an export. size in bytes; tokenizer False: the model has none."""
 
     path: Path
     config: ModelConfig
@@ -47,21 +47,20 @@ class Written:
     tokenizer: bool
 
 
-def export_gguf(source: Path, target: Path, form: Form | None = None) -> Written:
+def export_gguf(source: Path, target: Path, form: Form | None = None) -> GGUFExport:
     """Write the model in `source` (a checkpoint or an imported folder) as the file `target`, a tensor at a time.
 
-    form: of the matrices (as saved by default); norms are fp32, as llama.cpp wants them. Raises UserError, and leaves no
-    file, without the gguf package, for a file that is there, and for models and tokenizers that the format or llama.cpp
-    cannot say, naming what stands in the way.
+    form: of the matrices (as saved by default); norms are fp32, as llama.cpp expects. Raises UserError, and leaves no file,
+    without the gguf package, for an existing file, and for unsupported models and tokenizers, naming what is unsupported.
     """
     if importlib.util.find_spec("gguf") is None:
         raise UserError("gguf is not installed: pip install 'megatronish[gguf]'.")
     if target.exists():
         raise UserError(f"{target}: exists; give a new file, or remove it first.")
     with open_model(source) as (config, _):
-        pass  # checked
+        pass  # the files are checked
     model_type = _model_type(config, source)
-    stored = ShardedFolder(source)
+    stored = SafetensorsFolder(source)
     form = form or _form_of(stored.entries["embedding.weight"].dtype)
     partial = target.with_name(f".{target.name}.partial")
     try:
@@ -74,13 +73,12 @@ def export_gguf(source: Path, target: Path, form: Form | None = None) -> Written
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror or error}.") from None
     finally:
-        stored.close()
         partial.unlink(missing_ok=True)
-    return Written(target, config, ARCHITECTURES[model_type], target.stat().st_size, tokenizer)
+    return GGUFExport(target, config, ARCHITECTURES[model_type], target.stat().st_size, tokenizer)
 
 
 def _model_type(config: ModelConfig, source: Path) -> str:
-    """The first architecture that says the model. Raises UserError with what the nearest one cannot say."""
+    """The first architecture that expresses the model. Raises UserError with what the nearest one does not express."""
     found = {name: obstacles(config, FAMILIES[name]) + _more_obstacles(config, name) for name in ARCHITECTURES}
     nearest = min(found, key=lambda name: len(found[name]))
     if found[nearest]:
@@ -89,7 +87,7 @@ def _model_type(config: ModelConfig, source: Path) -> str:
 
 
 def _more_obstacles(config: ModelConfig, model_type: str) -> list[str]:
-    """What Hugging Face's architecture says and llama.cpp's of that name does not."""
+    """What Hugging Face's architecture expresses and llama.cpp's of that name does not."""
     found = []
     if config.sliding_window is not None:
         found.append(f"sliding_window {config.sliding_window} (there: none)")
@@ -107,8 +105,10 @@ def _form_of(dtype: torch.dtype) -> Form:
     return cast(Form, next(name for name, known in DTYPES.items() if known == dtype))
 
 
-def _write(path: Path, source: Path, config: ModelConfig, model_type: str, form: Form, stored: ShardedFolder) -> bool:
-    """The whole file; whether it has a tokenizer."""
+def _write(
+    path: Path, source: Path, config: ModelConfig, model_type: str, form: Form, stored: SafetensorsFolder
+) -> bool:
+    """Write the file; returns whether it has a tokenizer."""
     import gguf
 
     architecture = ARCHITECTURES[model_type]
@@ -130,7 +130,7 @@ def _write(path: Path, source: Path, config: ModelConfig, model_type: str, form:
 
 
 def _add_shape(writer: Any, config: ModelConfig, form: Form) -> None:
-    """The keys that llama.cpp builds the model from."""
+    """Metadata of the architecture."""
     import gguf
 
     d, scaling = config.resolved_head_dim, config.rope_scaling
@@ -158,11 +158,11 @@ def _add_shape(writer: Any, config: ModelConfig, form: Form) -> None:
 
 
 def _entries(config: ModelConfig, model_type: str, form: Form) -> Iterator[tuple[str, tuple[int, ...], Any]]:
-    """Name, shape and kind of every tensor, in the order of `_tensors`."""
+    """Name, shape and type of every tensor, in the order of `_tensors`."""
     import gguf
 
     names = gguf.get_tensor_name_map(_architecture(model_type), config.num_layers)
-    layout = Layout(config, model_type)
+    layout = WeightMapping(config, model_type)
     if _frequency_factors(config) is not None:
         yield "rope_freqs.weight", (config.rotary_dim // 2,), gguf.GGMLQuantizationType.F32
     for ours, shape in parameter_shapes(config).items():
@@ -172,11 +172,13 @@ def _entries(config: ModelConfig, model_type: str, form: Form) -> Iterator[tuple
             yield name, part, _kind(part, form)
 
 
-def _tensors(config: ModelConfig, model_type: str, form: Form, stored: ShardedFolder) -> Iterator[tuple[Tensor, Any]]:
-    """Every tensor and its kind. Llama's query and key heads lie with the pairs that rotate together side by side."""
+def _tensors(
+    config: ModelConfig, model_type: str, form: Form, stored: SafetensorsFolder
+) -> Iterator[tuple[Tensor, Any]]:
+    """Every tensor and its type. The rotary pairs of query and key heads are interleaved in the architecture llama."""
     import gguf
 
-    layout = Layout(config, model_type)
+    layout = WeightMapping(config, model_type)
     factors = _frequency_factors(config)
     if factors is not None:
         yield factors, gguf.GGMLQuantizationType.F32
@@ -204,7 +206,7 @@ def _architecture(model_type: str) -> Any:
 
 
 def _frequency_factors(config: ModelConfig) -> Tensor | None:
-    """What llama.cpp divides each rotary frequency by, fp32 [rotary_dim / 2]; None where a key says it all."""
+    """Divisors of the rotary frequencies, fp32 [rotary_dim / 2]; None where metadata expresses the scaling."""
     if config.rope_scaling is None or config.rope_scaling.type != "llama3":
         return None
     scaled, _ = rotary_frequencies(config)

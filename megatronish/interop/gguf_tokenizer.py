@@ -1,4 +1,4 @@
-"""A byte-level BPE as the keys of a GGUF file. llama.cpp knows how text is split by names, not by patterns."""
+"""The metadata of a byte-level BPE tokenizer in a GGUF file, where pre-tokenizers have names instead of patterns."""
 
 from __future__ import annotations
 
@@ -7,29 +7,32 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from megatronish.checkpoint.paths import TOKENIZER_RECORD_FILE
 from megatronish.data.tokenizers.formats import BPE_PATTERN
 from megatronish.data.tokenizers.tokenizer import HuggingFaceTokenizer
 from megatronish.errors import UserError
 from megatronish.interop.tokenizer_files import ORIGIN_FILE, chat_template, recorded_tokenizer
 
-# The pattern that a tokenizer.json splits text by -> llama.cpp's name for it.
+# Pattern of the pre-tokenizer in tokenizer.json -> its name in llama.cpp.
 _SPLITS: Mapping[str, str] = MappingProxyType(
     {BPE_PATTERN: "dbrx", BPE_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
 )
 
 
 def add_tokenizer(writer: Any, source: Path, vocab_size: int) -> bool:
-    """Write the tokenizer of the model in `source` as keys; False where it has none.
+    """Write the tokenizer of the model in `source` as metadata; returns False if it has none.
 
-    A model trained here begins texts behind the end of a document, and llama.cpp is told so; an imported one as its
-    Hugging Face folder says. Raises UserError for any but a byte-level BPE that llama.cpp splits alike.
+    Texts start with the end-of-document token for a model trained here, and as in its Hugging Face folder for an imported
+    one. Raises UserError for any but a byte-level BPE with a pre-tokenizer that llama.cpp has.
     """
-    tokenizer = recorded_tokenizer(source)
-    if tokenizer is None:
+    if not (source / TOKENIZER_RECORD_FILE).is_file():
         writer.add_tokenizer_model("no_vocab")
         return False
+    tokenizer = recorded_tokenizer(source)
     if not isinstance(tokenizer, HuggingFaceTokenizer) or tokenizer.spec["model"]["type"] != "BPE":
-        raise UserError(f"{source}: no GGUF of its tokenizer ({tokenizer.kind}): only a byte-level BPE can be said.")
+        raise UserError(
+            f"{source}: no GGUF of its tokenizer ({tokenizer.kind}): only a byte-level BPE can be exported."
+        )
     spec = tokenizer.spec
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_split_name(spec, source))
@@ -38,7 +41,7 @@ def add_tokenizer(writer: Any, source: Path, vocab_size: int) -> bool:
     writer.add_token_types(kinds)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in spec["model"]["merges"]]
     if not merges:
-        raise UserError(f"{source}: no GGUF of its tokenizer: llama.cpp takes no BPE without merges.")
+        raise UserError(f"{source}: no GGUF of its tokenizer: llama.cpp does not support a BPE without merges.")
     writer.add_token_merges(merges)
     imported = (source / ORIGIN_FILE).is_file()
     start_id = tokenizer.bos_id if imported else tokenizer.start_id
@@ -53,7 +56,7 @@ def add_tokenizer(writer: Any, source: Path, vocab_size: int) -> bool:
 
 
 def _split_name(spec: Mapping[str, Any], source: Path) -> str:
-    """llama.cpp's name of how a tokenizer.json splits text. Raises UserError where it has none that is known here."""
+    """llama.cpp's name of the pre-tokenizer of a tokenizer.json. Raises UserError for an unknown one."""
     steps = spec.get("pre_tokenizer") or {}
     parts = steps.get("pretokenizers", [steps])
     kinds = [part.get("type") for part in parts]
@@ -66,13 +69,13 @@ def _split_name(spec: Mapping[str, Any], source: Path) -> str:
     if ends_in_bytes and not own_pattern and kinds == ["Split", "ByteLevel"]:
         name = _SPLITS.get((parts[0].get("pattern") or {}).get("Regex", ""))
         if name is not None and parts[0].get("behavior") == "Isolated" and not parts[0].get("invert"):
-            # "llama-bpe" splits alike, and takes a word that is a token whole, before any merge.
+            # "llama-bpe" is the same pre-tokenizer, and looks up complete words before any merge.
             return "llama-bpe" if name == "dbrx" and spec["model"].get("ignore_merges") else name
-    raise UserError(f"{source}: no GGUF of its tokenizer: it splits text in a way that has no name here ({kinds}).")
+    raise UserError(f"{source}: no GGUF of its tokenizer: its pre-tokenizer has no name in llama.cpp ({kinds}).")
 
 
 def _tokens(spec: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
-    """Every id of the model as the vocabulary writes it, and its kind; ids that the tokenizer does not know are unused."""
+    """Text and type of every token id of the model; ids that the tokenizer does not have are unused."""
     from gguf import TokenType
 
     tokens = [f"[PAD{number}]" for number in range(vocab_size)]

@@ -1,4 +1,4 @@
-"""Models in Hugging Face's form: read into ours, and written from ours. No code of a model runs, no pickle is opened."""
+"""Import and export of Hugging Face models. No code of a model is executed and no pickle is opened."""
 
 from __future__ import annotations
 
@@ -26,31 +26,37 @@ from megatronish.config.huggingface import (
 from megatronish.config.model import ModelConfig
 from megatronish.errors import UserError
 from megatronish.files import sync, sync_tree, write_atomic
-from megatronish.interop.shards import Entry, ShardedFolder, TensorFileWriter, check_space, write_shards
+from megatronish.interop.safetensors_files import (
+    SafetensorsFolder,
+    SafetensorsWriter,
+    TensorEntry,
+    check_space,
+    write_shards,
+)
 from megatronish.interop.tokenizer_files import (
     ORIGIN_FILE,
-    Carried,
-    carry_tokenizer,
+    TokenizerInfo,
+    export_tokenizer,
     find_origin,
+    import_tokenizer,
     special_ids,
-    write_tokenizer,
 )
-from megatronish.interop.weight_names import Layout
+from megatronish.interop.weight_names import WeightMapping
 from megatronish.model.transformer import Transformer
 
 _TIED = "head.weight"
 # Buffers that older releases of transformers saved with the weights; they follow from config.json.
 _BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 _STAMPS = frozenset({"torch_dtype", "dtype", "transformers_version", "_name_or_path"})
-Progress = Callable[[int, int], None]  # bytes just done, bytes of all
+Progress = Callable[[int, int], None]  # bytes just converted, total bytes
 
 
 class HuggingFaceWeights:
-    """The weights of a Hugging Face folder under our names, one whole tensor at a time.
+    """The weights of a Hugging Face folder by our parameter names, one tensor at a time.
 
-    config: the model of the folder (by default as its config.json says; `seq_length` and what only training reads may
-    differ). Raises UserError, before any weight is read, for missing or truncated files, pickles, tensors that are
-    missing, left over or of another shape, and for models that cannot be expressed.
+    config: the model of the folder (default: that of its config.json; `seq_length` and fields that only training reads
+    may differ). Raises UserError, before any weight is read, for missing or truncated files, pickles, tensors that are
+    missing, unexpected or of another shape, and for unsupported models.
     """
 
     def __init__(self, folder: str | Path, config: ModelConfig | None = None) -> None:
@@ -61,14 +67,14 @@ class HuggingFaceWeights:
         self.config = config or own
         if "quantization_config" in raw:
             raise UserError(
-                f"{self.folder}: quantization_config: its weights are quantised; take the unquantised model."
+                f"{self.folder}: quantization_config: its weights are quantized; use the unquantized model."
             )
-        self._files = ShardedFolder(self.folder)
-        if self.config.num_layers > len(self._files.entries):  # before a model of that size is thought up
+        self._files = SafetensorsFolder(self.folder)
+        if self.config.num_layers > len(self._files.entries):  # before a model of that size is created
             raise UserError(
                 f"{self.folder}: {self.config.num_layers:,} layers in {CONFIG_JSON}, fewer tensors than that."
             )
-        self._layout = Layout(self.config, self.model_type)
+        self._layout = WeightMapping(self.config, self.model_type)
         self.shapes = parameter_shapes(self.config)
         self._check()
 
@@ -78,25 +84,21 @@ class HuggingFaceWeights:
         widest = None
         for entry in self._files.entries.values():
             widest = entry.dtype if widest is None else torch.promote_types(widest, entry.dtype)
-        assert widest is not None, "a model without tensors was refused"
+        assert widest is not None, "a model without tensors was rejected"
         return widest
 
     def weight(self, name: str) -> Tensor:
-        """Our parameter `name`, whole, on the CPU, as stored; a tied head is the embedding."""
+        """The full tensor of our parameter `name`, on the CPU, as stored; a tied head is the embedding."""
         if name == _TIED and self.config.tie_embeddings:
             name = "embedding.weight"
         parts = [self._files.read(self._stored(theirs)) for theirs in self._layout.theirs(name, self.shapes[name])]
         return self._layout.pack(name, parts)
 
     def initial(self, name: str, shape: Sequence[int]) -> Tensor:
-        """`weight` in the form that model.init.init_weights draws from."""
+        """`weight` with the signature of `draw` of model.init.init_weights."""
         found = self.weight(name)
         assert tuple(found.shape) == tuple(shape), f"{name}: {tuple(found.shape)} stored, {tuple(shape)} wanted"
         return found
-
-    def close(self) -> None:
-        """Let go of the files."""
-        self._files.close()
 
     def _stored(self, theirs: str) -> str:
         other = self._layout.table.other_names.get(theirs)
@@ -112,10 +114,10 @@ class HuggingFaceWeights:
                     raise UserError(f"{self.folder}: has no tensor {theirs!r}, which should be {list(their_shape)}.")
                 if entry.shape != their_shape:
                     raise UserError(
-                        f"{self.folder}: {stored!r} is {list(entry.shape)}, {CONFIG_JSON} says {list(their_shape)}."
+                        f"{self.folder}: {stored!r} is {list(entry.shape)}, but {list(their_shape)} by {CONFIG_JSON}."
                     )
                 expected.add(stored)
-        if self.config.tie_embeddings:  # some files hold the shared weight a second time
+        if self.config.tie_embeddings:  # some files contain the shared weight twice
             head = self._layout.table.names(_TIED)[0]
             expected |= {head, self._layout.table.other_names.get(head, head)}
         for name in self._files.entries:
@@ -124,14 +126,14 @@ class HuggingFaceWeights:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of a model and its shape, in the order of the model, without a tied head."""
+    """Shapes of the parameters of a model by name, without a tied head."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in Transformer(config, seed=None).named_parameters()}
 
 
 @dataclass(frozen=True)
-class Converted:
-    """What a conversion wrote."""
+class ConvertedModel:
+    """Result of an import or export."""
 
     folder: Path
     config: ModelConfig
@@ -139,36 +141,30 @@ class Converted:
     parameters: int
     dtype: torch.dtype
     files: list[str]
-    tokenizer: Carried
+    tokenizer: TokenizerInfo
 
 
 def import_model(
     source: Path, target: Path, *, dtype: torch.dtype | None = None, progress: Progress = lambda done, total: None
-) -> Converted:
+) -> ConvertedModel:
     """Write the Hugging Face model in `source` as a folder of ours: weights, configuration, tokenizer.
 
-    dtype: of the weights (as stored by default, the widest where they differ). `target` appears whole or not at all, and
-    must be new or empty. Memory: one tensor. Raises UserError.
+    dtype: of the weights (as stored by default, the widest where they differ). `target` must be new or empty, and is
+    created only when everything is written. Needs memory for one tensor. Raises UserError.
     """
     weights = HuggingFaceWeights(source)
     kind = dtype or weights.dtype
-    entries = {name: Entry(shape, kind) for name, shape in weights.shapes.items()}
+    entries = {name: TensorEntry(shape, kind) for name, shape in weights.shapes.items()}
     total = sum(entry.size for entry in entries.values())
     with new_folder(target, total) as folder:
-        carried = carry_tokenizer(source, folder)
-        writer = TensorFileWriter(folder / WEIGHTS_FILE, entries, weights_header(weights.config))
-        complete = False
-        try:
+        tokenizer = import_tokenizer(source, folder)
+        with SafetensorsWriter(folder / WEIGHTS_FILE, entries, weights_header(weights.config)) as writer:
             for name, entry in entries.items():
                 writer.write(name, weights.weight(name))
                 progress(entry.size, total)
-            complete = True
-        finally:
-            weights.close()
-            writer.close(complete)
         write_atomic(folder / CONFIG_FILE, weights.config.model_dump_json(indent=2) + "\n")
     parameters = sum(torch.Size(entry.shape).numel() for entry in entries.values())
-    return Converted(target, weights.config, weights.model_type, parameters, kind, [WEIGHTS_FILE], carried)
+    return ConvertedModel(target, weights.config, weights.model_type, parameters, kind, [WEIGHTS_FILE], tokenizer)
 
 
 def export_model(
@@ -179,7 +175,7 @@ def export_model(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress = lambda done, total: None,
-) -> Converted:
+) -> ConvertedModel:
     """Write the model in `source` (a checkpoint, or a folder that `import_model` made) as a Hugging Face folder.
 
     model_type: the architecture (by default that of the model it was imported from, else the first that expresses it).
@@ -187,13 +183,13 @@ def export_model(
     """
     with open_model(source) as (config, _):
         pass  # checked
-    stored = ShardedFolder(source)
+    stored = SafetensorsFolder(source)
     origin = find_origin(source)
     raw = _their_config(config, model_type, origin.config)
-    layout, shapes = Layout(config, raw["model_type"]), parameter_shapes(config)
+    layout, shapes = WeightMapping(config, raw["model_type"]), parameter_shapes(config)
     kind = dtype or stored.entries["embedding.weight"].dtype
     entries = {
-        theirs: Entry(part, kind)
+        theirs: TensorEntry(part, kind)
         for name, shape in shapes.items()
         for theirs, part in layout.theirs(name, shape).items()
     }
@@ -204,17 +200,16 @@ def export_model(
             yield from zip(layout.theirs(name, shape), layout.unpack(name, stored.read(name)), strict=True)
 
     with new_folder(target, total) as folder:
-        carried = write_tokenizer(source, folder, origin, config.seq_length)
-        raw |= special_ids(origin, carried) | {"torch_dtype": str(kind).removeprefix("torch."), "use_cache": True}
+        tokenizer = export_tokenizer(source, folder, origin, config.seq_length)
+        raw |= special_ids(origin, tokenizer) | {"torch_dtype": str(kind).removeprefix("torch."), "use_cache": True}
         write_atomic(folder / CONFIG_JSON, json.dumps(raw, indent=2) + "\n")
         files = write_shards(folder, entries, tensors(), max_shard_bytes, lambda size: progress(size, total))
-    stored.close()
     parameters = sum(torch.Size(entry.shape).numel() for entry in entries.values())
-    return Converted(target, config, raw["model_type"], parameters, kind, files, carried)
+    return ConvertedModel(target, config, raw["model_type"], parameters, kind, files, tokenizer)
 
 
 def _their_config(config: ModelConfig, model_type: str | None, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of `config`: as asked, else that of the model it came from, word for word where it still holds."""
+    """config.json of `config`: of the given architecture, else that of the imported model, unchanged where it still applies."""
     before = origin.get("model_type")
     if isinstance(before, str) and before in FAMILIES and model_type in (None, before):
         own = from_huggingface(origin, ORIGIN_FILE)
@@ -227,7 +222,7 @@ def _their_config(config: ModelConfig, model_type: str | None, origin: Mapping[s
 
 @contextmanager
 def new_folder(target: Path, size: int) -> Iterator[Path]:
-    """A folder to write `size` bytes into, which becomes `target` when all is well and goes away when not."""
+    """A temporary folder for `size` bytes, which is renamed to `target` on success and deleted on failure."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists and is not empty; give a new folder, or remove it first.")
     partial = target.with_name(f".{target.name}.partial")

@@ -1,7 +1,6 @@
-"""A model as an ONNX graph that reads a prompt and goes on from a cache, run and compared in onnxruntime.
+"""Export to ONNX: one graph for prefill and for decoding with a key/value cache, verified in onnxruntime.
 
-Inputs and outputs have the names and shapes that optimum's decoder graphs have, for programs that know those. One graph
-serves both ways: a prompt comes with a past of length 0.
+Inputs and outputs have the names and shapes of optimum's decoder graphs. Prefill is a call with a past of length 0.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from megatronish.config.huggingface import CONFIG_JSON, to_huggingface
 from megatronish.config.model import KernelConfig, ModelConfig
 from megatronish.errors import UserError
 from megatronish.interop.huggingface import new_folder
-from megatronish.interop.tokenizer_files import find_origin, special_ids, write_tokenizer
+from megatronish.interop.tokenizer_files import export_tokenizer, find_origin, special_ids
 from megatronish.model.attention import AttentionInputs
 from megatronish.model.transformer import Transformer
 from megatronish.ops.attention import attention
@@ -31,12 +30,12 @@ from megatronish.ops.dispatch import AttentionBackend
 ONNX_FILE = "model.onnx"
 OPSET = 18
 NEEDED = ("onnx", "onnxscript")
-# The longest difference between two orders of the same fp32 sums that is not called a disagreement, of the largest logit.
+# Largest difference of logits, relative to the largest logit, that another order of the same fp32 sums may cause.
 TOLERANCE = 1e-4
 
 
 class _Past:
-    """A cache that holds nothing: keys and values come in, longer ones go out; [b, kv_heads, tokens, d]."""
+    """A key/value cache as inputs and outputs of the graph; [b, kv_heads, tokens, d]."""
 
     def __init__(self, past: list[Tensor], masks: dict[int | None, Tensor]) -> None:
         self._past, self._masks = past, masks
@@ -45,7 +44,7 @@ class _Past:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, backend: AttentionBackend
     ) -> Tensor:
-        """Attention of q [b, new, heads, d] over what is held and k, v [b, new, kv_heads, d]; masks keep to the window."""
+        """Attention of q [b, new, heads, d] over the past and k, v [b, new, kv_heads, d]; the mask includes the window."""
         pair = [torch.cat((self._past[2 * layer + i], new.transpose(1, 2)), dim=2) for i, new in enumerate((k, v))]
         self.present += pair
         keys, values = (tensor.transpose(1, 2) for tensor in pair)
@@ -53,7 +52,7 @@ class _Past:
 
 
 class OnnxDecoder(nn.Module):
-    """A Transformer in the form of the graph: all that changes between calls comes in and goes out."""
+    """A Transformer without state: the key/value cache is an input and an output."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
@@ -78,7 +77,7 @@ class OnnxDecoder(nn.Module):
             reach = key <= query
             if window is not None:
                 reach = reach & (key > query - window)
-            # A padded token reads itself: a row that reads nothing would turn into NaN, and spoil others by 0 * NaN.
+            # A padded token attends to itself: a row without keys would be NaN, and 0 * NaN would spread to other rows.
             masks[window] = (reach & attention_mask.bool()[:, None, None, :]) | (key == query)
         cache: Any = _Past(past, masks)
         inputs = AttentionInputs(
@@ -89,27 +88,27 @@ class OnnxDecoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class Exported:
-    """What was written; difference: of logits in onnxruntime, over the largest, None where it is not installed."""
+class ONNXExport:
+    """Result of an export. difference: of logits in onnxruntime, relative to the largest; None if it is not installed."""
 
     folder: Path
     config: ModelConfig
-    model_type: str | None  # that config.json names, if the model has a Hugging Face architecture
+    model_type: str | None  # of config.json, if a Hugging Face architecture expresses the model
     size: int  # bytes
     difference: float | None
     tokens: int
 
 
 def cache_names(config: ModelConfig, prefix: str) -> list[str]:
-    """Names of the cache's tensors in the order of the graph: prefix "past_key_values" goes in, "present" comes out."""
+    """Names of the cache's tensors in the graph: prefix "past_key_values" for inputs, "present" for outputs."""
     return [f"{prefix}.{layer}.{part}" for layer in range(config.num_layers) for part in ("key", "value")]
 
 
-def export_onnx(source: Path, target: Path, dtype: torch.dtype = torch.float32) -> Exported:
+def export_onnx(source: Path, target: Path, dtype: torch.dtype = torch.float32) -> ONNXExport:
     """Write the model in `source` (a checkpoint or an imported folder) as target/model.onnx with its tokenizer.
 
-    Compared with our logits, prompt and cached, where onnxruntime is installed. Raises UserError for missing packages, for
-    what `load_model` refuses, and if the graph computes something else.
+    The logits of prefill and decoding are compared with ours if onnxruntime is installed. Raises UserError for missing
+    packages, as `load_model` does, and if the logits differ.
     """
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise UserError(f"{' and '.join(missing)} not installed: pip install 'megatronish[onnx]'.")
@@ -125,9 +124,9 @@ def export_onnx(source: Path, target: Path, dtype: torch.dtype = torch.float32) 
                 raise UserError(
                     f"{source}: onnxruntime's logits differ by {difference:.1e} of the largest: not written."
                 )
-        model_type = _write_beside(source, folder, model.config)
+        model_type = _write_tokenizer_and_config(source, folder, model.config)
         written = sum(path.stat().st_size for path in folder.iterdir())
-    return Exported(target, model.config, model_type, written, difference, tokens)
+    return ONNXExport(target, model.config, model_type, written, difference, tokens)
 
 
 def _example(config: ModelConfig, dtype: torch.dtype, held: int, new: int) -> tuple[Any, ...]:
@@ -166,7 +165,7 @@ def _write_graph(model: Transformer, path: Path) -> None:
 
 @torch.no_grad()
 def _compare(model: Transformer, path: Path) -> tuple[float, int]:
-    """Largest difference of logits over the largest logit, of a prompt, then of single tokens behind it."""
+    """Largest difference of logits relative to the largest logit, of prefill and of decoding."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -191,14 +190,14 @@ def _compare(model: Transformer, path: Path) -> tuple[float, int]:
     return ((torch.cat(found, 1) - expected).abs().max() / expected.abs().max()).item(), tokens.numel()
 
 
-def _write_beside(source: Path, folder: Path, config: ModelConfig) -> str | None:
-    """Tokenizer and config.json, as in a Hugging Face folder; without the latter where no architecture fits."""
+def _write_tokenizer_and_config(source: Path, folder: Path, config: ModelConfig) -> str | None:
+    """Write the tokenizer and config.json; no config.json if no architecture expresses the model. Returns its model_type."""
     origin = find_origin(source)
-    carried = write_tokenizer(source, folder, origin, config.seq_length)
+    tokenizer = export_tokenizer(source, folder, origin, config.seq_length)
     try:
         raw = to_huggingface(config)
     except UserError:
         return None
-    raw |= special_ids(origin, carried)
+    raw |= special_ids(origin, tokenizer)
     (folder / CONFIG_JSON).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     return str(raw["model_type"])

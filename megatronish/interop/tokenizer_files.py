@@ -1,4 +1,4 @@
-"""The tokenizer of a model, and what else Hugging Face keeps beside its weights, carried both ways."""
+"""The tokenizer of a model and its settings, copied from Hugging Face folders to ours and back."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from megatronish.data.tokenizers.tokenizer import (
 )
 from megatronish.errors import UserError
 
-ORIGIN_FILE = "huggingface_config.json"  # config.json of the model that an imported one was
+ORIGIN_FILE = "huggingface_config.json"  # config.json of the model that was imported
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-_SETTINGS, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-_BESIDE = (
-    _SETTINGS,
+SETTINGS_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
+_COPIED = (
+    *TOKENIZER_FILES,
+    SETTINGS_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    _TEMPLATE,
+    TEMPLATE_FILE,
     "chat_template.json",
     "generation_config.json",
 )
 
 
 @dataclass(frozen=True)
-class Carried:
-    """What came along. kind None: no tokenizer. bos_id: the token that texts begin with, where the model wants one.
-    from_origin: with all that its Hugging Face folder says about it."""
+class TokenizerInfo:
+    """The tokenizer of a converted model. kind None: there is none. bos_id: the token that texts begin with, if any.
+    from_origin: with all settings of its Hugging Face folder."""
 
     kind: str | None
     eod_id: int | None = None
@@ -47,24 +48,22 @@ class Carried:
 
 
 @dataclass(frozen=True)
-class Origin:
-    """The Hugging Face model that a model of ours came from: its config.json, and where its files are; else empty."""
+class ImportOrigin:
+    """The Hugging Face model that a model was imported from: its config.json and its folder; empty if there is none."""
 
     config: Mapping[str, Any]
     folder: Path | None
 
 
-def carry_tokenizer(source: Path, target: Path) -> Carried:
+def import_tokenizer(source: Path, target: Path) -> TokenizerInfo:
     """Copy the tokenizer of a Hugging Face folder, its settings, and config.json as ORIGIN_FILE, into a folder of ours.
 
     Raises UserError for a tokenizer that cannot be read.
     """
     shutil.copyfile(source / CONFIG_JSON, target / ORIGIN_FILE)
-    for name in (*TOKENIZER_FILES, *_BESIDE):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    _copy_files(source, target)
     if not any((source / name).is_file() for name in TOKENIZER_FILES):
-        return Carried(None)
+        return TokenizerInfo(None)
     tokenizer = load_tokenizer(source)
     bos_id = begins_with(source, tokenizer)
     record = {
@@ -74,92 +73,111 @@ def carry_tokenizer(source: Path, target: Path) -> Carried:
         "sha256": tokenizer.fingerprint,
     }
     (target / TOKENIZER_RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return Carried(tokenizer.kind, tokenizer.eod_id, bos_id, from_origin=True)
+    return TokenizerInfo(tokenizer.kind, tokenizer.eod_id, bos_id, from_origin=True)
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    for name in _COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def begins_with(source: Path, tokenizer: Tokenizer) -> int | None:
     """The token that AutoTokenizer puts before every text for the model in `source`, None where it puts none.
 
-    A tokenizer.json says so by its template; beside a SentencePiece file `add_bos_token` of tokenizer_config.json does, and
-    silence means yes, as in LlamaTokenizer. Raises UserError for settings that cannot be read.
+    This is the template of a tokenizer.json; for a SentencePiece file it is `add_bos_token` of tokenizer_config.json, true
+    by default as in LlamaTokenizer. Raises UserError for settings that cannot be read.
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer.template_start()
-    settings = _read(source / _SETTINGS) if (source / _SETTINGS).is_file() else {}
-    wanted = settings.get("add_bos_token", True) is not False
+    wanted = tokenizer_settings(source).get("add_bos_token", True) is not False
     return tokenizer.own_bos_id if wanted and isinstance(tokenizer, SentencePieceTokenizer) else None
 
 
 def fingerprints(source: Path) -> set[str]:
-    """SHA-256 of the tokenizer of a Hugging Face folder, in each form that it is there in."""
+    """SHA-256 of each tokenizer file of a Hugging Face folder."""
     return {load_tokenizer(source / name).fingerprint for name in TOKENIZER_FILES if (source / name).is_file()}
 
 
-def find_origin(source: Path) -> Origin:
-    """Where the model in `source` came from: an imported folder says, and the configuration of a run that began there."""
+def find_origin(source: Path) -> ImportOrigin:
+    """The origin of an imported model, or of a run whose configuration has `from_hf`."""
     if (source / ORIGIN_FILE).is_file():
-        return Origin(_read(source / ORIGIN_FILE), source)
+        return ImportOrigin(read_json_object(source / ORIGIN_FILE), source)
     if (source / RUN_FILE).is_file():
-        model = _read(source / RUN_FILE).get("megatronish", {}).get("model", {})
+        model = read_json_object(source / RUN_FILE).get("megatronish", {}).get("model", {})
         folder = Path(model.get("from_hf") or "")
         if model.get("from_hf") and (folder / CONFIG_JSON).is_file():
-            return Origin(_read(folder / CONFIG_JSON), folder)
-    return Origin({}, None)
+            return ImportOrigin(read_json_object(folder / CONFIG_JSON), folder)
+    return ImportOrigin({}, None)
 
 
-def write_tokenizer(source: Path, target: Path, origin: Origin, context: int) -> Carried:
-    """Write the tokenizer of a checkpoint so that AutoTokenizer opens it; with its settings where they are at hand.
+def export_tokenizer(source: Path, target: Path, origin: ImportOrigin, context: int) -> TokenizerInfo:
+    """Write the tokenizer of a checkpoint for AutoTokenizer, with the settings of `origin` if it is the same tokenizer.
 
     context: the model's, in tokens. Raises UserError for a damaged tokenizer.
     """
+    if not (source / TOKENIZER_RECORD_FILE).is_file():
+        return TokenizerInfo(None)
     tokenizer = recorded_tokenizer(source)
-    if tokenizer is None:
-        return Carried(None)
     if tokenizer.kind == "bytes":
         (target / "tokenizer.json").write_text(byte_level_json(), encoding="utf-8")
         _write_settings(target, EOD_TOKEN, context)
-        return Carried("bytes", tokenizer.eod_id)
+        return TokenizerInfo("bytes", tokenizer.eod_id)
     if origin.folder is not None and tokenizer.fingerprint in fingerprints(origin.folder):
-        for name in (*TOKENIZER_FILES, *_BESIDE):
-            if (origin.folder / name).is_file():
-                shutil.copyfile(origin.folder / name, target / name)
-        return Carried(tokenizer.kind, tokenizer.eod_id, from_origin=True)
+        _copy_files(origin.folder, target)
+        return TokenizerInfo(tokenizer.kind, tokenizer.eod_id, from_origin=True)
     name = "tokenizer.model" if tokenizer.kind == "sentencepiece" else "tokenizer.json"
     shutil.copyfile(source / name, target / name)
-    _write_settings(target, _text_of(tokenizer), context)
-    return Carried(tokenizer.kind, tokenizer.eod_id)
+    _write_settings(target, None if tokenizer.eod_id is None else tokenizer.token_text(tokenizer.eod_id), context)
+    return TokenizerInfo(tokenizer.kind, tokenizer.eod_id)
 
 
-def recorded_tokenizer(source: Path) -> Tokenizer | None:
-    """The tokenizer of the model in `source`, None where it has none. Raises UserError for a damaged one."""
-    if not (source / TOKENIZER_RECORD_FILE).is_file():
-        return None
-    record = _read(source / TOKENIZER_RECORD_FILE)
-    tokenizer = load_tokenizer("bytes" if record.get("kind") == "bytes" else source, eod_id=record.get("eod_id"))
-    if tokenizer.fingerprint != record.get("sha256"):
-        raise UserError(f"{source}: the tokenizer there is not the one that the model was trained with: restore it.")
-    tokenizer.bos_id = record.get("bos_id")
+def recorded_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of the model in `folder`, as its record describes it. Raises UserError if it is missing or damaged."""
+    path = folder / TOKENIZER_RECORD_FILE
+    record = read_json_object(path)
+    try:
+        kind, eod_id, sha256 = record["kind"], record["eod_id"], record["sha256"]
+    except KeyError as error:
+        raise UserError(f"{path}: no {error} in it; use another checkpoint, or restore the file") from None
+    tokenizer = load_tokenizer("bytes" if kind == "bytes" else folder, eod_id=eod_id)
+    if tokenizer.fingerprint != sha256:
+        raise UserError(
+            f"{folder}: the tokenizer there (SHA-256 {tokenizer.fingerprint[:12]}...) is not the one the model was "
+            f"trained with ({sha256[:12]}...): restore it from the data set or another checkpoint of the run"
+        )
+    bos_id = record.get("bos_id")  # only of imported models
+    if bos_id is not None and not (type(bos_id) is int and 0 <= bos_id < tokenizer.vocab_size):
+        raise UserError(f"{path}: bos_id {bos_id!r} is not a token id below {tokenizer.vocab_size}; restore the file")
+    tokenizer.bos_id = bos_id
     return tokenizer
 
 
-def chat_template(source: Path) -> str | None:
-    """The Jinja source that an imported model in `source` writes conversations by, if one came with it."""
-    if (source / _TEMPLATE).is_file():
-        return (source / _TEMPLATE).read_text(encoding="utf-8")
-    found = _read(source / _SETTINGS).get("chat_template") if (source / _SETTINGS).is_file() else None
+def tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """The contents of tokenizer_config.json, empty if there is none. Raises UserError if it cannot be read."""
+    return read_json_object(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).is_file() else {}
+
+
+def chat_template(folder: Path) -> str | None:
+    """The chat template (Jinja source) of the model in `folder`, None if it has none."""
+    if (folder / TEMPLATE_FILE).is_file():
+        return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    found = tokenizer_settings(folder).get("chat_template")
+    if isinstance(found, list):  # several, by name
+        found = next((each["template"] for each in found if each.get("name") == "default"), None)
     return found if isinstance(found, str) else None
 
 
-def special_ids(origin: Origin, carried: Carried) -> dict[str, Any]:
-    """bos_token_id, eos_token_id and pad_token_id of config.json: the origin's if its tokenizer stayed."""
+def special_ids(origin: ImportOrigin, tokenizer: TokenizerInfo) -> dict[str, Any]:
+    """bos_token_id, eos_token_id and pad_token_id of config.json: those of the origin if the tokenizer is the same."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    if origin.config and (carried.from_origin or carried.kind is None):
+    if origin.config and (tokenizer.from_origin or tokenizer.kind is None):
         return {name: origin.config.get(name) for name in names}
-    return {"bos_token_id": carried.eod_id, "eos_token_id": carried.eod_id, "pad_token_id": None}
+    return {"bos_token_id": tokenizer.eod_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": None}
 
 
 def byte_level_json() -> str:
-    """The byte tokenizer as a `tokenizers` JSON: 256 bytes, no merges, and the end of a document, id 256."""
+    """The byte tokenizer as a `tokenizers` JSON: 256 bytes, no merges, and the end-of-document token, id 256."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as RawTokenizer
 
@@ -181,19 +199,17 @@ def _write_settings(target: Path, eod_token: str | None, context: int) -> None:
     }
     if not is_json:
         settings |= {"add_bos_token": False, "add_eos_token": False, "legacy": False}
-    (target / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (target / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _text_of(tokenizer: Tokenizer) -> str | None:
-    """The token that ends documents, as text."""
-    return None if tokenizer.eod_id is None else tokenizer.token_text(tokenizer.eod_id)
-
-
-def _read(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError if it cannot be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}).") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: holds a {type(found).__name__}, expected one JSON object.")
-    return found
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); use a complete checkpoint") from None
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read, not JSON ({error}); restore the file") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; restore the file")
+    return content

@@ -1,4 +1,4 @@
-"""Where each of our tensors stands in a Hugging Face model, and how its rows lie there: one table, both ways."""
+"""Names and row order of our parameters in Hugging Face models, for conversion in both directions."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Names = str | tuple[str, ...]
 
 @dataclass(frozen=True)
 class WeightNames:
-    """Our module to theirs; a tuple is packed here and apart there, in the order of the rows.
+    """Maps our modules to those of an architecture; the modules of a tuple are concatenated in one of ours.
 
-    outside: once in the model; inside: of a block, below `layers`. by_head: their packed projection goes head by head,
-    [q; k; v] of each. other_names: how some releases of transformers call a tensor that others write as we do.
+    outside: modules of the model; inside: modules of a block, below `layers`. by_head: the packed projection is ordered
+    [q; k; v] of each head. other_names: alternative names of tensors in some releases of transformers.
     """
 
     layers: str
@@ -30,7 +30,7 @@ class WeightNames:
     other_names: Mapping[str, str] = field(default_factory=dict)
 
     def names(self, ours: str) -> tuple[str, ...]:
-        """Their names of our parameter."""
+        """Their names for our parameter."""
         module, _, kind = ours.rpartition(".")
         if module in self.outside:
             return (f"{self.outside[module]}.{kind}",)
@@ -82,8 +82,8 @@ WEIGHT_NAMES: Mapping[str, WeightNames] = MappingProxyType(
 )
 
 
-class Layout:
-    """The tensors of one model in the layout of `model_type`."""
+class WeightMapping:
+    """Converts the parameters of one model from and to the architecture `model_type`."""
 
     def __init__(self, config: ModelConfig, model_type: str) -> None:
         self.config = config
@@ -94,7 +94,7 @@ class Layout:
         ]
 
     def theirs(self, name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Their names of our parameter, with their shapes, in the order of our rows."""
+        """Their names and shapes for our parameter, in the order of our rows."""
         names = self.table.names(name)
         if len(names) == 1:
             return {names[0]: tuple(shape)}
@@ -102,7 +102,7 @@ class Layout:
         return {part: (count, *shape[1:]) for part, count in zip(names, rows, strict=True)}
 
     def pack(self, name: str, parts: Sequence[Tensor]) -> Tensor:
-        """Our parameter from their tensors."""
+        """Our parameter, from their tensors."""
         packed = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         if self.table.by_head and ".attention.qkv." in name:
             by_head = packed.view(self.config.num_attention_heads, 3, -1, *packed.shape[1:])
@@ -110,7 +110,7 @@ class Layout:
         return packed
 
     def unpack(self, name: str, tensor: Tensor) -> list[Tensor]:
-        """Their tensors from our parameter; neighbouring pairs that rotate together become the two halves of a head."""
+        """Their tensors, from our parameter; interleaved rotary pairs become the two halves of a head."""
         config, rotated = self.config, self.config.rotary_dim
         if config.rope_interleaved and rotated:
             if name.endswith(("q_norm.weight", "k_norm.weight", "q_norm.bias", "k_norm.bias")):
@@ -128,6 +128,6 @@ class Layout:
 
 
 def _halves(heads: Tensor, rotated: int) -> Tensor:
-    """heads [heads, d, ...]: of the first `rotated` channels the even ones, then the odd ones, then the rest."""
+    """heads [heads, d, ...] with the first `rotated` channels reordered: the even ones, then the odd ones."""
     turned = heads[:, :rotated]
     return torch.cat((turned[:, 0::2], turned[:, 1::2], heads[:, rotated:]), dim=1)

@@ -1,7 +1,7 @@
-"""A real browser for tests: Chromium without a window, spoken to over a pipe in its DevTools protocol.
+"""A browser for tests: headless Chromium, controlled by the DevTools protocol over a pipe.
 
-https://chromedevtools.github.io/devtools-protocol: JSON messages that end in a zero byte. A browser is asked for by the names
-it is installed under (Debian: `apt-get install chromium`); where there is none the tests are skipped.
+https://chromedevtools.github.io/devtools-protocol: JSON messages, each followed by a zero byte. Tests are skipped if no
+browser is installed (Debian: `apt-get install chromium`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SECONDS = 60.0
 
 
 class Browser:
-    """One page. `problems` are what its console and its scripts complained of; `requested` the addresses that it loaded."""
+    """One page. `problems`: errors of its console and its scripts; `requested`: the addresses that it loaded."""
 
     def __init__(self, profile: Path) -> None:
         program = next((found for name in NAMES if (found := shutil.which(name))), None)
@@ -31,8 +31,8 @@ class Browser:
         self.problems: list[str] = []
         self.requested: list[str] = []
         self._number, self._rest = 0, b""
-        hear, self._write = os.pipe()
-        self._read, say = os.pipe()
+        browser_reads, self._write = os.pipe()
+        self._read, browser_writes = os.pipe()
         # A browser that root starts refuses to run in its own sandbox.
         options = [
             "--headless=new",
@@ -42,15 +42,15 @@ class Browser:
             "--window-size=900,700",
         ]
         options += ["--no-sandbox"] if os.geteuid() == 0 else []
-        command = f'exec "$@" --remote-debugging-pipe about:blank 3<&{hear} 4>&{say}'
+        command = f'exec "$@" --remote-debugging-pipe about:blank 3<&{browser_reads} 4>&{browser_writes}'
         words = ["sh", "-c", command, "sh", program, *options, f"--user-data-dir={profile}"]
-        if max(hear, say) > 9:  # a POSIX shell redirects one-digit descriptors only
+        if max(browser_reads, browser_writes) > 9:  # a POSIX shell redirects one-digit descriptors only
             words[0] = "bash"
         self._process = subprocess.Popen(
-            words, pass_fds=(hear, say), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            words, pass_fds=(browser_reads, browser_writes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        os.close(hear)
-        os.close(say)
+        os.close(browser_reads)
+        os.close(browser_writes)
         self._session: str | None = None
         try:
             self._attach()
@@ -65,12 +65,12 @@ class Browser:
             self._call(f"{domain}.enable")
 
     def open(self, address: str) -> None:
-        """Load a page; what it loads later is waited for with `until`."""
+        """Load a page; use `until` to wait for what it loads later."""
         self._call("Page.navigate", url=address)
         self.until("document.readyState === 'complete'")
 
     def value(self, script: str) -> Any:
-        """What a JavaScript expression is in the page."""
+        """The value of a JavaScript expression in the page."""
         answer = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
@@ -126,13 +126,13 @@ class Browser:
             self._notice(answer)
 
     def _notice(self, event: dict[str, Any]) -> None:
-        method, told = event.get("method"), event.get("params", {})
+        method, details = event.get("method"), event.get("params", {})
         if method == "Network.requestWillBeSent":
-            self.requested.append(told["request"]["url"])
+            self.requested.append(details["request"]["url"])
         elif method == "Runtime.exceptionThrown":
-            self.problems.append(json.dumps(told["exceptionDetails"])[:500])
-        elif method == "Log.entryAdded" and told["entry"]["level"] == "error":
-            self.problems.append(told["entry"]["text"])
+            self.problems.append(json.dumps(details["exceptionDetails"])[:500])
+        elif method == "Log.entryAdded" and details["entry"]["level"] == "error":
+            self.problems.append(details["entry"]["text"])
 
     def _receive(self) -> dict[str, Any]:
         deadline = time.monotonic() + SECONDS

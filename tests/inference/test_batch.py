@@ -1,4 +1,4 @@
-"""Sequences side by side write what each writes alone; guesses, kept prefixes and cancelled neighbours change nothing."""
+"""A batch generates what its sequences generate alone, with draft tokens, kept prefixes and cancelled neighbors."""
 
 import pytest
 import torch
@@ -6,11 +6,10 @@ import torch
 from megatronish.config.model import ModelConfig
 from megatronish.data.tokenizers.tokenizer import ByteTokenizer
 from megatronish.errors import UserError
-from megatronish.inference.batch import Batch, Request
-from megatronish.inference.generate import TextGeneration, generate
-from megatronish.inference.lookup import PromptLookup
-from megatronish.inference.prompt import Prompt, encode_prompt
+from megatronish.inference.batch import Batch, Request, generate
+from megatronish.inference.prompt_lookup import PromptLookup
 from megatronish.inference.sampling import GREEDY, Sampling
+from megatronish.inference.text import Prompt, TextGeneration, encode_prompt
 from megatronish.model.transformer import Transformer
 from megatronish.ops.extension import EXTENSION
 
@@ -57,8 +56,8 @@ def test_batched_equals_one_at_a_time(variant, slots, sampling):
 
 
 @pytest.mark.skipif(not EXTENSION.cpu, reason=EXTENSION.cpu_problem)
-def test_a_batch_has_the_very_numbers_of_its_rows():
-    """In bf16, where another order of a sum would show in the scores: the kernels compute every row for itself."""
+def test_batched_scores_are_bitwise_those_of_single_sequences():
+    """In bf16, where another order of a sum would change the scores: the kernels compute rows independently."""
     model = build("alternating", torch.bfloat16)
     batch = Batch(model, 4)
     together = [batch.add(Request(ids, 20, Sampling(1.3), draw(i), logprobs=0)) for i, ids in enumerate(PROMPTS)]
@@ -70,8 +69,8 @@ def test_a_batch_has_the_very_numbers_of_its_rows():
 
 @pytest.mark.skipif(not EXTENSION.cpu, reason=EXTENSION.cpu_problem)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_short_prompts_are_read_together_and_have_their_very_numbers(dtype):
-    """Of unequal lengths, in slots that are not neighbours, longer ones (read by themselves) and kept prefixes between."""
+def test_batched_prefill_is_bitwise_equal_to_single_prefill(dtype):
+    """Prompts of unequal lengths in slots that are not adjacent, with long prompts and kept prefixes among them."""
     model = Transformer(ModelConfig(**{**SHAPE, "seq_length": 1024}), seed=3).eval().to(dtype)
     lengths = [17, 64, 30, 20, 5, 16, 2, 40, 64, 65, 33, 28, 100, 32]
     prompts = [[(7 * number + place * place) % 61 for place in range(length)] for number, length in enumerate(lengths)]
@@ -79,7 +78,7 @@ def test_short_prompts_are_read_together_and_have_their_very_numbers(dtype):
     held = [batch.add(Request(ids[:10], 100, GREEDY)) for ids in prompts[:5]]
     batch.step()
     batch.finish(held[1], "cancelled")
-    batch.finish(held[3], "cancelled")  # slots 1 and 3 are free, and hold what other prompts begin with
+    batch.finish(held[3], "cancelled")  # slots 1 and 3 are free, and hold prefixes of other prompts
     model.last_hidden = lambda tokens, *rest: passes.append(tuple(tokens.shape)) or read(tokens, *rest)
     together = [batch.add(Request(ids, 6, Sampling(1.3), draw(i), logprobs=0)) for i, ids in enumerate(prompts)]
     texts = [list(each) for each in together]
@@ -87,15 +86,15 @@ def test_short_prompts_are_read_together_and_have_their_very_numbers(dtype):
     assert max(count for count, _ in passes) >= 3 and len(passes) < len(prompts)
     for i, (generation, ids) in enumerate(zip(together, prompts)):
         if i in (1, 3):
-            continue  # read in two pieces, whose numbers differ in rounding from those of one
+            continue  # prefilled in two chunks, which rounds differently
         single = Batch(model, 1).add(Request(ids, 6, Sampling(1.3), draw(i), logprobs=0))
         assert texts[i] == list(single)
         assert [score.logprob for score in generation.scores] == [score.logprob for score in single.scores]
 
 
 @pytest.mark.skipif(not EXTENSION.cpu, reason=EXTENSION.cpu_problem)
-def test_forty_rows_are_still_by_themselves():
-    """As many as a server writes side by side; their first tokens come from one product with the head."""
+def test_forty_rows_are_computed_independently():
+    """A server's batch size; their first tokens come from one product with the head."""
     model = build("full", torch.bfloat16)
     prompts = [[number, *range(2 + number % 13)] for number in range(40)]
     batch, rows = Batch(model, 40), []
@@ -103,15 +102,15 @@ def test_forty_rows_are_still_by_themselves():
     model.head.forward = lambda hidden: (hidden.ndim == 2 and rows.append(len(hidden))) or forward(hidden)
     together = [batch.add(Request(ids, 8, Sampling(1.3), draw(i), logprobs=0)) for i, ids in enumerate(prompts)]
     texts = [list(each) for each in together]
-    assert rows == [40]  # their prompts are read in one step
+    assert rows == [40]  # all prefilled in one step
     for i, (generation, ids) in enumerate(zip(together, prompts)):
         single = Batch(model, 1).add(Request(ids, 8, Sampling(1.3), draw(i), logprobs=0))
         assert texts[i] == list(single)
         assert [score.logprob for score in generation.scores] == [score.logprob for score in single.scores]
 
 
-class HalfRight:
-    """Guesses the text that will come, every fifth id of it wrong."""
+class InaccurateDraft:
+    """Drafts the text that follows, with every fifth id wrong."""
 
     def __init__(self, text):
         self.text, self.place = text, 0
@@ -119,48 +118,48 @@ class HalfRight:
     def push(self, token):
         self.place += 1
 
-    def guess(self, limit):
+    def draft(self, limit):
         places = range(self.place, min(self.place + min(limit, 4), len(self.text)))
         return [(self.text[i] + (i % 5 == 4)) % 61 for i in places]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.1)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_guesses_change_nothing_but_the_number_of_passes(variant, sampling):
+def test_draft_tokens_change_only_the_number_of_passes(variant, sampling):
     model = build(variant)
     prompt = [7, 8, 9, 10, 11, 7, 8, 9, 10, 11, 7, 8]
     plain = list(generate(model, prompt, 50, sampling, generator=draw(1)))
     batch = Batch(model, 2)
-    guessing = batch.add(Request(prompt, 50, sampling, draw(1), lookup=5))
-    guessing.lookup = HalfRight(plain)
-    other = batch.add(Request(PROMPTS[0], 40, sampling, draw(2)))  # a row without guesses beside it
-    assert list(guessing) == plain
+    drafting = batch.add(Request(prompt, 50, sampling, draw(1), lookup=5))
+    drafting.lookup = InaccurateDraft(plain)
+    other = batch.add(Request(PROMPTS[0], 40, sampling, draw(2)))  # a row without draft tokens
+    assert list(drafting) == plain
     assert list(other) == list(generate(model, PROMPTS[0], 40, sampling, generator=draw(2)))
-    assert 30 < guessing.accepted < guessing.guessed, "most guesses are right, some are not"
+    assert 30 < drafting.accepted < drafting.drafted, "most draft tokens are accepted, some are not"
 
 
-def test_a_text_that_repeats_itself_is_guessed():
+def test_repetitive_text_is_drafted():
     model = build()
     with torch.no_grad():
-        for block in model.blocks:  # nothing but the embedding is left: a token decides the next
+        for block in model.blocks:  # only the embedding remains: each token determines the next
             block.attention.out.weight.zero_()
             block.mlp.down.weight.zero_()
     plain = list(generate(model, [3], 60, GREEDY))
-    guessing = generate(model, [3], 60, GREEDY, lookup=4)
-    assert list(guessing) == plain
-    assert guessing.accepted > 20
+    drafting = generate(model, [3], 60, GREEDY, lookup=4)
+    assert list(drafting) == plain
+    assert drafting.accepted > 20
 
 
-def test_what_is_guessed():
+def test_prompt_lookup():
     lookup = PromptLookup([1, 2, 3, 4, 9, 2, 3], 3)
-    assert lookup.guess(10) == [4, 9, 2]
-    assert lookup.guess(2) == [4, 9] and lookup.guess(0) == [] and lookup.guess(-1) == []
+    assert lookup.draft(10) == [4, 9, 2]
+    assert lookup.draft(2) == [4, 9] and lookup.draft(0) == [] and lookup.draft(-1) == []
     lookup.push(7)
-    assert lookup.guess(10) == []
+    assert lookup.draft(10) == []
     for token in (2, 3):
         lookup.push(token)
-    assert lookup.guess(10) == [7, 2, 3], "the latest place wins"
-    assert PromptLookup([1], 3).guess(5) == []
+    assert lookup.draft(10) == [7, 2, 3], "the last occurrence wins"
+    assert PromptLookup([1], 3).draft(5) == []
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -172,14 +171,14 @@ def test_kept_prefixes(variant):
     follow_up = PROMPTS[2] + written + [3, 4]
     second = batch.add(Request(follow_up, 10, GREEDY))
     batch.step()
-    kept = len(follow_up) - 2 - 1  # the last id written was never read
-    assert second.read - kept == 3 or second.read == len(follow_up), "only what is new was read"
+    kept = len(follow_up) - 2 - 1  # the last new id was never read
+    assert second.read - kept == 3 or second.read == len(follow_up), "only the new ids were read"
     assert list(second) == list(generate(model, follow_up, 10, GREEDY))
     unrelated = batch.add(Request([50, 51, 52], 10, GREEDY))
     assert list(unrelated) == list(generate(model, [50, 51, 52], 10, GREEDY))
 
 
-def test_cancelled_and_finished_neighbours_leave_the_others_alone():
+def test_cancelled_neighbors_do_not_change_the_others():
     model = build()
     expected = alone(model, GREEDY)
     batch = Batch(model, 2)
@@ -194,7 +193,7 @@ def test_cancelled_and_finished_neighbours_leave_the_others_alone():
     assert (generations[0].finish_reason, generations[3].new_ids) == ("cancelled", [])
 
 
-def test_log_probabilities_are_the_model_s_own():
+def test_log_probabilities_are_those_of_the_model():
     model = build()
     prompt = [4, 5, 6]
     generation = Batch(model, 1).add(Request(prompt, 5, Sampling(0.7, 3), draw(0), logprobs=2))
@@ -208,7 +207,7 @@ def test_log_probabilities_are_the_model_s_own():
         assert [value for _, value in score.best] == pytest.approx(values.tolist(), abs=1e-5)
 
 
-def test_a_limit_below_the_context_is_named():
+def test_limit_below_the_context():
     with pytest.raises(
         UserError, match=r"context is 8: shorten the prompt, or raise the limit \(the model's own is 64\)"
     ):
@@ -221,15 +220,15 @@ def test_text_ends_before_a_stop_string(model, chunk):
     prompt = encode_prompt(tokenizer, "the layer ")
     free = Batch(model, 1).add(Request(prompt.ids, 20, Sampling(2.0), draw(8)))
     ids = list(free)
-    whole = "".join(TextGeneration(_finished(free), tokenizer, prompt))
-    assert whole == tokenizer.decode(ids)
-    middle = len(whole) // 2
-    stop = whole[middle : middle + chunk]
+    full = "".join(TextGeneration(_finished(free), tokenizer, prompt))
+    assert full == tokenizer.decode(ids)
+    middle = len(full) // 2
+    stop = full[middle : middle + chunk]
     batch = Batch(model, 1)
     text = TextGeneration(
         batch.add(Request(prompt.ids, 20, Sampling(2.0), draw(8))), tokenizer, prompt, ["never there", stop]
     )
-    assert "".join(text) == whole[: whole.index(stop)] == text.text
+    assert "".join(text) == full[: full.index(stop)] == text.text
     assert text.finished and text.generation.finish_reason == "stop string" and not batch.running
     with pytest.raises(UserError, match="a stop string is empty"):
         TextGeneration(free, tokenizer, Prompt([]), [""])

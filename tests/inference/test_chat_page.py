@@ -1,4 +1,4 @@
-"""The chat page in a real browser: what is typed is asked, what is answered is shown, and nothing else is loaded."""
+"""The chat page in a browser: questions are sent, answers are shown, and nothing else is loaded."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 
 
 def answer(address: str, messages: list[dict[str, str]]) -> str:
-    """What the model says greedily, up to 12 tokens."""
+    """The greedy answer of the model, up to 12 tokens."""
     body: dict[str, Any] = {"messages": messages, "temperature": 0, "max_tokens": 12}
     found = httpx.post(address + "/v1/chat/completions", json=body, timeout=60).json()
     return str(found["choices"][0]["message"]["content"])
 
 
 def fill(browser: Browser, selector: str, value: str) -> None:
-    """Put a value in place of what a field holds, and leave it."""
+    """Replace the value of a field, and move the focus away."""
     browser.value(f"document.querySelector('{selector}').select()")
     browser.type(value)
     browser.value("document.activeElement.blur()")
@@ -90,7 +90,7 @@ def test_a_conversation(loaded: Loaded, browser: Browser) -> None:
     assert [problem for problem in browser.problems if "404" not in problem] == []  # there is no favicon
 
 
-def test_an_answer_that_is_stopped_frees_its_slot(loaded: Loaded, browser: Browser) -> None:
+def test_stopped_answer_frees_its_slot(loaded: Loaded, browser: Browser) -> None:
     with serving(loaded, slowly=0.05) as (address, scheduler):
         browser.open(address)
         browser.click("#text")
@@ -98,14 +98,14 @@ def test_an_answer_that_is_stopped_frees_its_slot(loaded: Loaded, browser: Brows
         browser.press_enter()
         browser.until("document.querySelector('.assistant')?.textContent.length > 3")  # it streams
         assert browser.value("document.querySelector('#send').textContent") == "Stop"
-        assert scheduler._jobs
+        assert scheduler.running
         browser.click("#send")
         browser.until(IDLE)
         assert browser.value(TURNS)[-1] == ["turn note", "stopped"]
-        until(lambda: not scheduler._jobs)
+        until(lambda: not scheduler.running)
 
 
-def test_the_key_is_asked_for(loaded: Loaded, browser: Browser) -> None:
+def test_page_asks_for_the_key(loaded: Loaded, browser: Browser) -> None:
     with serving(loaded, api_key="secret") as (address, _):
         browser.open(address)
         browser.until("document.querySelector('.error')")

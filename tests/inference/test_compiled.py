@@ -1,4 +1,4 @@
-"""The compiled decoding step writes what the plain one writes, in two graphs whatever the rows and their lengths."""
+"""The compiled decoding step equals the eager one, with two graphs for any number of rows and lengths."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-# With heads of 16 by our kernel over the cache; with heads of 8 by torch's attention over the whole cache, masked. Tracing
-# alone (eager) takes seconds; one case is made by inductor.
+# Heads of 16 use our kernel over the cache; heads of 8 torch's masked attention over the full cache. Tracing alone (eager)
+# takes seconds; one case is compiled by inductor.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "fields"),

@@ -1,7 +1,6 @@
 """Bits per byte equal a direct computation, each token scored once; gzip and xz are those of zlib and lzma."""
 
 import dataclasses
-import io
 import json
 import lzma
 import math
@@ -19,7 +18,7 @@ from megatronish.checkpoint.manifest import write_manifest
 from megatronish.data.samples.splits import split_documents
 from megatronish.errors import UserError
 from megatronish.inference.evaluate import (
-    ProgressLine,
+    MAX_LOGITS,
     batched_by_length,
     gzip_size,
     held_out_streams,
@@ -27,18 +26,22 @@ from megatronish.inference.evaluate import (
     sliding_windows,
     xz_size,
 )
-from megatronish.inference.held_out import Evaluation, evaluate_run
+from megatronish.inference.held_out import Evaluation, evaluate_model
+from megatronish.inference.load import load_for_inference
 from tests.inference.conftest import save_checkpoint
 from tests.runs import WORDS, make_dataset
 
-CPU = torch.device("cpu")
+
+def evaluate_run(checkpoint, data=None, stride=None, max_tokens=None):
+    loaded = load_for_inference(checkpoint)
+    return evaluate_model(loaded, data, stride, max_tokens), loaded.info
 
 
 @settings(deadline=None)  # a busy machine
 @given(st.integers(2, 70), st.integers(1, 12), st.data())
 def test_windows_score_each_token_once_with_the_context_promised(length, seq_length, data):
     stride = data.draw(st.integers(1, seq_length))
-    stream = np.arange(1000, 1000 + length)  # a token tells its place
+    stream = np.arange(1000, 1000 + length)  # a token is its index
     scored = []
     for window in sliding_windows(stream, seq_length, stride):
         assert len(window.tokens) == len(window.labels) == min(seq_length, length - 1)
@@ -53,7 +56,7 @@ def test_windows_score_each_token_once_with_the_context_promised(length, seq_len
 
 @torch.no_grad()
 def direct_nats(model, stream, seq_length, stride):
-    """-ln p of each token but the first in float64, the model run once a token on that token's context alone."""
+    """-ln p of each token but the first in float64, with one forward pass per token on its context."""
     total = 0.0
     for place in range(1, len(stream)):
         end = seq_length  # of the window that scores this place
@@ -75,10 +78,10 @@ def test_score_equals_a_direct_computation(model, stride, monkeypatch):
     # fp32 log-probabilities of about 10 nats, each to a few units of 2^-23 relative; the sum to less than 1e-5.
     assert score.nats == pytest.approx(expected, rel=1e-5)
     assert score.perplexity == pytest.approx(math.exp(expected / 141), rel=1e-3)
-    monkeypatch.setattr("megatronish.inference.evaluate.LOGITS_CPU", 3 * 32 * 257)  # three windows a batch
+    monkeypatch.setitem(MAX_LOGITS, "cpu", 3 * 32 * 257)  # three windows a batch
     calls: list[int] = []
     again = score_streams(model, streams, stride, first_is_given=True, vocab_size=257, progress=calls.append)
-    assert again.nats == pytest.approx(score.nats, rel=1e-6) and calls[-1] == 141 and len(calls) > 3
+    assert again.nats == pytest.approx(score.nats, rel=1e-6) and sum(calls) == 141 and len(calls) > 3
     first = score_streams(model, streams, stride, first_is_given=False, vocab_size=257)
     assert first.tokens == 145 and first.nats == pytest.approx(score.nats + 4 * math.log(257), rel=1e-6)
 
@@ -102,7 +105,7 @@ def test_streams(run):
 
 
 def test_run_equals_a_direct_computation(run, model):
-    result, info = evaluate_run(run.folder, None, None, CPU, None)
+    result, info = evaluate_run(run.folder)
     held_out = split_documents(60, 0.1).validation
     tokens = np.concatenate([run.dataset.reader.document(int(i)) for i in held_out]).astype(np.int64)
     text = bytes(tokens[tokens < 256].astype(np.uint8))
@@ -155,7 +158,7 @@ def test_document_mask_scores_documents_alone(run, model, tmp_path):
         megatronish=ours.model_copy(update={"data": ours.data.model_copy(update={"document_mask": True})}),
     )
     save_checkpoint(tmp_path / "m", masked, run.dataset, 2, seed=2, best=False)
-    result, _ = evaluate_run(tmp_path / "m", None, 8, CPU, None)
+    result, _ = evaluate_run(tmp_path / "m", stride=8)
     held_out = split_documents(60, 0.1).validation
     documents = [run.dataset.reader.document(int(i)).astype(np.int64) for i in held_out]
     nats = sum(direct_nats(model, document, 32, 8) + math.log(257) for document in documents)
@@ -165,20 +168,20 @@ def test_document_mask_scores_documents_alone(run, model, tmp_path):
 
 def test_other_data(run, tmp_path):
     other = make_dataset(tmp_path, documents=8, seed=9)
-    result, _ = evaluate_run(run.folder, other, None, CPU, None)
+    result, _ = evaluate_run(run.folder, other)
     assert (result.held_out, result.documents) == (False, 8) and "8 documents of" in result.table()
-    some, _ = evaluate_run(run.folder, other, None, CPU, None, max_tokens=400)
+    some, _ = evaluate_run(run.folder, other, max_tokens=400)
     assert 2 <= some.documents < 8 and some.tokens <= 400
-    one, _ = evaluate_run(run.folder, other, None, CPU, None, max_tokens=1)
+    one, _ = evaluate_run(run.folder, other, max_tokens=1)
     assert one.documents == 1
-    same, _ = evaluate_run(run.folder, run.dataset.prefix, None, CPU, None)
+    same, _ = evaluate_run(run.folder, run.dataset.prefix)
     assert same.held_out and same.documents == 6, "the run's own data by name is still only its held-out part"
 
 
 def test_what_is_refused(run, tmp_path):
     def refused(message, folder=run.folder, data=None, **options):
         with pytest.raises(UserError, match=message):
-            evaluate_run(folder, data, options.pop("stride", None), CPU, None, **options)
+            evaluate_run(folder, data, **options)
 
     refused("stride 0 must be at least 1 and at most the model's context of 32", stride=0)
     refused("stride 33 must", stride=33)
@@ -203,7 +206,7 @@ def test_what_is_refused(run, tmp_path):
     refused("was made with another tokenizer", data=other)
 
 
-def test_damaged_weights_are_told(model):
+def test_damaged_weights(model):
     broken = type(model)(model.config, seed=0)
     with torch.no_grad():
         broken.embedding.weight[5] = math.nan
@@ -222,19 +225,6 @@ def test_damaged_weights_are_told(model):
     ],
 )
 def test_verdict(run, model_bits, verdict):
-    base, _ = evaluate_run(run.folder, None, None, CPU, None)
+    base, _ = evaluate_run(run.folder)
     shown = dataclasses.replace(base, bits_per_byte=model_bits, gzip_bits_per_byte=2.0, xz_bits_per_byte=1.5)
     assert isinstance(shown, Evaluation) and f"The model {verdict}" in shown.table()
-
-
-def test_progress_line(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    out = io.StringIO()
-    line = ProgressLine(1000, out.write, live=False)
-    line(1)
-    now[0] = 20.0
-    line(250)
-    line(260)
-    line.close()
-    assert out.getvalue() == "evaluating: 250 of 1,000 tokens, 25%, 60 s left\n"

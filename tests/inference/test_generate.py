@@ -1,4 +1,4 @@
-"""Generation with the cache writes what reading everything anew at every token would write."""
+"""Generation with the key/value cache equals generation without it."""
 
 from functools import partial
 
@@ -9,12 +9,12 @@ from megatronish.config.model import ModelConfig
 from megatronish.data.tokenizers.tokenizer import ByteTokenizer, train_bpe
 from megatronish.errors import UserError
 from megatronish.inference import batch
-from megatronish.inference.generate import generate
-from megatronish.inference.prompt import Prompt, encode_prompt
+from megatronish.inference.batch import generate
 from megatronish.inference.sampling import GREEDY, Sampling, choose
-from megatronish.inference.stream import text_pieces
+from megatronish.inference.text import Prompt, encode_prompt
 from megatronish.model.kv_cache import KVCache
 from megatronish.model.transformer import Transformer
+from tests.inference.test_text import pieces
 
 SHAPE = {
     "vocab_size": 61,
@@ -35,7 +35,7 @@ VARIANTS = {
 
 @torch.no_grad()
 def without_cache(model, prompt, count, sampling, seed):
-    """`count` tokens, the whole sequence read for each."""
+    """`count` tokens, with a forward pass over the full sequence for each."""
     draw, ids = torch.Generator().manual_seed(seed), list(prompt)
     for _ in range(count):
         ids.append(int(choose(model(torch.tensor([ids]))[:, -1], sampling, draw)))
@@ -45,7 +45,7 @@ def without_cache(model, prompt, count, sampling, seed):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9), Sampling(1.3, 20, 0.8)], ids=["greedy", "sampled", "top"])
 def test_cached_equals_uncached(variant, sampling, monkeypatch):
-    monkeypatch.setattr(batch, "KVCache", partial(KVCache, chunk=4))  # the prompt is read in three pieces
+    monkeypatch.setattr(batch, "KVCache", partial(KVCache, chunk=4))  # prefill in three chunks
     model = Transformer(ModelConfig(**SHAPE, **VARIANTS[variant]), seed=3).eval()
     prompt = [5, 17, 2, 2, 60, 0, 33, 9, 41]
     expected = without_cache(model, prompt, 31, sampling, seed=11)
@@ -58,7 +58,7 @@ def test_ends_at_end_of_document_and_leaves_it_out(model):
     prompt = [104, 101]
     free = generate(model, prompt, 20, GREEDY)
     written = list(free)
-    assert (free.finish_reason, free.new_tokens) == ("max new tokens", 20)
+    assert (free.finish_reason, len(free.new_ids)) == ("max new tokens", 20)
     end = written[-1]
     ended = generate(model, prompt, 20, GREEDY, eod_id=end)
     assert list(ended) == written[: written.index(end)]
@@ -85,7 +85,7 @@ def test_ids_beyond_the_tokenizer_are_never_drawn():
     assert max(generate(model, [1, 2], 38, Sampling(2.0), generator=draw, vocab_size=50)) < 50
 
 
-def test_the_caller_does_not_get_into_inference_mode(model):
+def test_inference_mode_does_not_leak_to_the_caller(model):
     generation = generate(model, [1], 2, GREEDY)
     next(generation)
     assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
@@ -107,7 +107,9 @@ def test_bad_input(model, prompt, count, message):
 
 def test_prompts():
     tokenizer = ByteTokenizer()
-    assert encode_prompt(tokenizer, "hé") == Prompt([256, *"hé".encode()]), "no byte begins with another: all is read"
+    assert encode_prompt(tokenizer, "hé") == Prompt([256, *"hé".encode()]), (
+        "no token starts with another byte: all are read"
+    )
     assert encode_prompt(tokenizer, "") == Prompt([256])
     with pytest.raises(UserError, match="not valid UTF-8 at character 2"):
         encode_prompt(tokenizer, "ab\udcff")
@@ -117,18 +119,18 @@ def test_prompts():
     assert encode_prompt(tokenizer, "hé") == Prompt(list("hé".encode()))
 
 
-def test_a_prompt_may_end_inside_a_token(model):
-    """The last token is drawn again among those that begin with its bytes, and only what is new of it is shown."""
+def test_token_healing(model):
+    """The last token is sampled again among those that start with its bytes, and only its new bytes are shown."""
     tokenizer = train_bpe(["def main(): return name\n"] * 50, 300)
     prompt = encode_prompt(tokenizer, "def ")
     assert prompt.ids == [tokenizer.eod_id, *tokenizer.encode("def").tolist()]
     assert prompt.overlap == 1
     assert all(tokenizer.decode_bytes([token]).startswith(b" ") for token in prompt.first_ids)
     assert tokenizer.encode(" main").tolist()[0] in prompt.first_ids
-    assert "".join(text_pieces(tokenizer, prompt, tokenizer.encode(" main").tolist())) == "main"
+    assert "".join(pieces(tokenizer, prompt, tokenizer.encode(" main").tolist())) == "main"
     for seed in range(20):
         drawn = generate(
             model, [1, 2], 2, Sampling(), generator=torch.Generator().manual_seed(seed), first_ids=[7, 9, 11]
         )
         assert next(drawn) in (7, 9, 11)
-        assert 0 <= next(drawn) < 257, "only the first one is held to the list"
+        assert 0 <= next(drawn) < 257, "only the first token is restricted"

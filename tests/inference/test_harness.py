@@ -1,7 +1,7 @@
-"""The adapter for lm-eval: what the harness is told is what the model computes, one request at a time or many.
+"""The adapter for lm-eval: results equal those of the model, for one request or many.
 
-Where lm_eval is not installed, one test makes an environment that has it, without what only other tasks need, and runs this
-file there.
+If lm_eval is not installed, one test creates an environment with it, without dependencies of other tasks, and runs this file
+there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if INSTALLED or TYPE_CHECKING:
     from megatronish.inference import harness
     from megatronish.inference.harness import HarnessModel
 needs_harness = pytest.mark.skipif(not INSTALLED, reason="lm_eval is not installed: test_where_lm_eval_is runs this")
-# What lm_eval itself and the metrics that it registers import, of which the first holds the version.
+# lm_eval and the packages that it imports.
 PACKAGES = [
     "lm_eval",
     "datasets",
@@ -111,7 +111,7 @@ def test_loglikelihoods(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> 
         expected, best = by_hand(model, ids, scored)
         assert nats == pytest.approx(expected, rel=1e-5)
         assert greedy == best
-    monkeypatch.setattr(harness, "LOGITS_CPU", 1)  # one row at a time
+    monkeypatch.setitem(harness.MAX_LOGITS, "cpu", 1)  # one row at a time
     alone = adapter.loglikelihood(instances("loglikelihood", PAIRS))
     assert [nats for nats, _ in alone] == pytest.approx([nats for nats, _ in found], rel=1e-5)
     assert any(greedy for _, greedy in adapter.loglikelihood(instances("loglikelihood", best_continuations(model))))
@@ -141,7 +141,7 @@ def test_rows_that_share_their_tokens_are_computed_once(model: Transformer, monk
 
 
 @needs_harness
-def test_whole_texts(model: Transformer) -> None:
+def test_rolling_log_likelihoods(model: Transformer) -> None:
     """100 bytes through a context of 32: each is scored once."""
     text = "attention is all you need\n" * 4
     (found,) = HarnessModel(model, ByteTokenizer()).loglikelihood_rolling(instances("loglikelihood_rolling", [(text,)]))
@@ -246,7 +246,7 @@ def test_a_task_from_the_command_line(
     assert written["results"]["little_choice"]["acc,none"] == pytest.approx(right / len(questions))
     assert "little_choice" in capsys.readouterr().out
     indexed = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)  # the others take many seconds
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_path, **_: indexed(include_path=include_path))
+    monkeypatch.setattr(harness, "TaskManager", lambda include_path, **_: indexed(include_path=include_path))
     monkeypatch.setattr(sys, "argv", ["evaluate_tasks.py", *words, "nothing_like_it"])
     with pytest.raises(SystemExit) as stop:
         evaluate_tasks.main()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from megatronish.checkpoint.weights import load_model
 from megatronish.data.tokenizers.tokenizer import ByteTokenizer
 from megatronish.errors import UserError
 from megatronish.inference import chat
-from megatronish.inference.generate import generate
+from megatronish.inference.batch import generate
 from megatronish.inference.load import load_for_inference
 from megatronish.inference.sampling import Sampling
 
@@ -30,7 +31,16 @@ def launch(script, *arguments, **options):
     return subprocess.run(command, capture_output=True, env=env, timeout=120, cwd=ROOT, **options)
 
 
-def test_generate_writes_what_the_model_says(run, model):
+def generate_status(monkeypatch, *arguments):
+    """Exit status of generate.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+    monkeypatch.setattr(generate_launcher, "initialize_process", lambda: None)
+    with pytest.raises(SystemExit) as stopped:
+        generate_launcher.main()
+    return stopped.value.code
+
+
+def test_generate(run, model):
     done = launch("generate.py", "--checkpoint", str(run.folder), "--prompt", "def ", "--prompt", "né", "--max-new-tokens",
                   "12", "--temperature", "1.1", "--top-k", "50", "--top-p", "0.9", "--seed", "3", "--device", "cpu")  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
@@ -47,7 +57,7 @@ def test_generate_writes_what_the_model_says(run, model):
             )
         )
         expected += prompt + tokenizer.decode(ids) + "\n"
-    # Universal newlines would hide a carriage return that the model wrote: compare bytes.
+    # Compare bytes: universal newlines would hide a generated carriage return.
     assert done.stdout == expected.encode()
     assert done.stderr.decode().count("tokens; prompt of") == 2
     assert "[24 tokens in" in done.stderr.decode()
@@ -94,21 +104,17 @@ def test_bad_input_is_one_line_and_status_2(run):
         (["--checkpoint", str(ROOT / "launchers")], "launchers: holds no complete checkpoint"),
     ],
 )
-def test_bad_input(run, capsys, arguments, message):
-    parsed = generate_launcher.build_parser().parse_args(
-        ["--checkpoint", str(run.folder), "--device", "cpu", *arguments]
-    )
-    with pytest.raises(UserError, match=message):
-        generate_launcher.run(parsed)
-    assert capsys.readouterr().out == "", "all prompts are checked before the first is written"
+def test_bad_input(run, capsys, monkeypatch, arguments, message):
+    assert generate_status(monkeypatch, "--checkpoint", str(run.folder), "--device", "cpu", *arguments) == 2
+    shown = capsys.readouterr()
+    assert re.search(message, shown.err)
+    assert shown.out == "", "all prompts are checked before the first completion"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_cuda_without_a_gpu(run):
-    with pytest.raises(UserError, match="PyTorch finds no CUDA device"):
-        generate_launcher.run(
-            generate_launcher.build_parser().parse_args(["--checkpoint", str(run.folder), "--device", "cuda"])
-        )
+def test_cuda_without_a_gpu(run, capsys, monkeypatch):
+    assert generate_status(monkeypatch, "--checkpoint", str(run.folder), "--device", "cuda") == 2
+    assert "PyTorch finds no CUDA device" in capsys.readouterr().err
 
 
 def test_both_need_a_checkpoint(capsys):
@@ -151,7 +157,7 @@ class TestLoading:
         record.write_text(json.dumps({**content, "sha256": "0" * 64}))
         refused("is not the one the model was trained with")
         record.write_text("{")
-        refused("tokenizer_record.json: not JSON")
+        refused("tokenizer_record.json: cannot be read, not JSON")
         record.write_text("[]")
         refused("not a JSON object")
         record.write_text("{}")
@@ -165,13 +171,12 @@ class TestLoading:
 
 
 def test_ctrl_c_ends_an_answer_not_the_conversation(run, monkeypatch):
-    """The launcher lets Ctrl-C end the program, but for a conversation, which takes it as an exception."""
+    """Ctrl-C ends the launcher, except in a conversation, where it is an exception."""
     handlers = []
-    monkeypatch.setattr(chat, "converse", lambda *_: handlers.append(signal.getsignal(signal.SIGINT)))
+    monkeypatch.setattr(chat, "Chat", lambda *_, **__: handlers.append(signal.getsignal(signal.SIGINT)) or sys.exit(0))
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        words = ["--checkpoint", str(run.folder), "--interactive", "--device", "cpu"]
-        generate_launcher.run(generate_launcher.build_parser().parse_args(words))
+        generate_status(monkeypatch, "--checkpoint", str(run.folder), "--interactive", "--device", "cpu")
     finally:
         signal.signal(signal.SIGINT, before)
     assert handlers == [signal.default_int_handler]

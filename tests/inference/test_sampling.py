@@ -1,4 +1,4 @@
-"""What is drawn from is what transformers' logits processors leave; the draw follows it."""
+"""The distribution is that of transformers' logits processors, and samples follow it."""
 
 import math
 
@@ -139,7 +139,7 @@ def test_bad_values(values, message):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_no_numbers(bad):
+def test_non_finite_logits(bad):
     for sampling in (GREEDY, Sampling()):
-        with pytest.raises(UserError, match="logits are not finite numbers"):
+        with pytest.raises(UserError, match="logits are non-finite"):
             choose(torch.tensor([[0.0, bad, 1.0]]), sampling)

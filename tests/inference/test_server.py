@@ -1,4 +1,4 @@
-"""The server as the official client, a rude client and a leaving one see it."""
+"""The server with the official client, invalid requests, and clients that disconnect."""
 
 import asyncio
 import contextlib
@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 import types
+from pathlib import Path
 
 import httpx
 import openai
@@ -14,13 +15,13 @@ import pytest
 import torch
 import uvicorn
 
-from launchers import serve as serve_launcher
 from megatronish.data.tokenizers.tokenizer import ByteTokenizer
 from megatronish.errors import UserError
-from megatronish.inference.generate import generate
+from megatronish.inference.batch import generate
 from megatronish.inference.load import load_for_inference
 from megatronish.inference.sampling import Sampling
 from megatronish.inference.server import scheduler as scheduler_module
+from megatronish.inference.server.admission import read_api_key
 from megatronish.inference.server.app import Limits, create_app
 from megatronish.inference.server.scheduler import Scheduler
 
@@ -30,13 +31,13 @@ def serving(loaded, *, slowly=0.0, api_key=None, limits=None, **options):
     """A server on a free port of this machine; yields its address and its scheduler."""
     scheduler = Scheduler(loaded, **options)
     if slowly:
-        step = scheduler._batch.step
+        step = scheduler.batch.step
 
         def slow_step():
             time.sleep(slowly)
             step()
 
-        scheduler._batch.step, scheduler._batch.eod_id = slow_step, None
+        scheduler.batch.step, scheduler.batch.eod_id = slow_step, None
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         app = create_app(scheduler, "tiny", api_key=api_key, limits=limits)
@@ -83,7 +84,7 @@ def test_models_and_health(client, server):
     assert httpx.get(server + "/health").json() == {"status": "ok"}
 
 
-def test_completions_are_what_the_model_writes(client, model):
+def test_completions_equal_generation(client, model):
     options = {"model": "tiny", "max_tokens": 12, "temperature": 0.9, "seed": 5}
     done = client.completions.create(prompt=["def", "the x"], n=2, **options)
     written = [expected(model, p, 12, seed) for p in ("def", "the x") for seed in (5, 6)]
@@ -94,12 +95,12 @@ def test_completions_are_what_the_model_writes(client, model):
     for choice, (ids, _) in zip(done.choices, written):
         assert choice.finish_reason == ("length" if len(ids) == 12 else "stop")
     ids = client.completions.create(prompt=[256, *b"def"], **options)
-    assert ids.choices[0].text == written[0][1], "ids are taken as they are"
+    assert ids.choices[0].text == written[0][1], "ids are used unchanged"
 
 
-def test_a_stream_gives_the_same_text(client):
+def test_streamed_equals_complete(client):
     options = {"model": "tiny", "prompt": "def", "max_tokens": 15, "seed": 3, "n": 2, "logprobs": 2}
-    whole = client.completions.create(**options)
+    complete = client.completions.create(**options)
     texts, finishes, tokens, usage = ["", ""], [None, None], [[], []], None
     for chunk in client.completions.create(**options, stream=True, stream_options={"include_usage": True}):
         usage = chunk.usage or usage
@@ -107,11 +108,11 @@ def test_a_stream_gives_the_same_text(client):
             texts[choice.index] += choice.text
             finishes[choice.index] = choice.finish_reason or finishes[choice.index]
             tokens[choice.index] += choice.logprobs.tokens
-    assert texts == [choice.text for choice in whole.choices]
-    assert finishes == [choice.finish_reason for choice in whole.choices]
-    assert tokens == [choice.logprobs.tokens for choice in whole.choices]
-    assert usage == whole.usage
-    scores = whole.choices[0].logprobs
+    assert texts == [choice.text for choice in complete.choices]
+    assert finishes == [choice.finish_reason for choice in complete.choices]
+    assert tokens == [choice.logprobs.tokens for choice in complete.choices]
+    assert usage == complete.usage
+    scores = complete.choices[0].logprobs
     assert all(value <= 0 for value in scores.token_logprobs) and all(len(best) <= 2 for best in scores.top_logprobs)
 
 
@@ -132,8 +133,8 @@ def test_chat_with_stop_and_log_probabilities(client, loaded):
     assert pieces[0].role == "assistant" and "".join(piece.content or "" for piece in pieces) == text
 
 
-def test_many_streams_at_once_lose_nothing(server, model):
-    """More than there are slots: each gets the text that it would get alone."""
+def test_concurrent_streams(server, model):
+    """More than there are slots: each has the text of a single request."""
     prompts = [f"p{i}" for i in range(20)]
 
     async def one(client, prompt, seed):
@@ -183,7 +184,7 @@ def test_bad_requests(server, body, status, message):
     assert httpx.get(server + "/health").status_code == 200
 
 
-def test_other_ways_to_be_refused(server):
+def test_rejected_requests(server):
     wrong_type = httpx.post(server + COMPLETIONS, content=b'{"prompt": "x"}', headers={"Content-Type": "text/plain"})
     assert wrong_type.status_code == 415
     assert httpx.get(server + "/nowhere").status_code == 404
@@ -214,36 +215,36 @@ def test_an_api_key(loaded):
             assert client.models.list().data[0].id == "tiny"
 
 
-def test_the_page_needs_no_network(server):
+def test_page_loads_nothing_else(server):
     page = httpx.get(server + "/")
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert "http://" not in page.text and "https://" not in page.text and "chat/completions" in page.text
 
 
 def until(condition):
-    """Wait for what another thread does."""
+    """Wait for another thread."""
     deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline, "it did not happen within 30 s"
         time.sleep(0.01)
 
 
-def test_a_client_that_leaves_frees_its_slot(loaded):
+def test_disconnected_client_frees_its_slot(loaded):
     with serving(loaded, slowly=0.2, slots=1) as (address, scheduler):
         body = {"prompt": "x", "max_tokens": 30, "temperature": 0}
         with httpx.stream("POST", address + COMPLETIONS, json={**body, "stream": True}) as answer:
             assert next(answer.iter_raw()).startswith(b"data: ")
-            streamed = scheduler._jobs[0].text.generation
-        until(lambda: not scheduler._jobs)
+            streamed = scheduler.running[0].text.generation
+        until(lambda: not scheduler.running)
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(address + COMPLETIONS, json=body, timeout=httpx.Timeout(30, read=0.5))
-        until(lambda: not scheduler._jobs)
+        until(lambda: not scheduler.running)
         assert (streamed.finish_reason, streamed.batch.running) == ("cancelled", [])
-        assert 0 < streamed.new_tokens < 30
+        assert 0 < len(streamed.new_ids) < 30
         assert httpx.post(address + COMPLETIONS, json={"prompt": "y", "max_tokens": 2}).status_code == 200
 
 
-def test_a_full_queue_and_a_request_that_takes_too_long(loaded):
+def test_full_queue_and_timeout(loaded):
     with serving(loaded, slowly=0.1, slots=1, max_waiting=1, limits=Limits(seconds=1.0)) as (address, scheduler):
         answers = []
 
@@ -253,7 +254,7 @@ def test_a_full_queue_and_a_request_that_takes_too_long(loaded):
         threads = [threading.Thread(target=ask) for _ in range(2)]
         for number, thread in enumerate(threads):
             thread.start()
-            until(lambda count=number + 1: len(scheduler._jobs) + len(scheduler._arrived) == count)
+            until(lambda count=number + 1: len(scheduler.running) + len(scheduler.waiting) == count)
         refused = httpx.post(address + COMPLETIONS, json={"prompt": "x"})
         assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
         for thread in threads:
@@ -263,19 +264,19 @@ def test_a_full_queue_and_a_request_that_takes_too_long(loaded):
         metrics = httpx.get(address + "/metrics").text
         assert 'megatronish_requests_total{path="/v1/completions",status="504"} 2.0' in metrics
         assert "megatronish_refused_total 1.0" in metrics
-        until(lambda: not scheduler._jobs)
+        until(lambda: not scheduler.running)
 
 
-def test_a_step_that_fails_is_told_and_the_server_goes_on(loaded):
+def test_server_continues_after_a_failed_step(loaded):
     with serving(loaded, slots=2) as (address, scheduler):
-        step, failures = scheduler._batch.step, iter([True])
+        step, failures = scheduler.batch.step, iter([True])
 
         def failing():
             if next(failures, False):
                 raise RuntimeError("out of memory")
             step()
 
-        scheduler._batch.step = failing
+        scheduler.batch.step = failing
         failed = httpx.post(address + COMPLETIONS, json={"prompt": "x", "max_tokens": 3})
         assert failed.status_code == 500 and failed.json()["error"]["message"] == "out of memory"
         assert httpx.post(address + COMPLETIONS, json={"prompt": "x", "max_tokens": 3}).status_code == 200
@@ -284,20 +285,19 @@ def test_a_step_that_fails_is_told_and_the_server_goes_on(loaded):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--host", "0.0.0.0"], "--host 0.0.0.0: whoever reaches this address could use the model"),
-        (["--host", "example.org"], "Set an API key in MEGATRONISH_API_KEY"),
-        (["--api-key-file", "/nowhere/key"], "/nowhere/key: cannot be read"),
+        (("0.0.0.0", None), "--host 0.0.0.0: whoever reaches this address could use the model"),
+        (("example.org", None), "Set an API key in MEGATRONISH_API_KEY"),
+        (("127.0.0.1", Path("/nowhere/key")), "/nowhere/key: cannot be read"),
     ],
 )
-def test_who_may_listen_where(arguments, message, monkeypatch):
+def test_address_needs_api_key(arguments, message, monkeypatch):
     monkeypatch.delenv("MEGATRONISH_API_KEY", raising=False)
-    parse = serve_launcher.build_parser().parse_args
     with pytest.raises(UserError, match=message):
-        serve_launcher.api_key(parse(["--checkpoint", "x", *arguments]))
+        read_api_key(*arguments)
     for host in ("127.0.0.1", "::1", "localhost", "127.8.8.8"):
-        assert serve_launcher.api_key(parse(["--checkpoint", "x", "--host", host])) is None
+        assert read_api_key(host, None) is None
     monkeypatch.setenv("MEGATRONISH_API_KEY", "k")
-    assert serve_launcher.api_key(parse(["--checkpoint", "x", "--host", "0.0.0.0"])) == "k"
+    assert read_api_key("0.0.0.0", None) == "k"
 
 
 @pytest.mark.parametrize("options", [{"slots": 0}, {"max_waiting": 0}, {"max_context": 0}])
@@ -306,13 +306,13 @@ def test_limits_below_one(loaded, options):
         Scheduler(loaded, **options)
 
 
-def test_slots_by_default_are_what_memory_holds(loaded, monkeypatch):
-    """A quarter of the free memory for keys and values in fp32: 2 layers, 2 heads of 8, 32 tokens."""
+def test_default_slots(loaded, monkeypatch):
+    """A quarter of the free memory is for keys and values in fp32: 2 layers, 2 heads of 8, 32 tokens."""
     each = 2 * 2 * 2 * 8 * 32 * 4
     for free, slots in ((each, 1), (4 * 10.5 * each, 10), (1 << 40, 64)):
         memory = types.SimpleNamespace(available=free)
         monkeypatch.setattr(scheduler_module.psutil, "virtual_memory", lambda memory=memory: memory)
         assert Scheduler(loaded).slots == slots
-    assert Scheduler(loaded).cache_bytes == 64 * each
-    assert Scheduler(loaded, max_context=16).cache_bytes == 32 * each
+    assert Scheduler(loaded).batch.cache_bytes == 64 * each
+    assert Scheduler(loaded, max_context=16).batch.cache_bytes == 32 * each
     assert Scheduler(loaded, slots=3).slots == 3

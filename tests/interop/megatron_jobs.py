@@ -1,4 +1,4 @@
-"""Runs in the environment that has megatron-core: does the jobs of a JSON file and leaves what came out as .npz files.
+"""Runs in the environment with megatron-core: executes the jobs of a JSON file and writes their results as .npz files.
 
     python megatron_jobs.py JOBS.json
 
@@ -16,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 
 class Tokenizer:
-    """What GPTDataset asks of a tokenizer."""
+    """The attributes of a tokenizer that GPTDataset reads."""
 
     eod, pad, vocab_size, unique_identifiers = 256, -1, 257, {}
 
@@ -35,7 +35,7 @@ def write(prefix, dtype, documents):
 
 
 def read(prefix):
-    """Everything a data set holds."""
+    """All contents of a data set."""
     data = IndexedDataset(prefix, mmap=False)  # it cannot map a .bin of only empty documents
     sequences = [data[i] for i in range(len(data))]
     tokens = np.concatenate(sequences) if sequences else np.empty(0)
@@ -57,7 +57,7 @@ def merge(prefix, inputs):
 
 
 def order(prefixes, weights, split, seed, seq_length, samples):
-    """The training samples that a run of so many gets, as token rows [n, s + 1], and where a blend takes them from."""
+    """The first `samples` training samples as token rows [n, s + 1], and their data sets and indices in a blend."""
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,

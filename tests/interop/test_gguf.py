@@ -1,4 +1,4 @@
-"""GGUF files as transformers reads them: our logits, our token ids; and one line for what the format cannot say.
+"""GGUF files opened by transformers have our logits and token ids; unsupported models have a one-line error.
 
 llama.cpp itself was given these models by hand (docs/huggingface.md); transformers' reader has no rotary scaling and takes
 Qwen 3's heads to be 128 wide, so models are built from config.json here, and the keys of the file are checked apart.
@@ -55,7 +55,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def save(folder: Path, tokenizer: Tokenizer | None = None, **fields: Any) -> Transformer:
-    """A checkpoint's files, as training leaves them."""
+    """The files of a checkpoint, as written by training."""
     config = ModelConfig(**{**SHAPE, **fields})
     model = Transformer(config, seed=1).eval()
     generator = torch.Generator().manual_seed(1)
@@ -98,7 +98,7 @@ def test_logits(name: str, tmp_path: Path) -> None:
         assert not known or raw[field] == pytest.approx(value), field
 
 
-def test_rotary_scaling_is_said(tmp_path: Path) -> None:
+def test_rotary_scaling(tmp_path: Path) -> None:
     for name in ("linear", "llama 3", "llama"):
         save(tmp_path / name, **MODELS[name][1])
         export_gguf(tmp_path / name, tmp_path / f"{name}.gguf")
@@ -132,7 +132,7 @@ def test_narrow_weights(form: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("begins", [None, 5])
 def test_token_ids(begins: int | None, tmp_path: Path) -> None:
-    """A model of ours begins texts behind the end of a document, an imported one as its folder said."""
+    """Texts start with the end-of-document token for our models, and as in its folder for an imported one."""
     own = train_bpe(SAMPLE, 400)
     if begins is not None:
         own.bos_id = begins
@@ -148,7 +148,7 @@ def test_token_ids(begins: int | None, tmp_path: Path) -> None:
     assert len(found["tokenizer.ggml.tokens"]) == 448 and "[PAD447]" in found["tokenizer.ggml.tokens"]
 
 
-def test_an_imported_tokenizer_says_for_itself(tmp_path: Path) -> None:
+def test_imported_tokenizer(tmp_path: Path) -> None:
     spec = train_bpe(SAMPLE, 400).spec
     spec["model"]["ignore_merges"] = True
     save(tmp_path / "run", HuggingFaceTokenizer(json.dumps(spec)))
@@ -175,15 +175,13 @@ def test_an_imported_tokenizer_says_for_itself(tmp_path: Path) -> None:
         ([{"type": "Whitespace"}], None),
     ],
 )
-def test_how_text_is_split_has_a_name_or_is_refused(
-    splits: list[dict[str, Any]], name: str | None, tmp_path: Path
-) -> None:
+def test_pre_tokenizer_names(splits: list[dict[str, Any]], name: str | None, tmp_path: Path) -> None:
     spec = train_bpe(SAMPLE, 400).spec
     parts = [{**part, "trim_offsets": True} if part["type"] == "ByteLevel" else part for part in splits]
     spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
     save(tmp_path / "run", HuggingFaceTokenizer(json.dumps(spec)))
     if name is None:
-        with pytest.raises(UserError, match="splits text in a way that has no name here"):
+        with pytest.raises(UserError, match="its pre-tokenizer has no name in llama.cpp"):
             export_gguf(tmp_path / "run", tmp_path / "x.gguf")
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
     else:
@@ -203,7 +201,7 @@ def test_how_text_is_split_has_a_name_or_is_refused(
         ({"norm": "layernorm"}, "norm 'layernorm'"),
     ],
 )
-def test_what_llama_cpp_cannot_say_is_named(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_unsupported_models(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     save(tmp_path / "run", **fields)
     with pytest.raises(UserError, match=message):
         export_gguf(tmp_path / "run", tmp_path / "x.gguf")
@@ -222,11 +220,11 @@ def test_from_the_command_line(
         return status, *capsys.readouterr()
 
     save(tmp_path / "run", train_bpe(SAMPLE, 400))
-    status, told, _ = run(tmp_path / "run", tmp_path / "out" / "x.gguf", "--dtype", "bf16")
-    assert status == 0 and "x.gguf: llama, 0.2 MB" in told
+    status, shown, _ = run(tmp_path / "run", tmp_path / "out" / "x.gguf", "--dtype", "bf16")
+    assert status == 0 and "x.gguf: llama, 0.2 MB" in shown
     assert run(tmp_path / "run", tmp_path / "out" / "x.gguf")[2].endswith("give a new file, or remove it first.\n")
     save(tmp_path / "bytes", ByteTokenizer())
-    assert "only a byte-level BPE can be said" in run(tmp_path / "bytes", tmp_path / "y.gguf")[2]
+    assert "only a byte-level BPE can be exported" in run(tmp_path / "bytes", tmp_path / "y.gguf")[2]
     monkeypatch.setattr("megatronish.interop.gguf.importlib.util.find_spec", lambda name: None)
     assert "pip install 'megatronish[gguf]'" in run(tmp_path / "run", tmp_path / "y.gguf")[2]
     assert not (tmp_path / "y.gguf").exists()

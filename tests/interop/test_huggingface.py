@@ -1,4 +1,4 @@
-"""Models of transformers: imported, they give the same logits; exported, with or without training, so again."""
+"""Imported models of transformers have the same logits, and exported ones too, with or without training."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 import struct
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatronish.checkpoint.weights import WEIGHTS_FILE, load_model, save_model
 from megatronish.config.model import ModelConfig
 from megatronish.errors import UserError
 from megatronish.interop.huggingface import HuggingFaceWeights, export_model, import_model
-from megatronish.interop.shards import INDEX, SINGLE, Entry, ShardedFolder, TensorFileWriter
+from megatronish.interop.safetensors_files import INDEX, SINGLE, SafetensorsFolder, SafetensorsWriter, TensorEntry
 from megatronish.model.transformer import Transformer
 from tests.hf_models import MODELS, VOCAB, build
 
@@ -56,7 +57,7 @@ def train(model: Transformer, steps: int) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_there_and_back(name: str, tmp_path: Path) -> None:
+def test_import_and_export(name: str, tmp_path: Path) -> None:
     """Imported, exported untouched, trained for 3 steps, exported again."""
     theirs = build(name)
     theirs.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
@@ -83,7 +84,7 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
 
 
 def comparable(config: Any) -> dict[str, Any]:
-    """What config.json says, as transformers understands it, but for stamps."""
+    """The contents of config.json as read by transformers, except for versions and names."""
     stamps = ("transformers_version", "_name_or_path", "use_cache", "dtype")
     return {name: value for name, value in config.to_dict().items() if name not in stamps}
 
@@ -107,7 +108,7 @@ def comparable(config: Any) -> dict[str, Any]:
         ({"hidden_size": 50, "head_dim": 12}, "mistral"),
     ],
 )
-def test_a_model_of_ours_finds_its_architecture(changes: dict[str, Any], model_type: str, tmp_path: Path) -> None:
+def test_architecture_of_our_models(changes: dict[str, Any], model_type: str, tmp_path: Path) -> None:
     config = ModelConfig(**{**OURS, **changes})
     model = Transformer(config, seed=3).eval()
     with torch.no_grad():
@@ -132,7 +133,7 @@ def test_a_model_of_ours_finds_its_architecture(changes: dict[str, Any], model_t
         ({"rope_fraction": 0.0}, "rope_fraction 0.0 (there: 1.0)"),
     ],
 )
-def test_what_no_architecture_expresses_is_named(changes: dict[str, Any], names: str, tmp_path: Path) -> None:
+def test_unsupported_models(changes: dict[str, Any], names: str, tmp_path: Path) -> None:
     config = ModelConfig(**{**OURS, **changes})
     save_model(tmp_path / "ours", Transformer(config).state_dict(), config)
     with pytest.raises(UserError) as caught:
@@ -141,7 +142,7 @@ def test_what_no_architecture_expresses_is_named(changes: dict[str, Any], names:
     assert not (tmp_path / "hf").exists()
 
 
-def test_an_asked_for_architecture_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_requested_architecture_does_not_fit(tmp_path: Path) -> None:
     config = ModelConfig(**OURS, qk_norm=True)
     save_model(tmp_path / "ours", Transformer(config).state_dict(), config)
     with pytest.raises(UserError, match=r"cannot be expressed as llama, but for qk_norm True \(there: False\)"):
@@ -150,7 +151,7 @@ def test_an_asked_for_architecture_that_does_not_fit_is_refused(tmp_path: Path) 
         export_model(tmp_path / "ours", tmp_path / "hf", model_type="bert")
 
 
-def test_bf16_weights_are_not_touched(tmp_path: Path) -> None:
+def test_bf16_weights_are_unchanged(tmp_path: Path) -> None:
     theirs = build("llama").to(torch.bfloat16)
     theirs.save_pretrained(tmp_path / "hf")
     assert import_model(tmp_path / "hf", tmp_path / "ours").dtype == torch.bfloat16
@@ -210,26 +211,26 @@ def change(path: Path, **fields: Any) -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: LlamaForCausalLM rotates whole heads"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"model_type": "qwen3", "qk_norm": True}, "knows no such field|has no tensor|qk_norm"),
-        ({"intermediate_size": 96}, "gate_proj.weight' is \\[80, 48\\], config.json says \\[96, 48\\]"),
+        ({"intermediate_size": 96}, "gate_proj.weight' is \\[80, 48\\], but \\[96, 48\\] by config.json"),
         ({"num_hidden_layers": 2}, "holds 'model.layers.2.* does not account for"),
         ({"num_hidden_layers": 10**12}, "1,000,000,000,000 layers in config.json, fewer tensors"),
         ({"num_hidden_layers": 4}, "has no tensor 'model.layers.3.input_layernorm.weight', which should be \\[48\\]"),
         ({"attention_bias": True}, "has no tensor 'model.layers.0.self_attn.q_proj.bias'"),
     ],
 )
-def test_a_config_that_does_not_fit_is_refused_by_its_field(folder: Path, fields: dict[str, Any], message: str) -> None:
+def test_unsupported_config_fields(folder: Path, fields: dict[str, Any], message: str) -> None:
     change(folder / "config.json", **fields)
     with pytest.raises(UserError, match=message):
         HuggingFaceWeights(folder)
 
 
-def test_fields_without_effect_are_no_obstacle(folder: Path) -> None:
+def test_config_fields_without_effect(folder: Path) -> None:
     before = HuggingFaceWeights(folder).config
     change(folder / "config.json", _made_by="someone", unused=None, tokenizer_class="X", pretraining_tp=2, empty=[])
     assert HuggingFaceWeights(folder).config == before
 
 
-def test_both_ways_of_writing_rotary_settings(folder: Path) -> None:
+def test_both_forms_of_rotary_settings(folder: Path) -> None:
     """As transformers 4 and 5 write them; the original length falls back to max_position_embeddings."""
     fields = {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}
     change(folder / "config.json", rope_parameters={**fields, "rope_theta": 5000.0})
@@ -256,7 +257,7 @@ def test_both_ways_of_writing_rotary_settings(folder: Path) -> None:
         ({"layer_types": ["sliding_attention"]}, "expected 3 of sliding_attention"),
     ],
 )
-def test_windows_that_cannot_be_expressed(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+def test_unsupported_windows(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     build("qwen2").save_pretrained(tmp_path)
     change(tmp_path / "config.json", use_sliding_window=True, sliding_window=7, **{"layer_types": "absent", **fields})
     with pytest.raises(UserError, match=message):
@@ -270,9 +271,9 @@ def test_missing_and_truncated_files(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no config.json in it"):
         HuggingFaceWeights(tmp_path / "empty")
     shards = sorted(folder.glob("*.safetensors"))
-    whole = shards[1].read_bytes()
-    for size in (0, 7, 60, len(whole) - 1):
-        shards[1].write_bytes(whole[:size])
+    content = shards[1].read_bytes()
+    for size in (0, 7, 60, len(content) - 1):
+        shards[1].write_bytes(content[:size])
         with pytest.raises(UserError, match=f"{shards[1].name}: truncated or not a safetensors file"):
             import_model(folder, tmp_path / "out")
     shards[1].unlink()
@@ -284,7 +285,7 @@ def test_missing_and_truncated_files(folder: Path, tmp_path: Path) -> None:
     (folder / INDEX).unlink()
     with pytest.raises(UserError, match=f"neither {SINGLE} nor {INDEX}"):
         import_model(folder, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "hf"]  # nothing half is left
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "hf"]  # no partial results
 
 
 def test_pickles_are_never_opened(folder: Path, tmp_path: Path) -> None:
@@ -304,7 +305,7 @@ def test_an_index_cannot_leave_its_folder(folder: Path, name: str) -> None:
     first = next(iter(index["weight_map"]))
     index["weight_map"][first] = name
     (folder / INDEX).write_text(json.dumps(index))
-    with pytest.raises(UserError, match="not plainly in this folder; refused"):
+    with pytest.raises(UserError, match="not directly in this folder"):
         HuggingFaceWeights(folder)
 
 
@@ -318,8 +319,8 @@ def test_an_index_that_names_the_wrong_file(folder: Path) -> None:
         HuggingFaceWeights(folder)
 
 
-def test_tensors_that_are_no_weights(folder: Path, tmp_path: Path) -> None:
-    """Old files hold buffers and a second copy of a tied head; integers are another matter."""
+def test_tensors_that_are_not_weights(folder: Path, tmp_path: Path) -> None:
+    """Old files contain buffers and a second copy of a tied head, which are ignored; integers are rejected."""
     theirs = build("llama_tied")
     theirs.save_pretrained(tmp_path / "tied")
     path = tmp_path / "tied" / SINGLE
@@ -329,11 +330,11 @@ def test_tensors_that_are_no_weights(folder: Path, tmp_path: Path) -> None:
     weights = HuggingFaceWeights(tmp_path / "tied")
     assert torch.equal(weights.weight("head.weight"), state["model.embed_tokens.weight"])
     save_file({**state, "model.layers.0.mlp.up_proj.weight": torch.ones(80, 48, dtype=torch.int8)}, path)
-    with pytest.raises(UserError, match="up_proj.weight is I8.*unquantised"):
+    with pytest.raises(UserError, match="up_proj.weight is I8.*unquantized"):
         HuggingFaceWeights(tmp_path / "tied")
 
 
-def test_a_folder_in_use_is_not_written_over(folder: Path, tmp_path: Path) -> None:
+def test_existing_folder_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
     with pytest.raises(UserError, match="exists and is not empty"):
@@ -343,23 +344,20 @@ def test_a_folder_in_use_is_not_written_over(folder: Path, tmp_path: Path) -> No
     assert import_model(folder, tmp_path / "new").files == [WEIGHTS_FILE]
 
 
-def test_a_disk_that_is_full_is_said_beforehand(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full:
-        f_bavail, f_frsize = 10, 4096
-
-    monkeypatch.setattr("megatronish.interop.shards.os.statvfs", lambda path: Full)
+def test_full_disk_is_reported_before_writing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = types.SimpleNamespace(free=40960)
+    monkeypatch.setattr("megatronish.interop.safetensors_files.shutil.disk_usage", lambda path: full)
     with pytest.raises(UserError, match=r"0.00 GB are needed and 0.00 GB free: choose another disk"):
         import_model(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_our_writer_writes_what_the_library_reads(tmp_path: Path) -> None:
+def test_library_reads_our_files(tmp_path: Path) -> None:
     tensors = {"b": torch.randn(3, 5), "a": torch.arange(6.0).view(2, 3).T, "é": torch.ones(1)}
-    entries = {name: Entry(tuple(tensor.shape), torch.bfloat16) for name, tensor in tensors.items()}
-    writer = TensorFileWriter(tmp_path / "x", entries, {"format": "pt"})
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
-    writer.close()
+    entries = {name: TensorEntry(tuple(tensor.shape), torch.bfloat16) for name, tensor in tensors.items()}
+    with SafetensorsWriter(tmp_path / "x", entries, {"format": "pt"}) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
     read = load_file(tmp_path / "x")
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensor.bfloat16()) for name, tensor in tensors.items())
@@ -367,12 +365,11 @@ def test_our_writer_writes_what_the_library_reads(tmp_path: Path) -> None:
     assert length % 8 == 0  # so that tensors are aligned in a mapped file
 
 
-def test_memory_is_a_tensor_and_a_mapping_not_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model of 200 MB goes in and out in less than half of that: 16 MB tensors, mappings of 32 MB, and slack."""
+def test_conversion_needs_memory_for_one_tensor(tmp_path: Path) -> None:
+    """Export and import of a model of 200 MB need less than half of that: tensors have 16 MB."""
     config = ModelConfig(
         vocab_size=64, num_layers=8, hidden_size=1024, num_attention_heads=8, ffn_hidden_size=1024, seq_length=8
     )
-    monkeypatch.setattr("megatronish.interop.shards._MAPPED_BYTES", 2**25)
     save_model(tmp_path / "a", Transformer(config).state_dict(), config)
     size = (tmp_path / "a" / WEIGHTS_FILE).stat().st_size
     assert size > 2e8
@@ -380,18 +377,18 @@ def test_memory_is_a_tensor_and_a_mapping_not_the_model(tmp_path: Path, monkeypa
     assert grown < 0.5 * size
     grown = peak_growth(lambda: import_model(tmp_path / "b", tmp_path / "c"))
     assert grown < 0.5 * size
-    first, last = ShardedFolder(tmp_path / "a"), ShardedFolder(tmp_path / "c")
+    first, last = SafetensorsFolder(tmp_path / "a"), SafetensorsFolder(tmp_path / "c")
     assert first.entries == last.entries
     assert all(torch.equal(first.read(name), last.read(name)) for name in first.entries)
 
 
 def peak_growth(function: Any) -> int:
-    """Bytes by which this process's resident memory rose at most while `function` ran."""
+    """Peak growth in bytes of the resident memory of this process while `function` runs."""
     gc.collect()
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     except OSError:
-        pytest.skip("this system keeps no high-water mark that can be reset")
+        pytest.skip("this system has no high-water mark that can be reset")
     before = _status("VmRSS")
     function()
     return _status("VmHWM") - before

@@ -1,7 +1,7 @@
-"""megatron-core and this project read and write the same files, and `data.order: megatron` is its order, sample for sample.
+"""megatron-core and this project read and write the same files, and `data.order: megatron` has the same samples in order.
 
-Set-up makes an environment that holds megatron-core (from the package index, without its dependencies) beside this one's
-torch and NumPy, and does all of its jobs in one process: some 15 seconds. tests/environments.py says when they are skipped.
+The fixture creates an environment with megatron-core (from the package index, without its dependencies) and this one's
+torch and NumPy, and runs all jobs in one process, about 15 seconds. See tests/environments.py for when tests are skipped.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def write_ours(prefix: Path, dtype: str, docs: Documents) -> str:
 
 @pytest.fixture(scope="module")
 def peer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what megatron-core and this project made: ours/NAME, theirs/NAME, OUT.npz of each job."""
+    """A folder with the files of this project, ours/NAME, and of megatron-core, theirs/NAME and OUT.npz of each job."""
     folder = tmp_path_factory.mktemp("megatron")
     python = make_environment(folder / "venv", RELEASE)
     for name in ("ours", "theirs", "trained", "merged"):
@@ -112,7 +112,7 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wanted(case: dict[str, Any]) -> int:
-    """Samples of so many epochs of the training part."""
+    """Number of samples in the epochs of a case, over the training part."""
     lengths = [len(sequence) for sequences in TRAINED[case["prefix"]] for sequence in sequences]
     tokens = sum(lengths[: round(0.9 * len(lengths))])
     return max(1, int(case["epochs"] * tokens / case["seq_length"]))
@@ -172,7 +172,7 @@ def training_rows(
 
 @pytest.mark.parametrize("number", range(len(SINGLE)))
 def test_order_of_one_data_set(peer: Path, number: int) -> None:
-    """Every sample that Megatron would build, beyond those asked for too."""
+    """Every sample that Megatron builds, including those after the requested ones."""
     case = SINGLE[number]
     theirs = np.load(peer / f"single-{number}.npz")
     path = str(peer / "trained" / case["prefix"])
@@ -210,7 +210,7 @@ def test_default_split_is_megatrons(peer: Path) -> None:
 
 
 def test_greedy_blend_by_hand() -> None:
-    """No peer needed: weights 2:1, by the rule."""
+    """Weights 2:1, without megatron-core."""
     source_of, number_of = greedy_blend(normalized([2, 1]), 7)
     assert source_of.tolist() == [0, 1, 0, 0, 1, 0, 0]
     assert number_of.tolist() == [0, 0, 1, 2, 1, 3, 4]

@@ -1,4 +1,4 @@
-"""The ONNX graph in onnxruntime: a prompt, a cache, padding and any batch give the model's own logits."""
+"""The ONNX graph in onnxruntime has the model's logits: prefill, decoding with a cache, padding, any batch size."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def test_prompt_then_tokens_in_any_batch(exported: tuple[Transformer, Path]) -> None:
+def test_prefill_and_decoding(exported: tuple[Transformer, Path]) -> None:
     model, folder = exported
     for batch, pieces in ((1, (1, 1, 20)), (3, (17, 1, 4, 1))):
         tokens = torch.randint(61, (batch, sum(pieces)), generator=torch.Generator().manual_seed(batch))
@@ -121,15 +121,15 @@ def test_padding_on_the_left_changes_nothing(exported: tuple[Transformer, Path])
         assert difference(found, expected) < TOLERANCE
 
 
-def test_beside_the_graph(exported: tuple[Transformer, Path]) -> None:
+def test_tokenizer_and_config(exported: tuple[Transformer, Path]) -> None:
     model, folder = exported
-    if model.config.parallel_block:  # with norms of its own for each branch, without output bias: no such architecture
+    if model.config.parallel_block:  # separate norms for each branch without output bias: no such architecture
         assert not (folder / "config.json").exists()
     else:
         assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen3"
 
 
-def test_the_tool_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     config = CONFIGS["gpt"]
     save_model(tmp_path / "ours", Transformer(config).state_dict(), config)
 
@@ -151,7 +151,7 @@ def test_the_tool_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "out").exists()
 
 
-def test_a_graph_that_computes_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_with_other_logits_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIGS["gpt"]
     save_model(tmp_path / "ours", Transformer(config).state_dict(), config)
     monkeypatch.setattr(ours_onnx, "_write_graph", lambda model, path: path.write_bytes(b""))

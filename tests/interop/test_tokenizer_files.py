@@ -1,4 +1,4 @@
-"""Tokenizers cross over with their models, and AutoTokenizer gives the ids that ours gives."""
+"""Tokenizers are converted with their models, and AutoTokenizer has the ids of ours."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from megatronish.config.model import ModelConfig
 from megatronish.data.tokenizers.formats import EOD_TOKEN
 from megatronish.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from megatronish.errors import UserError
-from megatronish.inference.generate import generate
+from megatronish.inference.batch import generate
 from megatronish.inference.load import load_for_inference
-from megatronish.inference.prompt import encode_prompt
 from megatronish.inference.sampling import GREEDY
+from megatronish.inference.text import encode_prompt
 from megatronish.interop.agreement import PROBE_TEXTS, compare
 from megatronish.interop.huggingface import export_model, import_model
 from megatronish.interop.tokenizer_files import ORIGIN_FILE, fingerprints
@@ -33,7 +33,7 @@ SAMPLE = ["def main():\n    return 2026 + 1\n", "The quick brown fox. naïve caf
 
 
 def save(folder: Path, tokenizer: Tokenizer) -> Path:
-    """A checkpoint's model and tokenizer, as training leaves them."""
+    """Model and tokenizer of a checkpoint, as written by training."""
     config = ModelConfig(
         vocab_size=512, num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=16, seq_length=128
     )
@@ -67,8 +67,8 @@ def test_auto_tokenizer_gives_our_ids(kind: str, tmp_path: Path) -> None:
     assert agreement.same_best == agreement.tokens == 128 and agreement.difference < 1e-5
 
 
-def test_sentencepiece_agrees_where_text_begins_with_no_blank(tmp_path: Path) -> None:
-    """transformers puts no second blank before text that begins with one; SentencePiece does. The count says so."""
+def test_sentencepiece_agrees_except_for_leading_spaces(tmp_path: Path) -> None:
+    """SentencePiece adds a second space before text that starts with one; transformers does not."""
     sentence_piece(tmp_path)
     own = load_tokenizer(tmp_path / "tokenizer.model")
     export_model(save(tmp_path / "run", own), tmp_path / "hf")
@@ -97,7 +97,7 @@ def hf_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_everything_beside_the_weights_comes_back(hf_folder: Path, tmp_path: Path) -> None:
+def test_all_other_files_are_restored(hf_folder: Path, tmp_path: Path) -> None:
     result = import_model(hf_folder, tmp_path / "ours")
     assert (result.tokenizer.kind, result.tokenizer.eod_id) == ("huggingface", 96)
     _, tokenizer, info = load_for_inference(tmp_path / "ours")
@@ -109,8 +109,8 @@ def test_everything_beside_the_weights_comes_back(hf_folder: Path, tmp_path: Pat
     assert not (tmp_path / "out" / ORIGIN_FILE).exists()
 
 
-def test_a_run_that_began_from_hf_finds_its_settings_there(hf_folder: Path, tmp_path: Path) -> None:
-    """A checkpoint holds tokenizer.json alone; the folder it began from holds the rest, if the tokenizer is the same."""
+def test_run_from_hf_exports_its_settings(hf_folder: Path, tmp_path: Path) -> None:
+    """A checkpoint has only tokenizer.json; the folder of from_hf has the other files, if the tokenizer is the same."""
     import_model(hf_folder, tmp_path / "run")
     for name in (ORIGIN_FILE, "tokenizer_config.json", "generation_config.json"):
         (tmp_path / "run" / name).unlink()
@@ -168,10 +168,10 @@ def sentence_piece(folder: Path) -> None:
         ("sentencepiece", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, False),
     ],
 )
-def test_texts_begin_as_autotokenizer_lets_them(
+def test_texts_start_as_with_autotokenizer(
     kind: str, settings: dict[str, object], begins: bool, tmp_path: Path
 ) -> None:
-    """Prompts of an imported model have transformers' ids, and what it writes behind them is the same."""
+    """Prompts of an imported model have the ids of transformers, and the same continuation."""
     folder = tmp_path / "hf"
     theirs = save_llama(folder)
     if kind == "sentencepiece":
@@ -197,13 +197,13 @@ def test_texts_begin_as_autotokenizer_lets_them(
     assert encode_prompt(tokenizer, "").ids == [tokenizer.bos_id]
 
 
-def test_a_record_with_a_wrong_beginning(tmp_path: Path) -> None:
+def test_record_with_invalid_bos_id(tmp_path: Path) -> None:
     save_llama(tmp_path / "hf")
     byte_level(tmp_path / "hf", True)
     import_model(tmp_path / "hf", tmp_path / "ours")
     path = tmp_path / "ours" / TOKENIZER_RECORD_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), "bos_id": 512}))
-    with pytest.raises(UserError, match="bos_id 512 is no token id below"):
+    with pytest.raises(UserError, match="bos_id 512 is not a token id below"):
         load_for_inference(tmp_path / "ours")
 
 
@@ -211,7 +211,7 @@ def test_damaged_and_missing_tokenizers(hf_folder: Path, tmp_path: Path) -> None
     assert len(fingerprints(hf_folder)) == 1
     import_model(hf_folder, tmp_path / "ours")
     (tmp_path / "ours" / "tokenizer.json").write_bytes((hf_folder / "tokenizer.json").read_bytes() + b" ")
-    with pytest.raises(UserError, match="not the one that the model was trained with"):
+    with pytest.raises(UserError, match="not the one the model was trained with"):
         export_model(tmp_path / "ours", tmp_path / "out")
     (hf_folder / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="not a tokenizers JSON"):

@@ -1,4 +1,4 @@
-"""tools/convert_hf.py from the command line: what it prints, and one clear line for what it cannot do."""
+"""tools/convert_hf.py from the command line: its output, and one-line errors."""
 
 from __future__ import annotations
 
@@ -32,17 +32,19 @@ def test_import_then_export(
     hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, "import", hf_folder, tmp_path / "ours", "--verify", "always") == 0
-    told = capsys.readouterr().out.splitlines()
-    assert told[0].endswith("ours: qwen3, 76,512 parameters in float32, 1 file(s) of weights")
-    assert told[1].startswith("no tokenizer was there")
-    assert told[2].startswith("logits agree with transformers to ") and told[2].endswith("the same best token at 128)")
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].endswith("ours: qwen3, 76,512 parameters in float32, 1 file(s) of weights")
+    assert shown[1].startswith("the model has no tokenizer")
+    assert shown[2].startswith("logits agree with transformers to ") and shown[2].endswith(
+        "the same best token at 128)"
+    )
     assert (
         run(monkeypatch, "export", tmp_path / "ours", tmp_path / "out", "--dtype", "bf16", "--max-shard-size", "0.05MB")
         == 0
     )
-    told = capsys.readouterr().out.splitlines()
-    assert told[0].endswith("qwen3, 76,512 parameters in bfloat16, 4 file(s) of weights")
-    assert float(told[2].split(" to ")[1].split()[0]) < 2e-2  # bf16 keeps 8 bits of a weight
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].endswith("qwen3, 76,512 parameters in bfloat16, 4 file(s) of weights")
+    assert float(shown[2].split(" to ")[1].split()[0]) < 2e-2  # bf16 keeps 8 bits of a weight
 
 
 def test_verification_is_optional(
@@ -67,14 +69,14 @@ def test_verification_is_optional(
         (["import", "{hf}/nowhere", "{tmp}/x"], "no such folder"),
         (["import", "{hf}", "{hf}"], "exists and is not empty"),
         (["export", "{tmp}/nowhere", "{tmp}/x"], "no such folder"),
-        (["export", "{hf}", "{tmp}/x"], "holds no complete checkpoint"),
+        (["export", "{hf}", "{tmp}/x"], "tools/convert_hf.py import makes a folder of ours"),
         (["export", "{tmp}/ours", "{tmp}/x", "--architecture", "llama"], "but for qk_norm True (there: False)"),
-        (["export", "{tmp}/ours", "{tmp}/x", "--max-shard-size", "5"], "'5' is no size such as 500MB or 5GB"),
+        (["export", "{tmp}/ours", "{tmp}/x", "--max-shard-size", "5"], "'5' is not a size such as 500MB or 5GB"),
         (["export", "{tmp}/torn", "{tmp}/x"], "is torn or not a safetensors file"),
         (["translate", "{hf}", "{tmp}/x"], "invalid choice"),
     ],
 )
-def test_one_line_for_what_cannot_be_done(
+def test_errors_are_one_line(
     words: list[str],
     message: str,
     hf_folder: Path,

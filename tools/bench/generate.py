@@ -1,29 +1,26 @@
-"""Tokens per second of generation, beside `transformers` (static cache, compiled) and `litgpt` (compiled) with the same weights.
+"""Tokens per second of generation, compared with `transformers` (static cache, compiled) and `litgpt` (compiled).
 
-A run reads a prompt and writes new tokens, greedily and past any end of document. Prefill is the time to the first token, decode
-the rate of those after it. All take turns, a run each, in an order that rotates, so that a busy machine slows them alike;
-medians. Before that each reads the prompt once and must have our logits. --clock cpu counts the processor time of the process
-instead of the time that passes: with --threads 1 the measure for a machine that others use.
+Every implementation has the same weights, reads a prompt and generates greedily past any end of document. Prefill is the time
+to the first token, decode the rate of the following ones. Runs rotate through the implementations, so that other load affects
+all of them; results are medians. The logits of the prompt are compared first. --clock cpu measures the processor time of the
+process; with --threads 1 it is independent of other processes.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # the root of the checkout: `tools.bench` is no installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the checkout
 
 from megatronish.launch.process import initialize_process, tune_allocator
 
@@ -32,6 +29,7 @@ tune_allocator()
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from megatronish.config.model import ModelConfig  # noqa: E402
 from megatronish.config.presets import resolve_model  # noqa: E402
@@ -54,23 +52,22 @@ NAMES = (
     "litgpt bf16 compiled",
 )
 NEEDS = {"transformers": "transformers", "litgpt": "litgpt", "int8 compiled": "torchao"}
-# Largest relative difference of the prompt's last logits: bf16 roundings of 2^-9 in other places, through all layers. Narrowed
-# weights are another model, and are only checked not to be nonsense.
+# Largest relative difference of the prompt's last logits: bf16 rounds by 2^-9 in different places of all layers. Quantized
+# weights are another model: the limit only rules out nonsense.
 TOLERANCE = {"bf16": 0.05, "int8": 0.3, "int4": 0.9}
-Run = Callable[[Tensor, int], object]  # (prompts [b, p], new tokens) -> anything
 
 
 @dataclass
-class Contestant:
-    """One implementation: how it generates, its last logits of a prompt [b, V], and what was measured."""
+class Generator:
+    """One implementation: `run(prompts [b, p], new tokens)`, its last logits of prompts [b, V], and measured seconds."""
 
-    run: Run
+    run: Callable[[Tensor, int], object]
     logits: Callable[[Tensor], Tensor]
     prefill: list[float] = field(default_factory=list)
     total: list[float] = field(default_factory=list)
 
 
-def ours(config: ModelConfig, form: str, device: torch.device) -> Contestant:
+def ours(config: ModelConfig, form: str, device: torch.device) -> Generator:
     """Batch over Transformer."""
     model = Transformer(config, seed=0).to(torch.bfloat16).to(device).eval()
     kind, compiled = form.removesuffix(" compiled"), form.endswith(" compiled")
@@ -85,10 +82,10 @@ def ours(config: ModelConfig, form: str, device: torch.device) -> Contestant:
         requests = [Request(prompt, new, GREEDY, ignore_eod=True) for prompt in prompts.tolist()]
         return [list(each) for each in [batch.add(request) for request in requests]]
 
-    return Contestant(run, lambda prompts: model(prompts, last=1)[:, -1])
+    return Generator(run, lambda prompts: model(prompts, last=1)[:, -1])
 
 
-def transformers(config: ModelConfig, form: str, device: torch.device) -> Contestant:
+def transformers(config: ModelConfig, form: str, device: torch.device) -> Generator:
     """`generate` with a static cache; int8 by torchao's weight-only quantization."""
     from transformers import CompileConfig
 
@@ -114,11 +111,11 @@ def transformers(config: ModelConfig, form: str, device: torch.device) -> Contes
             **options,
         )
 
-    return Contestant(run, lambda prompts: model(prompts, logits_to_keep=1).logits[:, -1])
+    return Generator(run, lambda prompts: model(prompts, logits_to_keep=1).logits[:, -1])
 
 
-def litgpt(config: ModelConfig, form: str, device: torch.device) -> Contestant:
-    """litgpt's own loop over its model with its cache."""
+def litgpt(config: ModelConfig, form: str, device: torch.device) -> Generator:
+    """litgpt's generation loop with its cache."""
     model: Any = build_litgpt(config, compiled=False).model.to(device, torch.bfloat16).eval()
     base = import_module("litgpt.generate.base")
     call = torch.compile(model) if form.endswith("compiled") else model
@@ -143,99 +140,83 @@ def litgpt(config: ModelConfig, form: str, device: torch.device) -> Contestant:
         model.clear_kv_cache()
         return model(prompts)[:, -1]
 
-    return Contestant(run, logits)
+    return Generator(run, logits)
 
 
-def build(name: str, config: ModelConfig, device: torch.device) -> Contestant:
+def build(name: str, config: ModelConfig, device: torch.device) -> Generator:
     """The implementation `name`."""
     library, _, form = name.partition(" ")
     return {"megatronish": ours, "transformers": transformers, "litgpt": litgpt}[library](config, form, device)
 
 
 def missing(name: str) -> str | None:
-    """A package that `name` needs and that is not installed."""
+    """A package that `name` needs and that is not installed, if any."""
     return next((p for part, p in NEEDS.items() if part in name and importlib.util.find_spec(p) is None), None)
 
 
-def check(contestants: dict[str, Contestant], prompts: Tensor) -> None:
+def check(generators: dict[str, Generator], prompts: Tensor) -> None:
     """Raise SystemExit unless all have the logits of the first, which is ours in bf16."""
     with torch.inference_mode():
-        wanted = next(iter(contestants.values())).logits(prompts).float()
-        for name, contestant in contestants.items():
-            error = ((contestant.logits(prompts).float() - wanted).norm() / wanted.norm()).item()
+        expected = next(iter(generators.values())).logits(prompts).float()
+        for name, generator in generators.items():
+            error = ((generator.logits(prompts).float() - expected).norm() / expected.norm()).item()
             limit = TOLERANCE[name.split()[1]]
             if not error <= limit:
                 raise SystemExit(f"{name} is another model: its logits differ by {error:.3f}, more than {limit}")
 
 
-def measure(contestants: dict[str, Contestant], prompts: Tensor, options: argparse.Namespace) -> None:
-    """Rounds of runs in turn, each once for the first token and once for all."""
+@torch.inference_mode()
+def measure(generators: dict[str, Generator], prompts: Tensor, options: argparse.Namespace) -> None:
+    """Each round runs every implementation for one token and for all tokens."""
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
 
-    def timed(contestant: Contestant, new: int) -> float:
+    def timed(generator: Generator, new: int) -> float:
         start = clock()
-        with torch.inference_mode():
-            contestant.run(prompts, new)
-            if prompts.is_cuda:
-                torch.cuda.synchronize()
+        generator.run(prompts, new)
+        if prompts.is_cuda:
+            torch.cuda.synchronize()
         return clock() - start
 
-    names = list(contestants)
-    for number in range(-2, options.rounds):  # the first two compile and warm up
-        for place in range(len(names)):
-            contestant = contestants[names[(place + number) % len(names)]]
-            prefill, total = timed(contestant, 1), timed(contestant, options.new_tokens + 1)
+    order = list(generators.values())
+    for number in tqdm(range(-2, options.rounds), leave=False, disable=None):  # the first two compile and warm up
+        for generator in order[number % len(order) :] + order[: number % len(order)]:
+            prefill, total = timed(generator, 1), timed(generator, options.new_tokens + 1)
             if number >= 0:
-                contestant.prefill.append(prefill)
-                contestant.total.append(total)
-        print(".", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+                generator.prefill.append(prefill)
+                generator.total.append(total)
 
 
-@dataclass
-class Result:
-    """Medians of one implementation at one batch size, in tokens a second."""
-
-    name: str
-    batch: int
-    prefill: float
-    decode: float
-
-
-def summarise(contestants: dict[str, Contestant], batch: int, options: argparse.Namespace) -> list[Result]:
-    """Medians; forgets what was measured."""
-    results = []
-    for name, each in contestants.items():
+def rates(generators: dict[str, Generator], batch: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Medians in tokens per second, which are printed as a table; the measured seconds are deleted."""
+    results: list[dict[str, Any]] = []
+    for name, each in generators.items():
         decode = statistics.median(total - first for total, first in zip(each.total, each.prefill, strict=True))
         prefill = batch * options.prompt_tokens / statistics.median(each.prefill)
-        results.append(Result(name, batch, prefill, batch * options.new_tokens / max(decode, 1e-9)))
+        decode = batch * options.new_tokens / max(decode, 1e-9)
+        results.append({"name": name, "batch": batch, "prefill": prefill, "decode": decode})
         each.prefill.clear()
         each.total.clear()
-    return results
-
-
-def show(results: list[Result]) -> None:
-    """A table with each as a multiple of compiled transformers, where that took part."""
-    base = next((r for r in results if r.name == "transformers bf16 compiled"), None)
+    base = next((r for r in results if r["name"] == "transformers bf16 compiled"), None)
     for r in results:
-        ratio = f"{r.prefill / base.prefill:>9.2f}x{r.decode / base.decode:>9.2f}x" if base else ""
-        print(f"{r.name:28}{r.batch:>6}{r.prefill:>14,.0f}{r.decode:>12,.1f}{ratio}")
+        ratio = f"{r['prefill'] / base['prefill']:>9.2f}x{r['decode'] / base['decode']:>9.2f}x" if base else ""
+        print(f"{r['name']:28}{batch:>6}{r['prefill']:>14,.0f}{r['decode']:>12,.1f}{ratio}")
+    return results
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="tools/bench/generate.py", description=__doc__)
     add = parser.add_argument
-    add("--preset", default="smollm2_135m", help="shape of the model, with random weights and its head not tied")
-    add("--layers", type=int, help="only so many layers of it")
-    add("--batch", type=int, nargs="+", default=[1, 16], help="sequences side by side (1 16)")
+    add("--preset", default="smollm2_135m", help="shape of the model, with random weights and an untied head")
+    add("--layers", type=int, help="number of layers")
+    add("--batch", type=int, nargs="+", default=[1, 16], help="batch sizes (1 16)")
     add("--prompt-tokens", type=int, default=64, metavar="N", help="(64)")
     add("--new-tokens", type=int, default=32, metavar="N", help="(32)")
     add("--rounds", type=int, default=5, metavar="N", help="(5)")
     add("--names", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help=f"of: {', '.join(NAMES)}")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=int, help="(as many as there are cores)")
-    add("--clock", choices=("wall", "cpu"), default="wall", help="the time that passes, or that of the processor")
+    add("--threads", type=int, help="(default: the number of cores)")
+    add("--clock", choices=("wall", "cpu"), default="wall", help="elapsed time, or processor time")
     add("--json", type=Path, metavar="FILE", help="write the results here as well")
     return parser.parse_args(arguments)
 
@@ -254,11 +235,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(
                 f"--preset {options.preset}: the peers are built as Llamas; choose an RMSNorm and SwiGLU preset"
             )
-        lacking = {name: package for name in options.names if (package := missing(name))}
-        for name, package in lacking.items():
-            print(f"left out: {name}: {package} is not installed")
-        names = [name for name in NAMES if name in options.names and name not in lacking]
-        contestants = {name: build(name, config, device) for name in names}
+        names = [name for name in NAMES if name in options.names and not missing(name)]
+        for name in sorted(set(options.names) - set(names)):
+            print(f"left out: {name}: {missing(name)} is not installed")
+        generators = {name: build(name, config, device) for name in names}
         results = []
         print(
             f"{options.preset}, prompt {options.prompt_tokens}, new {options.new_tokens}, {torch.get_num_threads()} threads"
@@ -267,16 +247,11 @@ def main(arguments: list[str] | None = None) -> int:
         for batch in options.batch:
             draw = torch.Generator().manual_seed(batch)
             prompts = torch.randint(config.vocab_size, (batch, options.prompt_tokens), generator=draw).to(device)
-            check(contestants, prompts)
-            with contextlib.suppress(KeyboardInterrupt):
-                measure(contestants, prompts, options)
-            found = summarise(contestants, batch, options)
-            show(found)
-            results += found
+            check(generators, prompts)
+            measure(generators, prompts, options)
+            results += rates(generators, batch, options)
         if options.json:
-            options.json.write_text(
-                json.dumps([asdict(result) for result in results], indent=2) + "\n", encoding="utf-8"
-            )
+            options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -1,1 +1,1 @@
-"""A server of one model that speaks OpenAI's protocol."""
+"""An HTTP server with OpenAI's protocol."""

@@ -1,4 +1,4 @@
-"""What the server counts, in Prometheus' text format."""
+"""The metrics of the server in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
-class Metrics:
-    """Counters of one server, in a registry of their own."""
+class ServerMetrics:
+    """The metrics of one server, in a separate registry."""
 
     def __init__(self, *, running: Callable[[], int], waiting: Callable[[], int]) -> None:
         registry = self._registry = CollectorRegistry()
@@ -30,5 +30,5 @@ class Metrics:
         Gauge(name + "waiting", "Sequences in the queue", registry=registry).set_function(waiting)
 
     def text(self) -> bytes:
-        """All of them."""
+        """All metrics."""
         return generate_latest(self._registry)

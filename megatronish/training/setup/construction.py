@@ -35,8 +35,6 @@ def build_model(
     if zero3 or imported:
         draw, gather = imported.initial if imported else None, gathered if zero3 else None
         init_weights(model, ours.model, ours.train.seed, gather=gather, draw=draw)
-    if imported:
-        imported.close()
     model.set_activation_checkpointing(ours.train.activation_checkpointing)
     if ours.train.compile:
         model.compile_blocks(ours.train.compile_mode)

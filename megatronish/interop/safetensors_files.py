@@ -1,13 +1,13 @@
-"""Folders of safetensors files, read and written a tensor at a time.
+"""Folders of safetensors files, read and written one tensor at a time.
 
-Reading maps one file at a time. Writing puts the header first, from shapes known beforehand, then the tensors in that
-order (https://huggingface.co/docs/safetensors, "Format"); the library's own writer needs all tensors of a file at once.
+A file is written as its header, from shapes known in advance, and then the tensors in that order
+(https://huggingface.co/docs/safetensors, "Format"); the library's own writer needs all tensors of a file at once.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +28,11 @@ STORED_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 _NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 _ALIGNMENT = 8  # bytes that the header is padded to
-_MAPPED_BYTES = 256_000_000  # read through one mapping; then it is made anew, so that its pages leave this process
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor to be: its shape and dtype."""
+class TensorEntry:
+    """Shape and dtype of a tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -44,42 +43,27 @@ class Entry:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-class ShardedFolder:
+class SafetensorsFolder:
     """The tensors of a folder: `model.safetensors`, or the files that `model.safetensors.index.json` names.
 
-    Raises UserError when files are missing, torn, outside the folder, or pickled. Headers are read at once, tensors
-    when asked for; one file is open at a time.
+    Raises UserError when files are missing, truncated, outside the folder, or pickled. Headers are read at once.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, TensorEntry] = {}
         self._file_of: dict[str, str] = {}
-        self._open_name: str | None = None
-        self._open_file: Any = None
-        self._open_read = 0  # bytes
         index = self._index()
         for name in sorted(set(index.values())) if index else [SINGLE]:
             self._read_header(name, index)
         if missing := sorted(index.keys() - self.entries.keys()):
-            raise UserError(f"{folder / index[missing[0]]}: has no tensor {missing[0]!r}, which {INDEX} says is in it.")
+            raise UserError(f"{folder / index[missing[0]]}: has no tensor {missing[0]!r}, which {INDEX} lists.")
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`, on the CPU; it may be a view of the file."""
-        file_name = self._file_of[name]
-        if self._open_name != file_name or self._open_read > _MAPPED_BYTES:
-            self.close()
-            self._open_file = safe_open(self.folder / file_name, framework="pt").__enter__()
-            self._open_name, self._open_read = file_name, 0
-        self._open_read += self.entries[name].size
-        tensor: Tensor = self._open_file.get_tensor(name)
+        """The tensor `name`, on the CPU. The file is mapped anew for each tensor, which keeps resident memory small."""
+        with safe_open(self.folder / self._file_of[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
         return tensor
-
-    def close(self) -> None:
-        """Close the file that is open, if any."""
-        if self._open_file is not None:
-            self._open_file.__exit__(None, None, None)
-        self._open_name = self._open_file = None
 
     def _index(self) -> dict[str, str]:
         """Tensor name to file name; empty without an index."""
@@ -94,7 +78,7 @@ class ShardedFolder:
             raise UserError(f"{path}: cannot be read ({error!r}): download it again.") from None
         for _, file in pairs:
             if Path(file).name != file or "\\" in file or file in ("", ".", ".."):
-                raise UserError(f"{path}: names the file {file!r}, which is not plainly in this folder; refused.")
+                raise UserError(f"{path}: names the file {file!r}, which is not directly in this folder.")
         return dict(pairs)
 
     def _check_single(self) -> None:
@@ -124,19 +108,19 @@ class ShardedFolder:
                     dtype = STORED_DTYPES.get(part.get_dtype())
                     if dtype is None:
                         raise UserError(
-                            f"{path}: {tensor} is {part.get_dtype()}; {', '.join(STORED_DTYPES)} can be read. Quantised weights have "
-                            "to be restored first: take the model's unquantised revision."
+                            f"{path}: {tensor} is {part.get_dtype()}; {', '.join(STORED_DTYPES)} can be read. Use the model's "
+                            "unquantized revision."
                         )
-                    self.entries[tensor] = Entry(tuple(part.get_shape()), dtype)
+                    self.entries[tensor] = TensorEntry(tuple(part.get_shape()), dtype)
                     self._file_of[tensor] = name
         except SafetensorError as error:
             raise UserError(f"{path}: truncated or not a safetensors file ({error}): download it again.") from None
 
 
-class TensorFileWriter:
-    """Writes one safetensors file, tensor by tensor in the order of `entries`. Close it when all are written."""
+class SafetensorsWriter:
+    """Context manager that writes one safetensors file, tensor by tensor in the order of `entries`."""
 
-    def __init__(self, path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
         self.path = path
         self._left = list(entries.items())
         header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -161,42 +145,39 @@ class TensorFileWriter:
         flat = tensor.detach().to("cpu", entry.dtype).contiguous().view(-1)
         flat.view(torch.uint8).numpy().tofile(self._file)
 
-    def close(self, complete: bool = True) -> None:
-        """Close the file, on the disk if it is complete."""
-        assert not (complete and self._left), f"never written: {[name for name, _ in self._left]}"
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
         self._file.close()
-        if complete:
+        if kind is None:
+            assert not self._left, f"never written: {[name for name, _ in self._left]}"
             sync(self.path)
 
 
 def write_shards(
     folder: Path,
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, TensorEntry],
     tensors: Iterable[tuple[str, Tensor]],
     max_bytes: int,
     written: Callable[[int], None],
 ) -> list[str]:
-    """Write `tensors`, which come in the order of `entries`, into files of at most `max_bytes` (or one tensor) each.
+    """Write `tensors`, in the order of `entries`, into files of at most `max_bytes` (or one tensor) each.
 
-    One file is `model.safetensors`; several are numbered and have an index. written: called with the bytes of each
-    tensor. Returns the names of the files.
+    A single file is `model.safetensors`; several are numbered and have an index. written: called with the number of
+    bytes of each tensor. Returns the names of the files.
     """
-    shards = _divide(entries, max_bytes)
+    shards = _split(entries, max_bytes)
     names = [SINGLE] if len(shards) == 1 else [
         f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
     ]  # fmt: skip
     source = iter(tensors)
     for file_name, shard in zip(names, shards, strict=True):
-        writer = TensorFileWriter(folder / file_name, shard, {"format": "pt"})
-        complete = False
-        try:
+        with SafetensorsWriter(folder / file_name, shard, {"format": "pt"}) as writer:
             for _ in shard:
                 name, tensor = next(source)
                 writer.write(name, tensor)
                 written(shard[name].size)
-            complete = True
-        finally:
-            writer.close(complete)
     if len(shards) > 1:
         total = sum(entry.size for entry in entries.values())
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
@@ -205,8 +186,8 @@ def write_shards(
     return names
 
 
-def _divide(entries: Mapping[str, Entry], max_bytes: int) -> Sequence[dict[str, Entry]]:
-    shards: list[dict[str, Entry]] = [{}]
+def _split(entries: Mapping[str, TensorEntry], max_bytes: int) -> Sequence[dict[str, TensorEntry]]:
+    shards: list[dict[str, TensorEntry]] = [{}]
     filled = 0
     for name, entry in entries.items():
         if shards[-1] and filled + entry.size > max_bytes:
@@ -218,9 +199,8 @@ def _divide(entries: Mapping[str, Entry], max_bytes: int) -> Sequence[dict[str, 
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise UserError if the disk of `folder`, which exists, has not `needed` bytes free."""
-    stats = os.statvfs(folder)
-    free = stats.f_bavail * stats.f_frsize
+    """Raise UserError if the disk of `folder` has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
             f"{folder}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free: choose another disk."

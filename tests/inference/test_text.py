@@ -1,4 +1,4 @@
-"""Streamed pieces joined are the text of all tokens, and no piece holds half a character."""
+"""The concatenated pieces are the text of all tokens, and no piece has an incomplete character."""
 
 import io
 
@@ -7,10 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatronish.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
-from megatronish.inference.prompt import Prompt
-from megatronish.inference.stream import TextStream, text_pieces
+from megatronish.inference.text import Detokenizer, Prompt
 
 TEXT = "naïve café 日本語 🙂👩‍👩‍👧 def f(x):\n    return x"
+
+
+def pieces(tokenizer, prompt, new_ids):
+    """The text of `new_ids` after the prompt, id by id."""
+    detokenizer = Detokenizer(tokenizer, prompt)
+    yield from map(detokenizer.push, new_ids)
+    yield detokenizer.finish()
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +38,18 @@ def sentencepiece_tokenizer(tmp_path_factory):
     return load_tokenizer(path)
 
 
-def test_characters_come_whole():
+def test_pieces_have_complete_characters():
     tokenizer = ByteTokenizer()
-    pieces = list(text_pieces(tokenizer, Prompt([]), tokenizer.encode(TEXT).tolist()))
-    assert "".join(pieces) == TEXT
-    assert all("\ufffd" not in piece for piece in pieces)
-    assert [piece for piece in pieces if piece][-1] == "x", "nothing is held back longer than needed"
+    found = list(pieces(tokenizer, Prompt([]), tokenizer.encode(TEXT).tolist()))
+    assert "".join(found) == TEXT
+    assert all("\ufffd" not in piece for piece in found)
+    assert [piece for piece in found if piece][-1] == "x", "nothing is buffered longer than needed"
 
 
 @given(st.lists(st.integers(0, 256), max_size=30))
 def test_any_bytes(ids):
     tokenizer = ByteTokenizer()
-    assert "".join(text_pieces(tokenizer, Prompt([]), ids)) == tokenizer.decode(ids)
+    assert "".join(pieces(tokenizer, Prompt([]), ids)) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("prompt", ["", "the quick", "naïve"])
@@ -53,15 +59,15 @@ def test_sentencepiece_keeps_blanks_and_byte_fallback(sentencepiece_tokenizer, p
     ids = tokenizer.encode(prompt + " fox " + " ".join(TEXT.split())).tolist()
     split = len(tokenizer.encode(prompt))
     assert ids[:split] == tokenizer.encode(prompt).tolist()
-    pieces = list(text_pieces(tokenizer, Prompt(ids[:split]), ids[split:]))
-    assert tokenizer.decode(ids[:split]) + "".join(pieces) == tokenizer.decode(ids)
-    assert all("\ufffd" not in piece for piece in pieces)
+    found = list(pieces(tokenizer, Prompt(ids[:split]), ids[split:]))
+    assert tokenizer.decode(ids[:split]) + "".join(found) == tokenizer.decode(ids)
+    assert all("\ufffd" not in piece for piece in found)
 
 
-def test_a_character_that_never_becomes_whole(sentencepiece_tokenizer):
+def test_incomplete_last_character(sentencepiece_tokenizer):
     for tokenizer in (ByteTokenizer(), sentencepiece_tokenizer):
         ids = tokenizer.encode("x🙂").tolist()[:-1]
-        stream = TextStream(tokenizer)
+        stream = Detokenizer(tokenizer, Prompt([]))
         assert "".join(stream.push(i) for i in ids) == "x"
         assert "\ufffd" in stream.finish()
         assert stream.finish() == ""
