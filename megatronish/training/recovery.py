@@ -42,7 +42,7 @@ class Recovery:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer, self._config = trainer, trainer.train_config
-        self._incidents = Incidents(trainer.run, trainer.rank, trainer.engine, trainer.store)
+        self._incidents = Incidents(trainer.rank, trainer.engine, trainer.store)
         self._bad_steps = BadSteps(self._config.max_skipped_steps)
         self._recompute: str = self._config.activation_checkpointing
         self._spiking = False
@@ -69,7 +69,7 @@ class Recovery:
         bad = next((record for record in records if action == "skip" and record.step == state.step), None)
         if bad:
             trainer.saver.wait()
-            box = self._incidents.record(BAD, bad.step, state, bad.loss)
+            box = self._incidents.record(BAD, bad, trainer.run, state)
             trainer.report(f"step {bad.step} skipped: non-finite loss or gradient{_kept_in(box)}")
             self._bad_steps.count(True, bad.step, trainer.store.newest())
         elif action == "continue":
@@ -93,7 +93,7 @@ class Recovery:
         """Report a loss spike and keep a black box of it; whether the run was rolled back."""
         trainer, config, state = self._trainer, self._config, self._trainer.state
         trainer.saver.wait()
-        box = self._incidents.record(SPIKE, record.step, state, record.loss, score)
+        box = self._incidents.record(SPIKE, record, trainer.run, state, score)
         message = f"loss spike at step {record.step}: {record.loss:.4f}, {score:.1f} deviations above the median"
         message += _kept_in(box)
         if config.on_spike == "warn":
@@ -164,7 +164,6 @@ class Recovery:
         model.set_activation_checkpointing(self._recompute)
         trainer.report(describe_fallback(message, plan, self._recompute))
         trainer.use_plan(plan)
-        self._incidents.run = trainer.run
 
 
 def _kept_in(box: Path | None) -> str:

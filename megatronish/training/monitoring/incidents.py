@@ -23,6 +23,7 @@ from megatronish.training.monitoring.black_box import (
 )
 from megatronish.training.monitoring.diagnosis import Diagnosis, diagnose_step, weight_norms
 from megatronish.training.setup.preparation import Prepared
+from megatronish.training.step_agreement import StepRecord
 
 REMEMBERED = 2  # steps: on a GPU the loss of a step is known when the next one is done
 
@@ -30,21 +31,24 @@ REMEMBERED = 2  # steps: on a GPU the loss of a step is known when the next one 
 class Incidents:
     """Writes black boxes. Every rank has an Incidents, and all call `record` at the same steps."""
 
-    def __init__(self, run: Prepared, rank: Rank, engine: Engine, store: CheckpointStore) -> None:
-        self.run, self._rank, self._engine, self._store = run, rank, engine, store
+    def __init__(self, rank: Rank, engine: Engine, store: CheckpointStore) -> None:
+        self._rank, self._engine, self._store = rank, engine, store
         self._last: deque[TrainedStep] = deque(maxlen=REMEMBERED)
 
     def remember(self, trained: TrainedStep) -> None:
         """Keep a step until its loss is known on all ranks."""
         self._last.append(trained)
 
-    def record(self, kind: str, step: int, state: TrainState, loss: float, score: float = 0.0) -> Path | None:
-        """Write the box of step `step`; None when the run has enough boxes. state: as it is now, losses without this one's.
+    def record(
+        self, kind: str, record: StepRecord, run: Prepared, state: TrainState, score: float = 0.0
+    ) -> Path | None:
+        """Write the box of a step; returns its folder, or None when the run has enough boxes.
 
-        A skipped step left the weights unchanged, so it is run again for its diagnosis.
+        run, state: the current ones, with the losses of the steps before; score: of a spike. A skipped step left the
+        weights unchanged, so it is run again for its diagnosis.
         """
-        trained = next(each for each in self._last if each.step == step)
-        folder: Path | None = _from_first_rank(box_folder(self.run.run_dir, step) if self._rank.is_first else None)
+        trained = next(each for each in self._last if each.step == record.step)
+        folder: Path | None = _from_first_rank(box_folder(run.run_dir, record.step) if self._rank.is_first else None)
         if folder is None:
             return None
         if kind == BAD:
@@ -53,8 +57,22 @@ class Incidents:
             diagnosis = Diagnosis(weights=weight_norms(self._engine.module))
         write_rank(folder, self._rank.rank, trained, diagnosis)
         if self._rank.is_first:
-            checkpoint = self._store.newest_before(step)
-            write_event(folder, self._event(kind, trained, state, loss, score, checkpoint), checkpoint)
+            first = state.samples - (state.step - record.step + 1) * run.plan.samples
+            checkpoint = self._store.newest_before(record.step)
+            event = BlackBoxEvent(
+                kind=kind,
+                step=record.step,
+                samples=(first, first + run.plan.samples),
+                loss=record.loss,
+                grad_norm=math.nan if trained.grad_norm is None else float(trained.grad_norm),
+                score=score,
+                losses=state.losses,
+                documents=[_documents(run, first, rank) for rank in range(run.plan.data_size)],
+                layout={axis: getattr(self._engine.mesh, axis).size for axis in ("pp", "dp", "sp", "tp")},
+                checkpoint=None if checkpoint is None else checkpoint.name,
+                config=run.config.to_json(),
+            )
+            write_event(folder, event, checkpoint)
         if dist.get_world_size() > 1:
             dist.barrier()
         return folder
@@ -64,33 +82,14 @@ class Incidents:
         found: Path | None = _from_first_rank(self._store.newest_before(step) if self._rank.is_first else None)
         return found
 
-    def _event(
-        self, kind: str, trained: TrainedStep, state: TrainState, loss: float, score: float, checkpoint: Path | None
-    ) -> BlackBoxEvent:
-        plan, mesh = self.run.plan, self._engine.mesh
-        first = state.samples - (state.step - trained.step + 1) * plan.samples
-        norm = math.nan if trained.grad_norm is None else float(trained.grad_norm)
-        return BlackBoxEvent(
-            kind=kind,
-            step=trained.step,
-            samples=(first, first + plan.samples),
-            loss=loss,
-            grad_norm=norm,
-            score=score,
-            losses=state.losses,
-            documents=[self._documents(first, rank) for rank in range(plan.data_size)],
-            layout={axis: getattr(mesh, axis).size for axis in ("pp", "dp", "sp", "tp")},
-            checkpoint=None if checkpoint is None else checkpoint.name,
-            config=self.run.config.to_json(),
-        )
 
-    def _documents(self, first: int, rank: int) -> list[dict[str, Any]]:
-        """The samples of a data-parallel rank in a step that begins with sample `first`, in its order."""
-        plan = self.run.plan
-        starts = [first + (a * plan.data_size + rank) * plan.micro for a in range(plan.accumulation)]
-        numbers = [start + place for start in starts for place in range(plan.micro)]
-        found = [(number, *self.run.data.train.documents(number)) for number in numbers]
-        return [{"sample": number, "data": name, "documents": documents} for number, name, documents in found]
+def _documents(run: Prepared, first: int, rank: int) -> list[dict[str, Any]]:
+    """The samples of a data-parallel rank in a step that begins with sample `first`, in its order."""
+    plan = run.plan
+    starts = [first + (a * plan.data_size + rank) * plan.micro for a in range(plan.accumulation)]
+    numbers = [start + place for start in starts for place in range(plan.micro)]
+    found = [(number, *run.data.train.documents(number)) for number in numbers]
+    return [{"sample": number, "data": name, "documents": documents} for number, name, documents in found]
 
 
 def _from_first_rank(value: Any) -> Any:

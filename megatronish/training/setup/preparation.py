@@ -1,4 +1,4 @@
-"""Everything about a run that one rank can check alone: data, batch arithmetic, the folder, the checkpoint to continue."""
+"""What one rank can check alone before a run starts: data, batch arithmetic, the folder, the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Prepared:
     state: TrainState
     shards: SavedOptimizerShards | None = field(default=None, repr=False)  # of resume_from, open until it is loaded
     moved: str = ""  # how the layout differs from that of the checkpoint
-    imported: HuggingFaceWeights | None = None  # what a run begins with instead of random weights
+    imported: HuggingFaceWeights | None = None  # initial weights instead of random ones
 
 
 def prepare(config: RunConfig, rank: Rank) -> Prepared:
     """Check data, batch arithmetic, folder and checkpoint before any process group exists. Raises UserError.
 
-    The checkpoint is the first that looks good; its files are read by `resume.choose_resume_point`, when the ranks have met.
+    The checkpoint is the first without visible faults; its files are verified by `resume_point.choose_resume_point` after the rendezvous.
     """
     ours = config.megatronish
     plan = config.batch_plan(ours.parallel.data_size(rank.world_size))
@@ -79,7 +79,7 @@ def prepare(config: RunConfig, rank: Rank) -> Prepared:
 
 
 def continue_from(run: Prepared, found: Path) -> Prepared:
-    """The run resumed from the checkpoint `found`. Raises UserError when that is of another run."""
+    """The run resumed from the checkpoint `found`. Raises UserError when that belongs to another run."""
     model = run.config.megatronish.model
     check_same_model(found, run.config)
     check_same_tokenizer(found, run.data)
@@ -93,7 +93,7 @@ def continue_from(run: Prepared, found: Path) -> Prepared:
 
 
 def check_same_model(checkpoint: Path, config: RunConfig) -> None:
-    """Refuse a checkpoint of another model. Raises ConfigError naming the fields that differ."""
+    """Raise ConfigError for a checkpoint of another model, naming the fields that differ."""
     try:
         saved = load_config(checkpoint)
     except ValueError as error:
@@ -112,7 +112,7 @@ def check_same_model(checkpoint: Path, config: RunConfig) -> None:
 
 
 def check_same_tokenizer(checkpoint: Path, data: TrainingData) -> None:
-    """Refuse data whose token ids mean something else than those the checkpoint learned. Raises UserError."""
+    """Raise UserError when the data was tokenized with another tokenizer than that of the checkpoint."""
     path = checkpoint / TOKENIZER_RECORD_FILE
     try:
         learned = json.loads(path.read_text(encoding="utf-8"))["sha256"]
@@ -123,7 +123,7 @@ def check_same_tokenizer(checkpoint: Path, data: TrainingData) -> None:
 
 
 def check_imported_tokenizer(folder: Path, data: TrainingData) -> None:
-    """Refuse data whose token ids mean something else than those the imported model learned. Raises ConfigError."""
+    """Raise ConfigError when the data was tokenized with another tokenizer than that of the imported model."""
     learned, record = fingerprints(folder), data.tokenizer_record
     if learned and record.sha256 not in learned:
         raise ConfigError(
@@ -151,9 +151,9 @@ def open_optimizer_shards(checkpoint: Path, model: ModelConfig) -> SavedOptimize
 
 
 def check_streams(checkpoint: Path, saved: TrainState, now: TrainState) -> None:
-    """Refuse to divide streamed text anew among other ranks. Raises ConfigError."""
+    """Raise ConfigError for a checkpoint of streamed text and another number of data-parallel ranks."""
     if saved.data_size != now.data_size and load_streams(checkpoint, 0) is not None:
         raise ConfigError(
-            f"{checkpoint} was saved with {saved.data_size} data-parallel ranks, each in a place of its own in streamed text; "
+            f"{checkpoint} was saved with {saved.data_size} data-parallel ranks, each at its own position in streamed text; "
             f"this run has {now.data_size}. Start with {saved.data_size} to continue it."
         )
