@@ -73,7 +73,7 @@ def test_missing_data(refused: Launch, tmp_path: Path) -> None:
     assert "python tools/preprocess_data.py" in message
 
 
-def test_a_data_path_that_is_nearly_right(refused: Launch, data: str) -> None:
+def test_a_data_path_with_a_typo(refused: Launch, data: str) -> None:
     assert f"did you mean {data}?" in refused("--data.path", data.removesuffix("_text_document"))
 
 
@@ -84,7 +84,7 @@ def test_unfinished_data(refused: Launch, data: str, tmp_path: Path) -> None:
     assert "preprocessing did not finish" in message and "--overwrite" in message
 
 
-def test_a_vocabulary_that_does_not_fit(refused: Launch) -> None:
+def test_a_vocabulary_that_is_too_small(refused: Launch) -> None:
     message = refused("--model.vocab_size", "200")
     assert "token ids up to 256" in message
     assert "model.vocab_size is 200; set model.vocab_size to 257 or more" in message
@@ -96,7 +96,7 @@ def test_a_sequence_longer_than_the_data(refused: Launch) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_no_place_to_write(refused: Launch, tmp_path: Path, rank: int) -> None:
+def test_an_unwritable_folder(refused: Launch, tmp_path: Path, rank: int) -> None:
     (tmp_path / "file").write_text("")
     message = refused("--train.save_dir", str(tmp_path / "file" / "run"), rank=rank, ranks=2)
     if rank == 0:
@@ -106,12 +106,12 @@ def test_no_place_to_write(refused: Launch, tmp_path: Path, rank: int) -> None:
         )
 
 
-def test_resume_from_nowhere(refused: Launch, tmp_path: Path) -> None:
+def test_resume_from_a_missing_checkpoint(refused: Launch, tmp_path: Path) -> None:
     assert f"{tmp_path}/gone: no such folder. Give a run's folder" in refused("--train.resume", str(tmp_path / "gone"))
 
 
 def saved_run(folder: Path, data: str, model: dict[str, Any] | None = None, **state: Any) -> Path:
-    """A run's folder with one checkpoint, as far as it is read before the ranks meet."""
+    """A run's folder with one checkpoint, with the files that are read before the rendezvous."""
     from megatronish.config.model import ModelConfig
     from megatronish.data.samples.dataset import open_dataset
     from megatronish.training.snapshot import copy_tokenizer
@@ -155,12 +155,12 @@ def test_a_checkpoint_of_another_run(
     assert "or begin afresh with --train.resume never and another --train.save_dir" in message
 
 
-def test_never_resuming_among_checkpoints(refused: Launch, data: str, tmp_path: Path) -> None:
+def test_never_resuming_with_checkpoints_in_the_folder(refused: Launch, data: str, tmp_path: Path) -> None:
     saved_run(tmp_path, data)
     assert "already holds checkpoints" in refused("--train.resume", "never")
 
 
-def test_torn_checkpoints(refused: Launch, data: str, tmp_path: Path) -> None:
+def test_truncated_checkpoints(refused: Launch, data: str, tmp_path: Path) -> None:
     checkpoint = saved_run(tmp_path, data)
     (checkpoint / "state.json").write_text('{"step": 2')
     assert f"{checkpoint}: state.json has 10 bytes, not " in refused(lines=3)
@@ -180,7 +180,7 @@ def test_a_copy_of_a_checkpoint_without_training_state(refused: Launch, data: st
 
 
 def test_another_tokenizer_than_the_checkpoints(refused: Launch, data: str, tmp_path: Path) -> None:
-    """Token ids that mean something else, though they fit the vocabulary."""
+    """Token ids of another tokenizer, though they fit the vocabulary."""
     checkpoint = saved_run(tmp_path, data)
     record = checkpoint / "tokenizer_record.json"
     known = json.loads(record.read_text())

@@ -43,7 +43,7 @@ class Launched:
 
 
 def commands(port: int) -> dict[str, list[str]]:
-    """What stands before `launchers/pretrain.py`: two ranks each, and one of plain python."""
+    """The command before `launchers/pretrain.py`: two ranks each, one for plain python."""
     mpi = ["--allow-run-as-root"] + (["--oversubscribe"] if len(os.sched_getaffinity(0)) < 2 else [])
     return {
         "python": [sys.executable],
@@ -54,7 +54,7 @@ def commands(port: int) -> dict[str, list[str]]:
 
 
 def launch(launcher: str, folder: Path, *words: str) -> Launched:
-    """Run the launcher as a user's shell would: without what the tests' own process has settled."""
+    """Run the launcher as from a user's shell: without the variables that the tests' own process has set."""
     if launcher == "mpirun":
         pytest.importorskip("mpi4py")
         if not (BIN / "mpirun").exists():
@@ -95,8 +95,8 @@ def launched(folder: Path) -> Callable[[str], Launched]:
 
 
 @pytest.mark.parametrize("launcher", ["python", "torchrun", "mpirun", "deepspeed"])
-def test_same_run(launcher: str, launched: Callable[[str], Launched], folder: Path) -> None:
-    """Two ranks give the same bits whoever starts them; one rank with the same samples differs by rounding.
+def test_every_launcher_trains_the_same_run(launcher: str, launched: Callable[[str], Launched], folder: Path) -> None:
+    """Two ranks are bit-identical under all launchers; one rank with the same samples differs by rounding.
 
     A sum of 128 fp32 losses in another order differs by some 1e-7; three AdamW steps later 1e-5 still holds (measured: 1e-7).
     """
@@ -112,7 +112,7 @@ def test_same_run(launcher: str, launched: Callable[[str], Launched], folder: Pa
 
 
 @pytest.mark.parametrize("launcher", ["python", "mpirun"])
-def test_what_a_run_leaves(launcher: str, launched: Callable[[str], Launched], folder: Path) -> None:
+def test_files_of_a_run(launcher: str, launched: Callable[[str], Launched], folder: Path) -> None:
     """The resolved configuration, which runs again as it is, and a checkpoint of the last step."""
     result = launched(launcher)
     saved = RunConfig.load(result.run_dir / "run.json")
@@ -138,7 +138,7 @@ def test_print_config_prints_the_resolved_configuration_only(folder: Path) -> No
 def test_a_finished_run_has_nothing_left_to_do(
     launched: Callable[[str], Launched], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same command again reports it and changes nothing."""
+    """The same command reports it and changes nothing."""
     run_dir = launched("python").run_dir
     metrics = (run_dir / "metrics.jsonl").read_text()
     with monkeypatch.context() as patch:
@@ -161,7 +161,7 @@ def test_bad_input_over_two_ranks(launcher: str, folder: Path) -> None:
 
 
 def test_bad_input_under_torchrun(folder: Path) -> None:
-    """torchrun adds a report of its own about the ranks that ended, which has their status."""
+    """torchrun adds its own report with the exit status of the ranks."""
     result = launch("torchrun", folder, "--train.stepz", "5")
     messages = [line for line in result.err.splitlines() if line.startswith("error: ")]
     assert len(messages) == 1 and 'Did you mean "train.steps"?' in messages[0]

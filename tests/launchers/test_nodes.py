@@ -133,14 +133,14 @@ def test_deepspeed_with_a_hostfile(expected: list[float], folder: Path) -> None:
 
 
 def rank_process(run: Path, rank: int) -> int:
-    """The pid that a rank's watchdog has written down."""
+    """The pid in the file of a rank's watchdog."""
     first = (run / "stacks" / f"rank-{rank:05d}.txt").read_text().splitlines()[0]
     return int(first.rpartition("pid ")[2].rstrip(")"))
 
 
 @pytest.fixture
 def stopped(folder: Path) -> Iterator[tuple[list[subprocess.Popen[str]], int]]:
-    """Two nodes under torchrun, training on and on, of which a rank has been stopped; its pid."""
+    """Two nodes under torchrun that train without end, with one rank stopped by a signal; its pid."""
     words = ["--train.steps", "100000", "--train.save_interval", "100000", "--train.hang_timeout", "5"]
     agents = torchrun_agents(folder, "stopped", *words, "--data.num_workers", "1")
     deadline = time.monotonic() + LIMIT_SECONDS

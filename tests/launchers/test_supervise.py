@@ -62,19 +62,19 @@ def test_a_crash_loop_stops(tmp_path: Path) -> None:
     assert log[-1]["final"] == "4 attempts in a row without a newer checkpoint"
 
 
-def test_progress_begins_the_count_anew(tmp_path: Path) -> None:
+def test_progress_resets_the_count(tmp_path: Path) -> None:
     """Two crashes, one after a checkpoint, two crashes: with at most one retry in a row the third without progress ends it."""
     status, log = supervised(tmp_path, "save('a') if turn == 1 else None\nsys.exit(3)", retries=1)
     assert status == 3 and [each["checkpoint"] for each in log] == [None, "a", "a"]
 
 
 @pytest.mark.parametrize(("status", "why"), [(2, "fix"), (76, "asked to stop, saved"), (130, "Ctrl-C")])
-def test_what_is_not_started_again(status: int, why: str, tmp_path: Path) -> None:
+def test_final_statuses_are_not_restarted(status: int, why: str, tmp_path: Path) -> None:
     found, log = supervised(tmp_path, f"sys.exit({status})")
     assert (found, len(log)) == (status, 1) and why in log[0]["final"]
 
 
-def test_a_lost_run_is_started_again(tmp_path: Path) -> None:
+def test_a_lost_run_is_restarted(tmp_path: Path) -> None:
     assert supervised(tmp_path, "sys.exit(75 if turn == 0 else 0)")[0] == 0
 
 
@@ -144,7 +144,7 @@ def test_the_run_folder_is_read_from_the_command(tmp_path: Path) -> None:
         run_folder(["deepspeed", "launchers/pretrain.py"])
 
 
-def test_a_command_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_command(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     assert Supervisor(["no-such-command"], tmp_path / "run", 3, 0.01, 0.01).run() == 2
     assert len(attempts(tmp_path)) == 1

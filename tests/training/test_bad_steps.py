@@ -46,7 +46,7 @@ def break_loss(model: Any, value: float) -> Callable[[], None]:
 
 
 def break_gradient(model: Any, value: float) -> Callable[[], None]:
-    """Put `value` into one number of a gradient of this rank's next backward pass; the loss stays what it is."""
+    """Set one element of a gradient of this rank's next backward pass to `value`; the loss is unchanged."""
     weight = next(p for p in model.parameters() if p.requires_grad)
 
     def broken(gradient: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,7 @@ def steps_of_engine(rank: int, config: RunConfig, data_size: int, fault: str | N
 
 
 def compare(rank: int, config: RunConfig, data_size: int, faults: list[str]) -> dict[str, list[Any]]:
-    """The steps once for each fault and once without, in one process a rank; where they end must be the same bits."""
+    """Run the steps with each fault and without; their final states must be bit-identical."""
     without = steps_of_engine(rank, config, data_size, None)
     results = {}
     for fault in faults:

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.distributed
 
 
 def save_llama(folder: Path) -> PreTrainedModel:
-    """A Llama of bytes, in three files, its weights large enough that its loss is nobody else's."""
+    """A Llama of bytes, in three files, with weights so large that no other model has its loss."""
     torch.manual_seed(5)
     config = LlamaConfig(
         vocab_size=257,
@@ -80,7 +80,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 @torch.no_grad()
 def first_loss(model: Any, config: RunConfig, data_size: int) -> float:
-    """Mean loss of transformers on the tokens of the run's first step, 2 micro batches a data-parallel rank."""
+    """Mean loss of transformers on the tokens of the run's first step, 2 micro batches per data-parallel rank."""
     total, count = 0.0, 0
     for rank in range(data_size):
         loader = rank_loader(config, rank, data_size)
@@ -94,7 +94,7 @@ def first_loss(model: Any, config: RunConfig, data_size: int) -> float:
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
-def test_the_first_loss_is_the_models_own(layout: str, tmp_path: Path) -> None:
+def test_the_first_loss_equals_that_of_transformers(layout: str, tmp_path: Path) -> None:
     """And after three steps the checkpoint, whatever the layout, is exported unchanged."""
     data, theirs = make_dataset(tmp_path), save_llama(tmp_path / "hf")
     ranks, _, parallel = LAYOUTS[layout]
@@ -127,7 +127,7 @@ def test_a_resumed_run_uses_its_own_checkpoint(tmp_path: Path) -> None:
     assert list(found) == [1, 2, 3] and found[3] < found[1] - 1e-3  # not the weights of the folder once more
 
 
-def test_what_does_not_fit_is_refused_before_the_ranks_meet(tmp_path: Path) -> None:
+def test_mismatches_are_rejected_before_the_rendezvous(tmp_path: Path) -> None:
     data = make_dataset(tmp_path)
     save_llama(tmp_path / "hf")
     config, rank = run_from(tmp_path / "hf", data, tmp_path / "run", "zero1"), Rank(0, 1, 0, 1, "test")

@@ -74,7 +74,7 @@ def test_bf16_is_as_far_from_fp32_as_with_logits() -> None:
         assert errors[1][name] <= 1.2 * error + 1e-3, name
 
 
-def test_nobody_to_compute_it() -> None:
+def test_linear_cross_entropy_without_an_implementation_is_an_error() -> None:
     model = Transformer(CONFIG, KernelConfig(cross_entropy="linear"))
     assert model(TOKENS[:, :-1]).shape == (4, 64, 1000)  # logits as ever
     with pytest.raises(
@@ -89,7 +89,7 @@ def test_nobody_to_compute_it() -> None:
     [(2, {}), (3, {}), (1, {"tensor": 2}), (1, {"tensor": 2, "tensor_sequence": True}), (1, {"sequence": 2})],
     ids=["zero2", "zero3", "tensor", "tensor sequence", "sequence"],
 )
-def test_the_engine_takes_deepspeed_s(stage: int, parallel: dict[str, Any], tmp_path: Path) -> None:
+def test_the_engine_uses_the_one_of_deepspeed(stage: int, parallel: dict[str, Any], tmp_path: Path) -> None:
     """Two ranks with tied embeddings (under ZeRO-3 the head gathers a weight that it does not own), 10 steps; a vocabulary of
     257 rows divided over them, or the tokens."""
     data, size = make_dataset(tmp_path), 1 if parallel else 2

@@ -18,7 +18,9 @@ small = st.integers(1, 64)
 
 
 @given(micro=small, accumulation=small, data_size=small, sample=st.integers(1, 10**6), budget=st.integers(1, 10**8))
-def test_samples_of_a_step_stay(micro: int, accumulation: int, data_size: int, sample: int, budget: int) -> None:
+def test_smaller_micro_batches_keep_the_samples_per_step(
+    micro: int, accumulation: int, data_size: int, sample: int, budget: int
+) -> None:
     """The same samples per step, within the budget where one sample is, and no smaller than needed."""
     plan = BatchPlan(micro, accumulation, data_size)
     fitted = fit_micro_batch(plan, sample, budget)
@@ -39,7 +41,7 @@ def test_next_divisor(budget: int, expected: tuple[int, int]) -> None:
 
 
 def test_ranks_share_the_memory_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice the ranks on a machine leave each half: the same micro batch needs twice the memory."""
+    """Twice the ranks on a machine have half the memory each."""
     model = resolve_model({"preset": "tiny"})
     sample = activation_bytes_per_token(model, "fp32", "none") * model.seq_length
     plan = BatchPlan(8, 1, 2)

@@ -70,7 +70,7 @@ def test_lion(betas: tuple[float, float], decay: float) -> None:
         torch.testing.assert_close(params[index].detach(), expected, rtol=0, atol=1e-12)
 
 
-def test_lion_leaves_gradients_and_idle_parameters_alone() -> None:
+def test_lion_changes_neither_gradients_nor_parameters_without_one() -> None:
     used, idle = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
     used.grad = torch.tensor([1.0, -2.0, 0.0])
     optimizer = Lion([used, idle], lr=0.5, weight_decay=0.1)
@@ -81,7 +81,7 @@ def test_lion_leaves_gradients_and_idle_parameters_alone() -> None:
     assert idle not in optimizer.state
 
 
-def test_lion_refuses_what_cannot_be() -> None:
+def test_lion_rejects_invalid_settings() -> None:
     with pytest.raises(ValueError, match=r"lr 0 must be > 0"):
         Lion([torch.ones(1)], lr=0)
     with pytest.raises(ValueError, match=r"betas \(0.9, 1.0\) in \[0, 1\)"):

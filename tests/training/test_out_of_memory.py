@@ -53,7 +53,7 @@ def run_config(data: str, folder: Path, layout: str, micro: int, train: dict[str
 
 
 def pretrain_short_of_memory(rank: int, config: RunConfig, step: int) -> int:
-    """Train; rank 1 has no memory for the second micro batch of the step after `step` steps, the first time."""
+    """Train; rank 1 runs out of memory once, in the second micro batch of the step after `step` steps."""
     from megatronish.errors import exit_on_user_error
     from megatronish.training.engine import Engine
     from megatronish.training.loop import pretrain
@@ -84,8 +84,8 @@ def same_weights(one: Path, other: Path, step: int = 6) -> bool:
 
 
 @pytest.mark.parametrize("layout", ["zero0", "zero2-offload-bf16"])
-def test_one_rank_runs_out_and_all_take_smaller_micro_batches(layout: str, data: str, tmp_path: Path) -> None:
-    """In step 4: it is repeated in micro batches of 2, and the run ends in the bits of one resumed there with 2."""
+def test_one_rank_out_of_memory_reduces_the_micro_batch_on_all(layout: str, data: str, tmp_path: Path) -> None:
+    """In step 4: it is repeated in micro batches of 2, and the run ends bit-identical to one resumed there with 2."""
     short, other = (run_config(data, tmp_path / name, layout, 4) for name in ("short", "other"))
     assert run_ranks(2, pretrain_short_of_memory, short, 3, group=False) == [0, 0]
     run_ranks(2, pretrain_rank, other, 2, group=False)
@@ -114,8 +114,8 @@ def test_recomputation_comes_first_where_it_is_cheaper(data: str, tmp_path: Path
     assert same_weights(tmp_path / "short", tmp_path / "full")
 
 
-def test_the_largest_micro_batch_is_tried_before_the_first_step(data: str, tmp_path: Path) -> None:
-    """A budget that holds 2 samples and not 4: the run is that of micro batches of 2, from its first step."""
+def test_the_dry_run_reduces_the_micro_batch_before_the_first_step(data: str, tmp_path: Path) -> None:
+    """A budget for 2 samples, not 4: the run equals one with micro batches of 2 from its first step."""
     module = Transformer(ModelConfig(**{**MODEL, **DROPOUT}), seed=1)
     module.set_activation_checkpointing("full")
     used = {}
@@ -135,7 +135,7 @@ def test_the_largest_micro_batch_is_tried_before_the_first_step(data: str, tmp_p
     assert same_weights(tmp_path / "tight", tmp_path / "small")
 
 
-def test_a_budget_below_anything_is_refused(data: str, tmp_path: Path) -> None:
+def test_a_budget_that_nothing_fits_is_an_error(data: str, tmp_path: Path) -> None:
     config = run_config(data, tmp_path / "run", "zero1", 4, {**KEEP_ALL, "memory_budget": 1e-6})
     ranks = start_ranks(2, tmp_path, pretrain_short_of_memory, config, 99)
     assert ranks.wait() == {0: 2, 1: 2}, ranks.output(0)
@@ -145,15 +145,15 @@ def test_a_budget_below_anything_is_refused(data: str, tmp_path: Path) -> None:
 
 
 def test_zero3_reports_what_to_do(data: str, tmp_path: Path) -> None:
-    """There ranks wait for each other inside the forward pass: one message, status 2 on all, nobody hangs."""
+    """ZeRO-3 ranks communicate inside the forward pass: one message, status 2 on all ranks, none hangs."""
     config = run_config(data, tmp_path / "run", "zero3-bf16", 4)
     ranks = start_ranks(2, tmp_path, pretrain_short_of_memory, config, 1)
     assert ranks.wait() == {0: 2, 1: 2}, ranks.output(0) + ranks.output(1)
     assert "no memory for a micro batch of 4 on rank 1 (the test's). Halve --train_micro_batch" in ranks.output(0)
 
 
-def test_what_a_forward_pass_keeps_is_counted() -> None:
-    """x @ w: x and nothing else; twice the same x counts once; a block that is computed again keeps its input alone."""
+def test_saved_activations_are_counted() -> None:
+    """x @ w saves x only; the same x twice counts once; a recomputed block saves only its input."""
     linear = torch.nn.Linear(16, 8, bias=False)
     x = torch.randn(4, 16)
     budget = ActivationBudget(linear, None)

@@ -12,14 +12,14 @@ from megatronish.training.schedules import learning_rate_multiplier
 
 
 def multipliers(total: int, **fields: object) -> list[float]:
-    """The share at each step of a run."""
+    """The multiplier at each step of a run."""
     schedule = ScheduleConfig.model_validate(fields)
     return [learning_rate_multiplier(step, total, schedule) for step in range(total)]
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
 def test_warmup_is_linear_and_reaches_the_peak(kind: str) -> None:
-    """Step k (from 0) of a warmup of 4 has (k+1)/4; the first rate is not 0, so that no step is without effect."""
+    """Step k (from 0) of a warmup of 4 has (k+1)/4; the first multiplier is not 0, so that every step has an effect."""
     assert multipliers(20, type=kind, warmup_steps=4)[:4] == [0.25, 0.5, 0.75, 1.0]
     assert multipliers(20, type=kind, warmup_steps=1)[0] == 1.0
 

@@ -26,7 +26,7 @@ STEPS = 6
 
 
 def at_step(step: int, act: Any) -> None:
-    """Have `act` called in this process when its loop has done `step` steps and begins the next."""
+    """Call `act` in this process after `step` steps, at the beginning of the next."""
     from megatronish.training.loop import Trainer
 
     original = Trainer.next_step
@@ -44,7 +44,7 @@ def send(number: signal.Signals) -> Any:
 
 
 def pretrain_rank(rank: int, world: int, config: RunConfig, asked: int, number: signal.Signals, times: int = 1) -> int:
-    """Train; rank `asked` is sent the signal in step 3, `times` times."""
+    """Train; rank `asked` receives the signal `times` times in step 3."""
     from megatronish.errors import exit_on_user_error
     from megatronish.training.loop import pretrain
 
@@ -64,7 +64,7 @@ def run_config(folder: Path, name: str, changes: dict[str, Any] | None = None) -
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
-def test_one_rank_is_asked_and_all_save_and_stop(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(number: signal.Signals, tmp_path: Path) -> None:
     """Only rank 1 receives the signal in step 3: both save after it, exit with 76, and the run resumes bit-identically."""
     stopped = run_config(tmp_path, "stopped")
     ranks = start_ranks(2, tmp_path, pretrain_rank, 2, stopped, 1, number)
@@ -90,8 +90,8 @@ def train_again(rank: int, config: RunConfig) -> int:
     return pretrain(config, Rank(rank, 2, rank, 2, "test"))
 
 
-def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
-    """Nothing is saved any more, and the other rank ends, too."""
+def test_a_second_ctrl_c_exits_immediately(tmp_path: Path) -> None:
+    """Nothing is saved, and the other rank exits, too."""
     config = run_config(tmp_path, "run")
     ranks = start_ranks(2, tmp_path, pretrain_rank, 2, config, 0, signal.SIGINT, 2)
     statuses = ranks.wait()
@@ -101,7 +101,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_the_time_limit_saves_before_it(tmp_path: Path) -> None:
-    """A limit that is over when the first step is done: one step, saved, 76."""
+    """A limit that is exceeded by the first step: one step, a checkpoint, status 76."""
     config = run_config(tmp_path, "run")
     raw = config.to_json()
     raw["megatronish"]["train"]["time_limit"] = 1e-6
@@ -110,7 +110,7 @@ def test_the_time_limit_saves_before_it(tmp_path: Path) -> None:
     assert f"stopped by {OUT_OF_TIME} after step 1, saved" in ranks.output(0)
 
 
-def test_what_is_asked_is_remembered_and_handlers_are_given_back() -> None:
+def test_signals_are_recorded_and_handlers_restored() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     with StopRequests() as stops:
         assert stops.reason is None
@@ -126,7 +126,7 @@ def test_what_is_asked_is_remembered_and_handlers_are_given_back() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
 
 
-def test_room_is_left_for_a_step_and_the_save(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_limit_leaves_time_for_a_step_and_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """100 s: a save of 20 s (times 1.5) and steps of 5 s (times 2) mean stopping at 60 s."""
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
@@ -142,8 +142,8 @@ def test_room_is_left_for_a_step_and_the_save(monkeypatch: pytest.MonkeyPatch) -
     assert stops.reason == OUT_OF_TIME
 
 
-def test_setting_the_clock_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A year forward and back: the time that is left stays what it was."""
+def test_the_time_limit_ignores_changes_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A year forward and back: the remaining time is unchanged."""
     stops = StopRequests(3600.0)
     for jump in (3.2e7, -3.2e7):
         wall = time.time() + jump
@@ -151,7 +151,7 @@ def test_setting_the_clock_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         assert stops.reason is None
 
 
-def test_the_earlier_of_the_limit_and_slurms_end_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_earlier_of_time_limit_and_slurm_end_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: 5000.0)
     assert seconds_left(None, {}) is None
     assert seconds_left(0.5, {}) == 1800.0

@@ -96,7 +96,7 @@ def test_what_a_stream_cannot_do_is_an_error(tmp_path: Path) -> None:
 
 
 def test_stream_states_on_the_disk(tmp_path: Path) -> None:
-    """None without streams; a file that cannot be read ends the run before it would read other text."""
+    """None without streams; an unreadable file is an error, so that no other text is read instead."""
     save_streams(tmp_path, 0, None)
     assert not list(tmp_path.iterdir()) and load_streams(tmp_path, 0) is None
     save_streams(tmp_path, 3, {"parts": {"0": {"byte": 7}}})

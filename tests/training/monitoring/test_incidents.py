@@ -95,7 +95,7 @@ def test_bad_steps_are_skipped_and_the_run_continues(data: str, tmp_path: Path) 
 
 
 def test_a_non_finite_run_ends_after_max_skipped_steps_and_reports_where_it_breaks(data: str, tmp_path: Path) -> None:
-    """A learning rate of 1e30: the first update ruins every weight. Status 2, and the box replays the breakdown."""
+    """A learning rate of 1e30: the first update makes the weights useless. Status 2, and the replay of the box reproduces it."""
     changes = {"optimizer": {"params": {"lr": 1e30}}, "gradient_clipping": 0.0}
     train = {"max_skipped_steps": 3, "save_interval": 1}
     config = run_config(data, tmp_path / "run", train, changes)
@@ -126,7 +126,7 @@ def replay_rank(rank: int, box: Path) -> dict[str, Any]:
     return {"same": same, "broken": found.diagnosis.broken, "report": report, "before": found.steps_before}
 
 
-def test_a_spike_sends_the_run_back_past_its_data(data: str, tmp_path: Path) -> None:
+def test_a_spike_rolls_back_and_skips_its_samples(data: str, tmp_path: Path) -> None:
     """The loss of step 11 is 20 times as high: the run goes back to step 8 and skips steps 10 and 11, like a run that skips them from its start."""
     train = {"steps": 14, "on_spike": "rollback", "spike_window": 8}
     spiky, without = (run_config(data, tmp_path / name, train) for name in ("spiky", "without"))
@@ -140,7 +140,7 @@ def test_a_spike_sends_the_run_back_past_its_data(data: str, tmp_path: Path) -> 
     assert event["kind"] == "spike" and event["score"] > 10 and len(event["losses"]) == 8
 
 
-def test_rollbacks_end(data: str, tmp_path: Path) -> None:
+def test_rollbacks_are_limited(data: str, tmp_path: Path) -> None:
     """Every step from 10 on spikes: one rollback, then the run continues with a warning."""
     train = {"on_spike": "rollback", "spike_window": 8, "max_rollbacks": 1, "spike_steps": 1, "steps": 12}
     config = run_config(data, tmp_path / "run", train)
@@ -153,7 +153,7 @@ def test_rollbacks_end(data: str, tmp_path: Path) -> None:
 
 
 def pretrain_alarmed(rank: int, config: RunConfig) -> None:
-    """Train with an alarm that goes off at step 11, whose loss is an ordinary one."""
+    """Train with a false alarm at step 11, whose loss is an ordinary one."""
     from megatronish.training import recovery
 
     recovery.spike_score = lambda losses, loss: 99.0 if len(losses) == 10 else 0.0
@@ -161,7 +161,7 @@ def pretrain_alarmed(rank: int, config: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_good_step_replays_to_the_bit(stage: int, data: str, tmp_path: Path) -> None:
+def test_replay_of_a_step_is_bit_identical(stage: int, data: str, tmp_path: Path) -> None:
     """Two steps from the checkpoint in the box, which the run itself no longer has: batches and loss are the recorded ones."""
     changes = {"zero_optimization": {"stage": stage}}
     config = run_config(data, tmp_path / "run", {"steps": 16, "keep_last": 1}, changes)
@@ -174,7 +174,7 @@ def test_a_good_step_replays_to_the_bit(stage: int, data: str, tmp_path: Path) -
 
 
 def test_the_first_module_to_break_is_named() -> None:
-    """inf in one weight of the second block: its matrix, and what was sound before it; the gradients are those of backward."""
+    """inf in one weight of the second block: its matrix is named, outputs before it are finite; gradients equal those of backward."""
     model = Transformer(ModelConfig(**MODEL), seed=1)
 
     tokens = torch.randint(257, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -193,7 +193,7 @@ def test_the_first_module_to_break_is_named() -> None:
     assert found.outputs["blocks.0"] == sound.outputs["blocks.0"] and "embedding.weight" in found.broken_gradients
 
 
-def test_the_robust_score() -> None:
+def test_spike_score() -> None:
     """Median 2, median absolute deviation 0.1: a loss of 3 is 1 / 0.14826 deviations above."""
     losses = [1.8, 1.9, 1.9, 2.0, 2.0, 2.0, 2.1, 2.1, 2.2]
     assert spike_score(losses, 3.0) == pytest.approx(1 / 0.14826)
@@ -220,7 +220,7 @@ def test_bad_steps_are_counted_in_a_row() -> None:
     "changes", [{}, {"pack": False}, {"order": "megatron"}], ids=["packed", "unpacked", "megatron"]
 )
 def test_documents_of_a_sample(changes: dict[str, Any], data: str, tmp_path: Path) -> None:
-    """Every document named has the tokens that the sample has of it."""
+    """The documents of a sample contain its tokens."""
     config = small_run(data, tmp_path, {"megatronish": {"data": changes}}).megatronish
     run = open_training_data(config.data, seq_length=32, vocab_size=257, seed=1, samples=40, group=8)
     reader = run.datasets[0].reader

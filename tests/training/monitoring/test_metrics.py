@@ -74,7 +74,7 @@ def test_no_gradient_norm_and_no_peak(tmp_path: Path, now: list[float]) -> None:
     assert "MFU" not in out.getvalue() and "grad" not in out.getvalue()
 
 
-def test_pauses_are_left_out_of_rates(tmp_path: Path, now: list[float]) -> None:
+def test_rates_exclude_pauses(tmp_path: Path, now: list[float]) -> None:
     """A validation of 100 s between two reports: 1,000 tokens in 2 + 3 seconds of training are 200 per second."""
     out = io.StringIO()
     monitor = Monitor(run_of(), tmp_path, 0, 6.0, None, CPU, out)
@@ -144,7 +144,7 @@ def test_clock(seconds: float, shown: str) -> None:
 
 
 def test_a_resumed_run_drops_what_it_will_write_again(tmp_path: Path) -> None:
-    """Lines past the resumed step, a last line cut short by a kill, and lines that are no metrics."""
+    """Lines past the resumed step, a last line truncated by a kill, and lines that are not metrics."""
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": float(step)}) for step in (1, 2, 3, 4)]
     path.write_text("\n".join([lines[0], "", lines[1], '{"loss": 3}', "7", lines[2], lines[3], '{"step": 2, "lo']))
@@ -157,7 +157,7 @@ def test_a_resumed_run_drops_what_it_will_write_again(tmp_path: Path) -> None:
     assert path.read_text() == "", "a run that begins again begins its metrics again"
 
 
-def test_a_kill_while_lines_are_dropped_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_during_the_rewrite_loses_no_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
 
@@ -188,7 +188,7 @@ def test_tensorboard_shows_the_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("resumed", [10, 0])
-def test_tensorboard_forgets_the_steps_that_are_done_again(resumed: int, tmp_path: Path) -> None:
+def test_tensorboard_drops_steps_that_are_repeated(resumed: int, tmp_path: Path) -> None:
     """After a kill at step 30, from a checkpoint at 10 and from none at all."""
     first = TensorBoard(tmp_path, resumed_step=0)
     for step in (10, 20, 30):
@@ -255,7 +255,7 @@ def test_wandb_offline_writes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert written["megatronish"]["train"]["steps"] == 100
 
 
-def test_wandb_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(
         ConfigError, match="log.wandb is 'online' and wandb is not installed: pip install wandb, or --log.wandb off"
