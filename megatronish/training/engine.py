@@ -95,6 +95,8 @@ def start_process_group(
     Raises UserError when the port of the rendezvous is taken, a rank is missing, or this machine has no GPU for this rank.
     """
     deepspeed_logger.setLevel(logging.WARNING)
+    # Recovery reports these steps.
+    deepspeed_logger.addFilter(lambda record: "Gradients are non-finite" not in record.getMessage())
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # deepspeed's calls, not ours
     on_cpu = device().type == "cpu"
     if on_cpu:
