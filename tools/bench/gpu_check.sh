@@ -192,8 +192,7 @@ bench() {
   local size=(--dtypes bf16 fp32 --widths 1024 4096)
   [[ -n $REHEARSAL ]] &&
     size=(--device cpu --ops rms_norm --dtypes fp32 --widths 128 --mib 1 --copy-mib 1 --repeats 2 --no-host-row)
-  stage bench 420 "$PYTHON" tools/bench/ops.py "${size[@]}" --bars --json "$RESULTS/bench_ops.json" \
-    --plot "$RESULTS/bench_ops.png"
+  stage bench 420 "$PYTHON" tools/bench/ops.py "${size[@]}" --bars --json "$RESULTS/bench_ops.json"
   cp "$WORK/logs/bench.log" "$RESULTS/bench_ops.txt"
 }
 

@@ -40,9 +40,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    parser.add_argument("--bars", action="store_true", help="say which demands on the fused operators are met")
+    parser.add_argument("--bars", action="store_true", help="print which performance bars the fused operators meet")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--plot", type=Path, help="write a picture (PNG) here")
     options = parser.parse_args(arguments)
     if min(options.widths) < 128 or any(width % 128 for width in options.widths):
         parser.error(f"--widths {options.widths}: heads have 128 channels, so each width is a multiple of 128")

@@ -56,7 +56,6 @@ PEERS = {"transformers": "pip install transformers", "litgpt": "pip install litg
 NAMES = (
     "megatronish fused",
     "megatronish fused, compiled blocks",
-    "megatronish compiled",
     "megatronish reference",
     "transformers eager",
     "transformers compiled",
@@ -359,55 +358,6 @@ def profile_in_turn(
     return found
 
 
-def plot_speeds(results: list[Result], path: Path) -> None:
-    """Bars of tokens a second, a group an implementation and a bar a dtype."""
-    axes, figure = _axes(len({r.implementation for r in results}))
-    names, dtypes = (list(dict.fromkeys(getattr(r, field) for r in results)) for field in ("implementation", "dtype"))
-    for r in results:
-        x = names.index(r.implementation) + 0.8 * dtypes.index(r.dtype) / len(dtypes)
-        error = [[r.tokens_per_second * (1 - r.median / r.p90)], [r.tokens_per_second * (r.median / r.p10 - 1)]]
-        axes.bar(x, r.tokens_per_second, 0.8 / len(dtypes), color=f"C{dtypes.index(r.dtype)}", yerr=error)
-    axes.legend(handles=[_patch(f"C{i}", dtype) for i, dtype in enumerate(dtypes)], fontsize=7)
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)
-    axes.set_ylabel("tokens/s")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
-def plot_profile(found: dict[str, dict[str, float]], path: Path) -> None:
-    """Stacked bars: where a step's milliseconds go."""
-    axes, figure = _axes(len(found))
-    for x, row in enumerate(found.values()):
-        bottom = 0.0
-        for i, kind in enumerate(KINDS):
-            axes.bar(x, row[kind], 0.7, bottom=bottom, color=f"C{i}" if i < 10 else "black")
-            bottom += row[kind]
-    handles = [_patch(f"C{i}" if i < 10 else "black", kind) for i, kind in enumerate(KINDS)]
-    axes.legend(
-        handles=handles[::-1], fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0)
-    )  # as the bars are stacked
-    axes.set_xticks(range(len(found)), list(found), rotation=30, ha="right", fontsize=7)
-    axes.set_ylabel("ms a step")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
-def _axes(bars: int) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.1 * bars), 5.0))
-    return axes, figure
-
-
-def _patch(color: str, label: str) -> Any:
-    from matplotlib.patches import Patch
-
-    return Patch(color=color, label=label)
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -424,8 +374,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--plot", type=Path, help="write a picture (PNG) of the speeds here")
-    parser.add_argument("--profile", type=Path, metavar="PNG", help="profile as well; write a picture here (CPU only)")
+    parser.add_argument("--profile", action="store_true", help="also profile where the time of a step goes (CPU only)")
     parser.add_argument("--profile-steps", type=int, default=3)
     options = parser.parse_args(arguments)
     unknown = set(options.only) - set(NAMES)
@@ -441,7 +390,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     # Kernels of compiled graphs get names in the profile.
-    inductor_config.cpp.enable_kernel_profile = options.profile is not None
+    inductor_config.cpp.enable_kernel_profile = options.profile
     config = ModelConfig(
         vocab_size=options.vocab,
         num_layers=options.layers,
@@ -470,10 +419,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         figures = {"results": [asdict(result) for result in results], "profile_ms": profiles}
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    if options.plot:
-        plot_speeds(results, options.plot)
-    if options.profile:
-        plot_profile(profiles, options.profile)
     return 0
 
 

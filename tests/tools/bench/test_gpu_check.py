@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "tools/bench/gpu_check.sh"
 pytestmark = pytest.mark.skipif(
     shutil.which("setsid") is None or shutil.which("timeout") is None, reason="needs setsid and timeout (Linux)"

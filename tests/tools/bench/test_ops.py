@@ -18,11 +18,11 @@ import torch
 
 from megatronish.ops.extension import EXTENSION
 from tools.bench.operators import run as bench_run
-from tools.bench.operators.bars import Verdict, judge
+from tools.bench.operators.bars import BarResult, judge
 from tools.bench.operators.operators import operators
 from tools.bench.operators.timing import summarise
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 needs_kernels = pytest.mark.skipif(not EXTENSION.cpu, reason=EXTENSION.cpu_problem or "built")
 
 
@@ -66,7 +66,7 @@ def test_the_command_line_names_every_operator(tool: ModuleType) -> None:
 @pytest.mark.slow
 @needs_kernels
 def test_bench_ops(tmp_path: Path) -> None:
-    figures, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    figures = tmp_path / "bench.json"
     small = [
         "--ops",
         "swiglu",
@@ -83,7 +83,7 @@ def test_bench_ops(tmp_path: Path) -> None:
     ]
     small += ["--no-host-row", "--bars"]
     command = [sys.executable, "tools/bench/ops.py", "--device", "cpu", *small]
-    command += ["--json", str(figures), "--plot", str(picture)]
+    command += ["--json", str(figures)]
     result = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
@@ -105,7 +105,6 @@ def test_bench_ops(tmp_path: Path) -> None:
         passes = 3 if r["direction"] == "fwd" else 5
         moved = passes * r["rows"] * r["width"] * 2
         assert r["rows"] == 2048 and r["gb_per_s"] == pytest.approx(moved / r["microseconds"] / 1e3)
-    assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
 @needs_kernels
@@ -251,7 +250,7 @@ def test_bars() -> None:
 
 
 def test_the_bar_of_the_error_is_wider_for_sums_over_rows() -> None:
-    def met(direction: str) -> Verdict:
+    def met(direction: str) -> BarResult:
         return judge(
             "rms_norm",
             direction,

@@ -10,7 +10,7 @@ import pytest
 
 from megatronish.ops.extension import EXTENSION
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SMALL = [
     "--layers",
     "2",
@@ -42,9 +42,9 @@ def _bench(*arguments: str) -> "subprocess.CompletedProcess[str]":
 def test_table_figures_and_profile(tmp_path: Path) -> None:
     """litgpt, which the development environment lacks, is said to be missing; its shapes are those of transformers."""
     names = ["megatronish reference", "megatronish fused", "transformers eager", "litgpt eager"]
-    figures, speeds, kinds = (tmp_path / name for name in ("f.json", "speeds.png", "kinds.png"))
-    pictures = ["--json", str(figures), "--plot", str(speeds), "--profile", str(kinds), "--profile-steps", "2"]
-    result = _bench("--dtypes", "fp32", "bf16", "--rounds", "3", "--only", *names, *pictures)
+    figures = tmp_path / "f.json"
+    outputs = ["--json", str(figures), "--profile", "--profile-steps", "2"]
+    result = _bench("--dtypes", "fp32", "bf16", "--rounds", "3", "--only", *names, *outputs)
     assert result.returncode == 0, result.stderr
     expected = [name for name in names if EXTENSION.cpu or "fused" not in name]
     if importlib.util.find_spec("litgpt") is None:
@@ -66,7 +66,6 @@ def test_table_figures_and_profile(tmp_path: Path) -> None:
         for kind in ("matmul", "attention", "norm + residual", "rope + layout", "swiglu", "cross-entropy", "optimizer"):
             assert row[kind] > 0, (name, kind)
         assert row["fused by compiler"] == 0
-    assert speeds.read_bytes()[:4] == kinds.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_different_model_is_found_out() -> None:
@@ -92,5 +91,5 @@ def test_messages() -> None:
     result = _bench("--only", "megatronish fast")
     assert result.returncode == 2
     assert "--only: unknown ['megatronish fast']: choose from megatronish fused, " in result.stderr
-    result = _bench("--device", "cuda", "--profile", "x.png")
+    result = _bench("--device", "cuda", "--profile")
     assert result.returncode == 2 and "--profile looks at operators on a CPU: add --device cpu" in result.stderr

@@ -66,7 +66,7 @@ BARS: tuple[Bar, ...] = (
 
 
 @dataclass(frozen=True)
-class Verdict:
+class BarResult:
     """One demand: what was asked, what was got, and whether that is enough; None where nothing could be compared."""
 
     what: str
@@ -87,27 +87,27 @@ def judge(
     of_copy: float | None,
     error: float,
     weight_gradient: bool,
-) -> list[Verdict]:
+) -> list[BarResult]:
     """The verdicts on the implementation "fused" of one case; microseconds: of every implementation that was timed."""
     mine = microseconds["fused"]
     limit = ERRORS[dtype][weight_gradient and direction != "fwd"]
-    verdicts = [Verdict(f"error {error:.1e} <= {limit:.1e}", error <= limit)]
+    verdicts = [BarResult(f"error {error:.1e} <= {limit:.1e}", error <= limit)]
     bars = [b for b in BARS if (b.op, b.direction, b.device) == (op, direction, device) and dtype in b.dtypes]
     bars = [b for b in bars if width >= b.width]
     shares = [b.of_copy for b in bars if b.of_copy is not None]
     if shares and of_copy is not None:
         wanted = max(shares)
-        verdicts.append(Verdict(f"copy {of_copy:.2f} >= {wanted:.2f}", of_copy >= wanted - NOISE))
+        verdicts.append(BarResult(f"copy {of_copy:.2f} >= {wanted:.2f}", of_copy >= wanted - NOISE))
     for bar in bars:
         if bar.microseconds is not None:
-            verdicts.append(Verdict(f"{mine:.0f} <= {bar.microseconds:.0f} us", mine <= bar.microseconds))
+            verdicts.append(BarResult(f"{mine:.0f} <= {bar.microseconds:.0f} us", mine <= bar.microseconds))
         verdicts += [_compare(names, wanted, mine, microseconds) for names, wanted in bar.times]
     return verdicts
 
 
-def _compare(names: Sequence[str], wanted: float, mine: float, microseconds: Mapping[str, float]) -> Verdict:
+def _compare(names: Sequence[str], wanted: float, mine: float, microseconds: Mapping[str, float]) -> BarResult:
     others = {microseconds[name]: name for name in names if name in microseconds}
     if not others:
-        return Verdict(f"{'/'.join(names)} >= {wanted:g}x", None)
+        return BarResult(f"{'/'.join(names)} >= {wanted:g}x", None)
     fastest = min(others)
-    return Verdict(f"{others[fastest]} {fastest / mine:.2f} >= {wanted:g}x", fastest / mine >= wanted * (1 - NOISE))
+    return BarResult(f"{others[fastest]} {fastest / mine:.2f} >= {wanted:g}x", fastest / mine >= wanted * (1 - NOISE))

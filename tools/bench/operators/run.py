@@ -20,10 +20,10 @@ from torch import Tensor
 
 from megatronish.ops.dtypes import DTYPES
 from megatronish.ops.extension import EXTENSION
-from tools.bench.operators.bars import Verdict, judge
+from tools.bench.operators.bars import BarResult, judge
 from tools.bench.operators.operators import HOST, STEP, Function, Operator, operators
 from tools.bench.operators.peers import describe_missing, find_peers
-from tools.bench.operators.report import Report, Result, line, plot
+from tools.bench.operators.report import Report, Result, line
 from tools.bench.operators.timing import Timing, take_turns
 
 # Compositions round three to six times, at a relative rms of 1.65e-3 in bf16; a wrong formula is off by 0.1 and more.
@@ -125,7 +125,7 @@ class Bench:
     def judge(self, case: Case, direction: str, results: list[Result], timings: dict[str, Timing]) -> None:
         """The bars of this case, printed where asked for."""
         fused = results[0]
-        verdicts: list[Verdict] = judge(
+        verdicts: list[BarResult] = judge(
             case.op,
             direction,
             self.device.type,
@@ -304,12 +304,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def finish(report: Report, options: argparse.Namespace) -> None:
-    """The summary of the bars, and the files."""
+    """Print the summary of the bars and write the JSON file."""
     verdicts = [verdict for each in report.verdicts.values() for verdict in each]
     if options.bars and verdicts:
         counts = [sum(v.met is met for v in verdicts) for met in (True, False, None)]
         print(f"bars: {counts[0]} met, {counts[1]} missed, {counts[2]} without the implementation to compare with")
     if options.json:
         report.write_json(options.json)
-    if options.plot:
-        plot(report, options.plot)
