@@ -1,4 +1,4 @@
-"""The scale study of docs/scaling.md: what layouts send, how fast they go on up to 4,096 GPUs, and how published runs compare.
+"""The scale study of docs/scaling.md: what layouts send, their throughput on up to 4,096 GPUs, and how published runs compare.
 
 `python tools/scaling_study.py --table published best traffic` prints Markdown; `--plot docs/images` draws. It computes from
 configurations alone: no GPU is used.
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(best_table(models, chosen.gpus, hardware), end="\n\n")
             else:
                 for study in models:
-                    print(f"{study.name}, {study.samples:,} x {study.model.seq_length:,} tokens a step\n")
+                    print(f"{study.name}, {study.samples:,} x {study.model.seq_length:,} tokens per step\n")
                     for gpus in chosen.gpus:
                         layouts = compared_layouts(gpus, study.samples)
                         print(f"{gpus:,} GPUs\n\n{traffic_table(study.model, layouts, hardware)}", end="\n\n")

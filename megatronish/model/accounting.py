@@ -12,30 +12,30 @@ from dataclasses import dataclass
 from megatronish.config.model import ModelConfig
 from megatronish.config.presets import preset_names, resolve_model
 
-# Bytes a parameter in mixed-precision training with Adam: bf16 weight and gradient, fp32 weight and two fp32 moments.
+# Bytes per parameter in mixed-precision training with Adam: bf16 weight and gradient, fp32 weight and two fp32 moments.
 TRAINING_BYTES_PER_PARAMETER = 2 + 2 + 4 + 4 + 4
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """embedding: token table, and the head's when it is not tied to it; non_embedding: all the rest."""
+    """embedding: the token table, and the head unless tied to it; non_embedding: all other parameters."""
 
     embedding: int
     non_embedding: int
 
     @property
     def total(self) -> int:
-        """Every parameter, each counted once."""
+        """All parameters, each counted once."""
         return self.embedding + self.non_embedding
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations a token, a multiply-add counted as two.
+    """Floating-point operations per token, a multiply-add counted as two.
 
-    linear: all weight matrices, the head among them; attention: the score and value products over exactly the keys that
-    the causal mask or window lets a token read, averaged over a sequence. Norms, activations, rotations, softmax and
-    embedding look-ups are not counted, nor is any recomputation: this is the count that MFU is made of.
+    linear: all weight matrices, including the head; attention: the score and value products over exactly the keys that the
+    causal mask or window admits, averaged over a sequence. Norms, activations, rotations, softmax, embedding look-ups and
+    recomputation are not counted: this is the count that MFU is computed from.
     """
 
     linear: float
@@ -48,7 +48,7 @@ class Flops:
 
     @property
     def train(self) -> float:
-        """Forward and backward: every product has two of its size in the backward pass."""
+        """Forward and backward; the backward pass has two products for each one of the forward pass."""
         return 3 * self.forward
 
 
@@ -68,14 +68,14 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
 
 
 def mean_attended_keys(seq_length: int, window: int | None) -> float:
-    """Keys that a token of a causal sequence reads, averaged over the sequence: sum of min(i, window) for i = 1..s, / s."""
+    """Mean number of keys per query of a causal sequence: sum of min(i, window) for i = 1..s, divided by s."""
     if window is None or window >= seq_length:
         return (seq_length + 1) / 2
     return (window * (window + 1) / 2 + (seq_length - window) * window) / seq_length
 
 
 def flops_per_token(config: ModelConfig, seq_length: int | None = None) -> Flops:
-    """Operations a token in sequences of seq_length tokens (the training context by default)."""
+    """Operations per token in sequences of seq_length tokens (the training context by default)."""
     length = config.seq_length if seq_length is None else seq_length
     weights = config.num_layers * _block_matrices(config) + config.vocab_size * config.hidden_size
     keys = sum(mean_attended_keys(length, config.layer_window(layer)) for layer in range(config.num_layers))
@@ -84,9 +84,9 @@ def flops_per_token(config: ModelConfig, seq_length: int | None = None) -> Flops
 
 
 def layer_costs(config: ModelConfig, by: str) -> list[float]:
-    """What each layer of the model's list costs (see transformer.layer_specs): embedding, blocks, final norm, head.
+    """Cost of each layer of transformer.layer_specs: embedding, blocks, final norm, head.
 
-    by: "time", operations of a forward pass a token; "parameters", each held (a tied head holds the table once more).
+    by: "time", forward operations per token; "parameters", elements held (a tied head counts the table again).
     """
     head = config.vocab_size * config.hidden_size
     if by == "time":
@@ -123,7 +123,7 @@ def _block_biases(config: ModelConfig) -> int:
 
 
 def table(names: Sequence[str]) -> str:
-    """Parameters, operations and memory of the named presets, one a line. Raises ValueError for an unknown name."""
+    """Parameters, operations and memory of the named presets, one per line. Raises ValueError for an unknown name."""
     lines = [
         f"{'preset':<14}{'parameters':>15}{'embedding':>14}{'non-embedding':>15}{'context':>9}{'GFLOP/token fwd':>17}"
         f"{'train':>9}{'bf16 GB':>9}{'training GB':>13}"
@@ -137,7 +137,7 @@ def table(names: Sequence[str]) -> str:
             f"{TRAINING_BYTES_PER_PARAMETER * counts.total / 1e9:>13.2f}"
         )
     lines.append(
-        f"training GB: weights, gradients and Adam states at {TRAINING_BYTES_PER_PARAMETER} bytes a parameter, before any "
+        f"training GB: weights, gradients and Adam states at {TRAINING_BYTES_PER_PARAMETER} bytes per parameter, before any "
         "sharding and without activations; 1 GB = 1e9 bytes"
     )
     return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""Initial weights that depend on nothing but the seed and each parameter's name and shape.
+"""Initial weights that depend only on the seed and on each parameter's name and shape.
 
-Every parameter is drawn by a generator of its own, on the CPU, in fp32 and in full: the order of construction, the
-precision, the device and the parallel layout cannot change it. A tensor-parallel rank draws the full tensor and keeps
-its slice.
+Each parameter is drawn by its own generator, on the CPU, in fp32 and as a full tensor, so the order of construction, the
+precision, the device and the parallel layout do not change it. A tensor-parallel rank draws the full tensor and keeps its
+slice.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ Gather = Callable[[list[nn.Parameter]], AbstractContextManager[object]]
 def initial_weight(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
     """The initial value of the parameter `name` of full shape `shape`: fp32 on the CPU.
 
-    Norm weights are 1 (0 where norm_zero_centered), biases 0, all else normal with std init_std; the projections that write to the residual stream
-    (attention.out, mlp.down) are divided by sqrt(2 * num_layers) when init_scale_residual is set (Radford et al. 2019).
+    Norm weights are 1 (0 where norm_zero_centered), biases 0, all others normal with std init_std. With init_scale_residual
+    the std of the projections that write to the residual stream (attention.out, mlp.down) is divided by
+    sqrt(2 * num_layers) (Radford et al. 2019).
     """
     kind = name.rsplit(".", 1)[-1]
     if kind == "bias":
@@ -49,12 +50,12 @@ def init_weights(
 ) -> None:
     """Set every parameter of `module` (named as in Transformer) to its initial value.
 
-    draw: gives a parameter's initial value by its name and full shape, for a model that does not start from random
+    draw: returns a parameter's initial value for its name and full shape, for a model that does not start from random
     weights (then `seed` is unused).
 
-    gather: for parameters that are partitioned over ranks, a context manager that makes a list of them whole and
-    writes changes back on leaving it (`deepspeed.zero.GatheredParameters` with modifier_rank=0, for instance).
-    Raises ValueError for a parameter on the meta device, which has no memory to be set.
+    gather: for parameters that are partitioned over ranks, a context manager that gathers a list of them and writes
+    changes back on exit (`deepspeed.zero.GatheredParameters` with modifier_rank=0, for instance).
+    Raises ValueError for a parameter on the meta device, which has no storage.
     """
     draw = draw or partial(initial_weight, config=config, seed=seed)
     for name, parameter in module.named_parameters():

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens read so far, kept for decoding: rows of unequal length side by side."""
+"""Key/value cache for decoding, of rows of unequal lengths."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def kv_cache_bytes(config: ModelConfig, batch_size: int, length: int, bytes_per_
 class KVCache:
     """Preallocated keys and values of every layer, [rows, capacity, kv_heads, head_dim] each.
 
-    Position p of a row lies at p % capacity. A layer that reads all earlier tokens has room for max_length; one with a
-    sliding window rolls in window + chunk - 1 places. A row holds `lengths[row]` tokens; `Transformer.forward` writes
-    behind them and moves on. `select` gives a cache of some of the rows that shares their memory and lengths.
+    Position p of a row is stored at p % capacity. A layer with full attention has capacity max_length; one with a sliding
+    window is a ring buffer of window + chunk - 1 tokens. A row holds `lengths[row]` tokens; `Transformer.forward` appends to
+    them. `select` returns a cache of some of the rows that shares their memory and lengths.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         chunk: int = CACHE_CHUNK,
     ) -> None:
-        """chunk: the most tokens that one forward pass adds to a row, and that `rewind` takes back, where windows slide."""
+        """chunk: with sliding windows, the most tokens that one forward pass appends to a row and that `rewind` removes."""
         if batch_size < 1 or max_length < 1:
             raise ValueError(
                 f"KVCache needs batch_size and max_length of at least 1, got {batch_size} and {max_length}"
@@ -61,13 +61,13 @@ class KVCache:
             shape = (batch_size, capacity, config.resolved_kv_heads, config.resolved_head_dim)
             self.keys.append(torch.zeros(shape, device=device, dtype=dtype))
             self.values.append(torch.zeros(shape, device=device, dtype=dtype))
-        self.lengths = [0] * batch_size  # of all rows, whichever are selected
+        self.lengths = [0] * batch_size  # of all rows, including those not selected
         self.rows = list(range(batch_size))
         self._device = self.keys[0].device
         self._rows_tensor = torch.tensor(self.rows, dtype=torch.int32, device=self._device)
         self._positions = torch.zeros(batch_size, 0, dtype=torch.int32)
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
-        self._parts: list[KVCache] = []  # the rows one by one, in a forward pass of unequal rows
+        self._parts: list[KVCache] = []  # one cache per row, in a forward pass of rows with different valid lengths
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +85,7 @@ class KVCache:
         return self._rows_tensor
 
     def select(self, rows: Sequence[int]) -> KVCache:
-        """The cache of these rows, in this order: a forward pass with it reads and extends them alone."""
+        """A cache of these rows, in this order: a forward pass with it reads and extends only them."""
         selected = object.__new__(KVCache)
         selected.__dict__.update(self.__dict__)
         selected.rows = [self.rows[row] for row in rows]
@@ -94,13 +94,13 @@ class KVCache:
         return selected
 
     def reset(self) -> None:
-        """Forget all tokens of the selected rows; the memory stays."""
+        """Remove all tokens of the selected rows; the memory stays allocated."""
         for row in self.rows:
             self.lengths[row] = 0
 
     def rewind(self, length: int) -> None:
-        """Forget all tokens of the selected rows from `length` on. Raises ValueError where fewer are held, or where a
-        sliding window has rolled over what the tokens before `length` need."""
+        """Remove the tokens of the selected rows from position `length`. Raises ValueError where fewer are held, or where a
+        sliding window has overwritten keys that the tokens before `length` need."""
         for row in self.rows:
             if not 0 <= length <= self.lengths[row]:
                 raise ValueError(f"cannot rewind a cache of {self.lengths[row]} tokens to {length}")
@@ -111,15 +111,15 @@ class KVCache:
             self.lengths[row] = length
 
     def can_rewind(self, tokens: int) -> bool:
-        """Whether so many last tokens of a row can be forgotten without reading earlier ones again."""
+        """Whether the last `tokens` tokens of a row can be removed without recomputing earlier ones."""
         return not self.slides or tokens <= self.chunk
 
     def begin(self, tokens: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Prepare for a forward pass of `tokens` [b, s]: their positions, int32 [b, s] on the cache's device.
 
-        counts: how many tokens of each row are real, if not all; the others are not kept, and attention computes every row
-        as it does one alone, so that a row's numbers do not depend on the others. Raises ValueError unless they fit behind
-        what is held.
+        counts: valid lengths, the number of tokens of each row that are not padding. Padding is not stored, and attention is
+        computed row by row, so that a row's result does not depend on the others. Raises ValueError unless the tokens fit
+        after those held.
         """
         batch, new = tokens.shape
         if batch != len(self.rows):
@@ -131,7 +131,7 @@ class KVCache:
                 part.begin(tokens[row : row + 1, :count])
         elif self.length + new > self.max_length:
             raise ValueError(
-                f"{new} tokens do not fit behind the {self.length} in a cache of {self.max_length}: make the cache longer"
+                f"{new} tokens do not fit after the {self.length} in a cache of {self.max_length}: make the cache longer"
             )
         elif self.slides and new > self.chunk:
             raise ValueError(
@@ -143,7 +143,7 @@ class KVCache:
         return self._positions
 
     def advance(self) -> None:
-        """What the forward pass read is written."""
+        """Count the tokens of the forward pass as stored."""
         for part in self._parts or [self]:
             for row in part.rows:
                 self.lengths[row] += part._positions.shape[1]
@@ -188,9 +188,9 @@ class KVCache:
         )
 
     def _mask(self, span: int, capacity: int, window: int | None) -> Tensor:
-        """Which of the first `span` places each query may read, bool [b, 1, new, span]; made once a forward pass.
+        """Which of the first `span` slots each query may read, bool [b, 1, new, span]; computed once per forward pass.
 
-        A place holds the latest position that falls on it, none where that would be negative.
+        A slot holds the latest position that maps to it, or none.
         """
         key = (span, capacity, window)
         if key not in self._masks:

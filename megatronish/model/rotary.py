@@ -45,7 +45,7 @@ def _yarn_frequencies(dim: int, theta: float, scaling: RopeScaling) -> tuple[Ten
     length = scaling.original_seq_length
 
     def pair_of(rotations: float) -> float:
-        """Index of the pair that turns so many times within the original context."""
+        """Index of the pair that completes `rotations` turns within the original context."""
         return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(pair_of(scaling.beta_fast)), 0)
@@ -60,10 +60,10 @@ def _yarn_frequencies(dim: int, theta: float, scaling: RopeScaling) -> tuple[Ten
 
 
 class RotaryTables:
-    """cos and sin of every position, fp32, one copy a device, made at first use.
+    """cos and sin of every position, fp32, one copy per device, built at first use.
 
     Neither a module nor a buffer: `model.to(torch.bfloat16)` must not round the angles, and a model built on the meta
-    device or under a partitioning context must not get tables that live there.
+    device or under a partitioning context must not get tables there.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -74,7 +74,7 @@ class RotaryTables:
         """cos, sin [at least `length` and the training context, rotary_dim / 2] on `device`."""
         tables = self._tables.get(device)
         if tables is None or tables[0].shape[0] < length:
-            # Beyond the training context the tables double, so that a growing cache seldom rebuilds them.
+            # Beyond the training context the tables double, so that a growing cache rarely rebuilds them.
             rows = self._config.seq_length
             while rows < length:
                 rows *= 2

@@ -1,7 +1,7 @@
-"""The form of each layer on a rank: plain in a single process, divided over tensor-parallel ranks otherwise.
+"""The layers of a rank: plain ones in a single process, sharded ones under tensor parallelism.
 
-Parameters keep the names of the single process wherever they can; each divided one says which part of the full tensor it
-holds (`parallel.layers.TensorShard`).
+Parameter names are those of the single process wherever possible; each sharded parameter records which part of the full
+tensor it holds (`parallel.layers.TensorShard`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SINGLE = TensorParallel()
 
 @dataclass(frozen=True)
 class VocabularyPart:
-    """The tokens [start, stop) whose rows of the head this rank of the group holds."""
+    """The range [start, stop) of the vocabulary whose rows of the head this rank holds."""
 
     group: ProcessGroup
     start: int
@@ -63,28 +63,28 @@ def build_qkv(config: ModelConfig, tp: TensorParallel) -> nn.Module:
 
 
 def build_column(in_features: int, parts: Sequence[int], bias: bool, tp: TensorParallel) -> nn.Module:
-    """A linear layer with packed outputs `parts`, each divided over the ranks."""
+    """A linear layer with packed outputs `parts`, each sharded over the ranks."""
     if tp.size == 1:
         return Linear(in_features, sum(parts), bias=bias)
     return ColumnParallelLinear(in_features, parts, bias, tp)
 
 
 def build_row(in_features: int, out_features: int, bias: bool, tp: TensorParallel) -> nn.Module:
-    """A linear layer whose input features are divided over the ranks, and whose output is whole again."""
+    """A linear layer whose input features are sharded over the ranks and whose outputs are summed over them."""
     if tp.size == 1:
         return Linear(in_features, out_features, bias=bias)
     return RowParallelLinear(in_features, out_features, bias, tp)
 
 
 class ShardedEmbedding(VocabParallelEmbedding):
-    """The token embedding, divided by vocabulary, with dropout."""
+    """The token embedding, sharded by vocabulary, with dropout."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__(config.vocab_size, config.hidden_size, tp)
         self.dropout = config.embedding_dropout
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [b, s] -> [b, s, hidden], or the rank's part of the sequence."""
+        """tokens [b, s] -> [b, s, hidden], or the rank's chunk of the sequence."""
         return F.dropout(super().forward(tokens), self.dropout, self.training)
 
 
@@ -99,11 +99,11 @@ class VocabParallelHead(nn.Module):
         self.weight = sharded_parameter(TensorShard((config.vocab_size, config.hidden_size), 0, (rows,)))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [b, s, hidden], or the rank's part of the sequence -> logits [b, s, V of the rank]."""
+        """hidden [b, s, hidden], or the rank's chunk of the sequence -> logits [b, s, V of the rank]."""
         return column_linear(hidden, self.weight, None, self.tp)
 
     def linear_loss(self, hidden: Tensor, labels: Tensor, loss: LinearCrossEntropy) -> Tensor:
-        """The same of hidden [b, s, hidden], or the rank's part of the sequence, without logits."""
+        """`loss` of hidden [b, s, hidden], or of the rank's chunk of the sequence, without materialising logits."""
         if self.tp.sequence:
             hidden = all_gather_sequence(hidden, self.tp.group)
         part = VocabularyPart(self.tp.group, self.start, self.start + self.weight.shape[0])
@@ -123,7 +123,7 @@ class VocabParallelHead(nn.Module):
 
 
 def full_shapes(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
-    """Every parameter with the name and shape of the full tensor that it is (a part of)."""
+    """Every parameter with the name and the shape of its full tensor."""
     for name, parameter in module.named_parameters():
         shard = shard_of(parameter)
         if shard is None:

@@ -68,7 +68,7 @@ class Head(nn.Module):
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One layer of the model: the name that its parameters start with, and how to make it."""
+    """One layer of the model: the prefix of its parameter names, and its constructor."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -88,10 +88,13 @@ def layer_specs(config: ModelConfig, backends: Backends, tp: TensorParallel = SI
 
 
 class Transformer(nn.Module):
-    """Token ids to logits. Weights are initialised from `seed`; with seed None they stay unset (to be loaded, or set
-    by `init_weights` later, as on the meta device). tp: the ranks that share every matrix. stage: the layers of
-    `layer_specs` that a pipeline rank holds (all by default); names stay those of the whole model. sp: the ranks that
-    divide every sequence: each is given its part of tokens, labels and positions, and cu_seqlens of the whole."""
+    """Token ids to logits.
+
+    seed: of the initial weights; with None they stay uninitialised (to be loaded, or set by `init_weights`, as on the meta
+    device). tp: the ranks that shard every matrix. stage: the layers of `layer_specs` that a pipeline rank holds (all by
+    default); names are those of the full model. sp: the ranks that shard every sequence: each passes its chunk of tokens,
+    labels and positions, and cu_seqlens of the full sequence.
+    """
 
     def __init__(
         self,
@@ -115,7 +118,7 @@ class Transformer(nn.Module):
         specs = layer_specs(config, self.backends, tp)
         layers = {specs[layer].name: specs[layer].build() for layer in (stage or range(len(specs)))}
         self.embedding = layers.get("embedding")
-        # A block of another stage leaves its number to an empty place.
+        # Blocks of other stages are placeholders, so that indices and parameter names are those of the full model.
         self.blocks = nn.ModuleList(layers.get(f"blocks.{layer}", nn.Identity()) for layer in range(config.num_layers))
         self.final_norm = layers.get("final_norm")
         self.head = layers.get("head")
@@ -124,7 +127,7 @@ class Transformer(nn.Module):
             init_weights(self, config, seed)
 
     def tie_weights(self) -> None:
-        """Make the head share the embedding's weight, if the configuration says so (again after `to_empty`)."""
+        """Make the head share the embedding's weight, if the configuration ties them (to be called again after `to_empty`)."""
         if self.config.tie_embeddings and self.embedding is not None and self.head is not None:
             self.head.weight = self.embedding.weight
 
@@ -138,21 +141,21 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         last: int | None = None,
     ) -> Tensor:
-        """tokens [b, s] int -> logits [b, s, V] in the dtype of the weights, or of the `last` tokens of each row alone; of V
-        a tensor-parallel rank gives its part.
+        """tokens [b, s] int -> logits [b, s, V] in the dtype of the weights, or only of the `last` tokens of each row. A
+        tensor-parallel rank returns its columns of V.
 
-        positions: [b, s] int, from 0 up and counted on behind a cache by default. cu_seqlens: int32 [documents + 1],
-        cumulative document lengths over the flattened b * s tokens with the end of every row among them; attention
-        stays inside a document. max_seqlen: the longest document. cache: keys and values of earlier tokens, extended
-        by these. Raises ValueError for shapes that do not fit and for documents behind a cache.
+        positions: [b, s] int; by default from 0, or from the length of the cache. cu_seqlens: int32 [documents + 1],
+        cumulative document lengths over the flattened b * s tokens, including the end of every row; attention stays inside
+        a document. max_seqlen: the longest document. cache: keys and values of earlier tokens, extended by these. Raises
+        ValueError for shapes that do not match and for cu_seqlens together with a cache.
         """
-        assert self.head is not None, "only a last stage gives logits"
+        assert self.head is not None, "only the last stage computes logits"
         hidden = self._hidden(tokens, positions, cu_seqlens, max_seqlen, cache)
         return self.head(hidden if last is None else hidden[:, -last:])
 
     def last_hidden(self, tokens: Tensor, cache: KVCache, counts: Sequence[int]) -> Tensor:
-        """What the head reads of the last token of each row, [b, hidden]: tokens [b, s] behind those in `cache`, of which
-        the first counts[row] are real."""
+        """The head's input for the last valid token of each row, [b, hidden]: tokens [b, s] after those in `cache`, of which
+        the first counts[row] are valid."""
         hidden = self._hidden(tokens, None, None, None, cache, counts if len(counts) > 1 else None)
         return hidden[torch.arange(len(counts)), torch.tensor(counts) - 1]
 
@@ -165,26 +168,24 @@ class Transformer(nn.Module):
         cache: KVCache | None,
         counts: Sequence[int] | None = None,
     ) -> Tensor:
-        """What the head reads: [b, s, hidden]. counts: as in KVCache.begin."""
+        """The head's input [b, s, hidden]. counts: as in KVCache.begin."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be [batch, sequence], got shape {tuple(tokens.shape)}")
         if cu_seqlens is not None:
             _check_documents(cu_seqlens, tokens.shape[0], tokens.shape[1] * self.sp.size)
         if cache is not None:
             if cu_seqlens is not None:
-                raise ValueError(
-                    "documents cannot be packed behind a key/value cache: leave out cu_seqlens or the cache"
-                )
-            behind = cache.begin(tokens, counts)
-            positions = behind if positions is None else positions
+                raise ValueError("packed documents cannot follow a key/value cache: leave out cu_seqlens or the cache")
+            following = cache.begin(tokens, counts)
+            positions = following if positions is None else positions
         hidden = self.run_stage(None, tokens, positions, cu_seqlens, max_seqlen, cache)
         if cache is not None:
             cache.advance()
         return hidden
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """What the first block reads: tokens [b, s] -> [b, s, hidden], or the rank's part of the sequence."""
-        assert self.embedding is not None, "only a first stage embeds tokens"
+        """The first block's input: tokens [b, s] -> [b, s, hidden], or the rank's chunk of the sequence."""
+        assert self.embedding is not None, "only the first stage embeds tokens"
         x: Tensor = self.embedding(tokens)
         if not self.config.embedding_scaled:
             return x
@@ -200,9 +201,9 @@ class Transformer(nn.Module):
         max_seqlen: int | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """The layers held here but for the head, on the hidden states x of the stage before (unused by the first).
+        """All layers of this stage except the head, on the hidden states x of the previous stage (unused by the first).
 
-        tokens [b, s] and the rest as in `forward`. Returns [b, s, hidden], or the rank's part of the sequence.
+        tokens [b, s] and the other arguments as in `forward`. Returns [b, s, hidden], or the rank's chunk of the sequence.
         """
         if self.embedding is not None:
             x = self.embed(tokens)
@@ -221,7 +222,7 @@ class Transformer(nn.Module):
 
     @property
     def local_blocks(self) -> list[Block]:
-        """The blocks held here, in order."""
+        """The blocks of this stage, in order."""
         return [block for block in self.blocks if isinstance(block, Block)]
 
     def loss(
@@ -234,21 +235,21 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Sum of the cross-entropy over labelled tokens (fp32 scalar, nats) and their number (int64 scalar).
 
-        labels [b, s]: the token that should follow each of `tokens` (already shifted); -100 is left out. With
-        kernels.cross_entropy "linear" the head and the loss are one, `linear_cross_entropy`, which the training engine sets;
-        raises ValueError where nobody has.
+        labels [b, s]: the token that should follow each of `tokens` (already shifted); -100 is ignored. With
+        kernels.cross_entropy "linear" the head and the loss are fused into `linear_cross_entropy`, which the training engine
+        sets; raises ValueError where it is not set.
         """
         hidden = self._hidden(tokens, positions, cu_seqlens, max_seqlen, None)
         return self.hidden_loss(hidden, labels), (labels != IGNORED_LABEL).sum()
 
     def hidden_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """The loss of `loss`, of what the head reads; tensor-parallel ranks all have the same."""
-        assert self.head is not None, "only a last stage gives a loss"
+        """The sum that `loss` returns, from the head's input; the same on all tensor-parallel ranks."""
+        assert self.head is not None, "only the last stage computes a loss"
         if self.kernels.cross_entropy == "linear":
             if self.linear_cross_entropy is None:
                 raise ValueError(
-                    "kernels.cross_entropy is 'linear', but nobody has set Transformer.linear_cross_entropy: "
-                    "training.engine.Engine does, elsewhere choose 'auto'"
+                    "kernels.cross_entropy is 'linear', but Transformer.linear_cross_entropy is not set: "
+                    "training.engine.Engine sets it; elsewhere choose 'auto'"
                 )
             if isinstance(self.head, VocabParallelHead):
                 return self.head.linear_loss(hidden, labels, self.linear_cross_entropy)
@@ -268,7 +269,7 @@ class Transformer(nn.Module):
         max_seqlen: int | None,
         cache: KVCache | None,
     ) -> AttentionInputs:
-        """What all blocks share, made once: rotary tables, and the masks of the backends that need them."""
+        """What all blocks share, computed once: rotary tables, and masks where the backend needs them."""
         batch, new = tokens.shape
         offset = self.sp.rank * new if cache is None else cache.length
         cos, sin = self.rotary.get(x.device, offset + new)
@@ -276,7 +277,7 @@ class Transformer(nn.Module):
         if positions is not None:
             positions = positions.to(torch.int32)
         masks = {}
-        if cache is None:  # which makes its own
+        if cache is None:  # a cache builds its own masks
             kv_heads = max(1, local_heads(self.config, self.tp)[1] // self.sp.size)
             dropout = self.config.attention_dropout if self.training else 0.0
             sizes = (batch, new, new, kv_heads, self.config.resolved_head_dim)
@@ -301,7 +302,7 @@ class Transformer(nn.Module):
 
 
 def _check_documents(cu_seqlens: Tensor, rows: int, length: int) -> None:
-    """Raise ValueError unless the documents cover the tokens. Only on the CPU: on a GPU a look would stall the stream."""
+    """Raise ValueError unless the documents cover the tokens. CPU tensors only: reading values would synchronise a GPU."""
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
         raise ValueError(
             f"cu_seqlens must be int32 [documents + 1], got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
@@ -312,6 +313,6 @@ def _check_documents(cu_seqlens: Tensor, rows: int, length: int) -> None:
     missing = set(range(0, rows * length + 1, length)) - set(bounds)
     if missing or bounds != sorted(bounds) or bounds[-1] != rows * length:
         raise ValueError(
-            f"cu_seqlens must rise from 0 to {rows * length} ({rows} rows of {length} tokens) with the end of every row in "
+            f"cu_seqlens must increase from 0 to {rows * length} ({rows} rows of {length} tokens) with the end of every row in "
             f"it, got {bounds if len(bounds) <= 20 else [*bounds[:20], '...']}"
         )

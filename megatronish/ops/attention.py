@@ -1,4 +1,4 @@
-"""Causal grouped-query attention behind one function: SDPA or our kernel on CPUs, flash-attn, or the explicit reference."""
+"""Causal grouped-query attention with one entry point: SDPA or our kernel on CPUs, flash-attn, or the explicit reference."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def makes_no_mask(
     head_dim: int,
     dropout_p: float,
 ) -> bool:
-    """Whether `attention` of these sizes, in the dtype and on the device of `like`, never looks at a mask."""
+    """Whether `attention` of these sizes, in the dtype and on the device of `like`, needs no mask."""
     if uses_flash(backend, like, head_dim):
         return True
     sizes = (batch, queries, keys, kv_heads, head_dim)
@@ -59,13 +59,13 @@ def attention(
 ) -> Tensor:
     """Causal attention of q [b, queries, h, d] over k, v [b, keys, kv_heads, d]; returns [b, queries, h, d].
 
-    The last query sits at the last key (queries <= keys, as behind a key/value cache). window: a query reads itself
-    and window - 1 earlier keys. cu_seqlens: int32 [documents + 1] over the flattened b * queries tokens, with the end
-    of every row among them; attention stays inside a document; max_seqlen is the longest one (used by flash-attn, b *
-    queries by default). scale: 1 / sqrt(d) by default. mask: `attention_mask` of the same arguments, made once for
-    several layers; made here when needed and not given ("sdpa" and "reference" take any other mask as well). "sdpa" is torch's; a backend that ends in "_or_sdpa" takes our kernel for
-    CPU tensors that it computes faster and at least as exactly (ops/attention_cpu.py).
-    Raises ValueError if the shapes do not fit, or if flash-attn is forced on tensors that it does not take.
+    The last query is aligned with the last key (queries <= keys, as with a key/value cache). window: a query reads itself
+    and window - 1 earlier keys. cu_seqlens: int32 [documents + 1] over the flattened b * queries tokens, including the end
+    of every row; attention stays inside a document; max_seqlen is the longest one (used by flash-attn, b * queries by
+    default). scale: 1 / sqrt(d) by default. mask: `attention_mask` of the same arguments, computed once for several layers;
+    computed here where needed and not given ("sdpa" and "reference" accept any mask). "sdpa" is torch's; backends that end
+    in "_or_sdpa" use our kernel for CPU tensors that it computes faster and at least as accurately (ops/attention_cpu.py).
+    Raises ValueError if the shapes do not match, or if flash-attn is forced for tensors that it does not support.
     """
     _check_shapes(q, k, v)
     if uses_flash(backend, q, q.shape[3]):

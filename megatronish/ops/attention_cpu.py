@@ -1,8 +1,8 @@
-"""Causal attention by the CPU kernel of csrc/cpu/attention.cpp, behind ops/attention.py.
+"""Causal attention by the CPU kernel of csrc/cpu/attention.cpp, a backend of ops/attention.py.
 
-torch's SDPA runs at a tenth of this CPU's bf16 rate (docs/benchmarks.md). The kernel computes in blocks that stay in the
-cache, as FlashAttention-2 does (Dao 2023), leaves out what lies above the diagonal, in front of a window or in another
-document, and keeps all sums in fp32.
+torch's SDPA reaches a tenth of the bf16 peak of the CPUs measured (docs/benchmarks.md). The kernel computes in blocks that
+stay in the cache, with an online softmax as in FlashAttention-2 (Dao 2023), skips keys above the diagonal, before a window or
+in another document, and accumulates in fp32.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ def attention_mask(
 ) -> Tensor:
     """Causal mask, True where query i may read key j: [queries, keys], or [batch, 1, queries, keys] with documents.
 
-    The last query sits at the last key (queries <= keys), so that a query of a cached sequence reads all that came
-    before it. window: a query reads itself and window - 1 earlier keys. cu_seqlens: documents of the flattened
+    The last query is aligned with the last key (queries <= keys), so that a query of a cached sequence reads all
+    earlier keys. window: a query reads itself and window - 1 earlier keys. cu_seqlens: documents of the flattened
     [batch * queries] tokens; tokens of one row read only their own document.
     """
     position = torch.arange(keys - queries, keys, device=device)[:, None]
@@ -39,8 +39,8 @@ def attention_mask(
         return mask
     if queries != keys:
         raise ValueError(
-            f"cu_seqlens needs as many keys as queries, got {queries} queries and {keys} keys: documents cannot be "
-            "packed behind a key/value cache"
+            f"cu_seqlens needs as many keys as queries, got {queries} queries and {keys} keys: packed documents "
+            "cannot follow a key/value cache"
         )
     ids = document_ids(cu_seqlens.to(device), batch * queries).view(batch, 1, queries)
     return mask & (ids[..., :, None] == ids[..., None, :])

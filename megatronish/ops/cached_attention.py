@@ -1,7 +1,7 @@
 """Attention of a few new tokens over a key/value cache, by the CPU kernel of csrc/cpu/cached_attention.cpp.
 
-Rows have lengths of their own, and a row's result does not depend on the others: a batch gives bit for bit what its rows
-give alone.
+Rows have individual lengths, and a row's result does not depend on the others: a batch is bitwise equal to its rows computed
+one by one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatronish.ops.extension import EXTENSION
 
-# A prompt's piece is a product of matrices; up to so many new tokens a row, reading the cache is what takes the time.
+# Largest number of new tokens per row. Reading the cache dominates up to here; beyond it, matrix products do.
 MAX_NEW = 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,9 +43,9 @@ def cached_attention_(
     """Write k, v [b, new, kv_heads, d] into the cache `keys`, `values` [rows, capacity, kv_heads, d], then attention of q
     [b, new, h, d] over it; returns [b, new, h, d].
 
-    rows: int32 [b], the cache's row of each of the batch. positions: int32 [b, new], counting up; position p lies at
-    p % capacity. A query reads its own position and earlier ones, with a window the last `window` of them. Raises
-    RuntimeError for what does not fit together.
+    rows: int32 [b], the cache row of each batch row. positions: int32 [b, new], consecutive; position p is stored
+    at p % capacity. A query reads its own position and earlier ones, with a window the last `window` of them. Raises
+    RuntimeError for arguments that do not match.
     """
     scale = 1.0 / math.sqrt(q.shape[3])
     out: Tensor = torch.ops.megatronish.cached_attention_(q, k, v, keys, values, rows, positions, window or 0, scale)

@@ -1,4 +1,4 @@
-"""Cross-entropy of each token, of logits in their own dtype, whole or divided by vocabulary over the ranks of a group."""
+"""Cross-entropy per token, of logits in their own dtype, full or sharded by vocabulary over the ranks of a group."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def token_losses(
     vocab_start + V - 1 of logits over vocab_size tokens (Shoeybi et al. 2019, section 3); the loss is the same on all, the
     gradient that of the rank's own columns.
 
-    backend "fused" uses the logits up: the backward pass writes their gradient over them, and a second one raises
-    RuntimeError (a leaf is copied first). Raises ValueError for shapes and dtypes that do not fit and for a label outside
-    the vocabulary (RuntimeError by the fused kernel; on CUDA nobody looks, and the fused kernel makes its loss NaN).
+    backend "fused" overwrites the logits: the backward pass writes their gradient into them, and a second one raises
+    RuntimeError (a leaf is copied first). Raises ValueError for shapes and dtypes that do not match and for a label outside
+    the vocabulary (RuntimeError by the fused kernel; on CUDA labels are not checked, and the fused kernel returns NaN).
     """
     check_floating("cross_entropy", "logits", logits)
     columns = logits.shape[-1]
@@ -81,7 +81,7 @@ def resolve_cross_entropy(requested: str, ops: str) -> CrossEntropyBackend:
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Keeps the logits as they came and nothing else of their size; the gradient is the only new [T, V] tensor."""
+    """Saves the logits and nothing else of their size; the gradient is the only new [T, V] tensor."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
@@ -113,7 +113,7 @@ class _TokenLosses(torch.autograd.Function):
 
 
 class _ShardLosses(torch.autograd.Function):
-    """Three numbers a token of each shard, merged over the group; keeps them and the logits."""
+    """Three statistics per token and shard, combined over the group; saves them and the logits for the backward pass."""
 
     @staticmethod
     def forward(
@@ -137,7 +137,7 @@ class _ShardLosses(torch.autograd.Function):
             largest, total, target = _merge(largest, total, target, group)
         ctx.save_for_backward(logits, labels, largest, total)
         ctx.fused, ctx.vocab_start, ctx.ignore_index = fused, vocab_start, ignore_index
-        # The logarithm is small beside the largest logit: added to the difference it keeps its digits.
+        # The logarithm is small compared to the largest logit: adding it to the difference preserves its digits.
         return (largest - target + total.log()).where(labels != ignore_index, 0.0)
 
     @staticmethod
@@ -148,7 +148,7 @@ class _ShardLosses(torch.autograd.Function):
         except RuntimeError as error:
             raise RuntimeError(
                 "cross_entropy: the logits are no longer those of the forward pass: the fused backward pass writes their "
-                "gradient over them, so it runs once, and nobody may change them before; for another, compute the loss "
+                "gradient over them, so it runs once and they must not be modified before; for another, compute the loss "
                 f"again or choose backend 'reference' ({error})"
             ) from error
         if not ctx.fused:
@@ -180,7 +180,7 @@ def _merge(largest: Tensor, total: Tensor, target: Tensor, group: ProcessGroup) 
 def _shard_statistics(
     logits: Tensor, labels: Tensor, vocab_start: int, vocab_size: int, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the operator cross_entropy_fwd gives, in plain torch."""
+    """The operator cross_entropy_fwd in plain torch."""
     wide = _wide(logits)
     outside = _outside(labels, vocab_size, ignore_index)
     mine, index = _own_labels(labels, logits, vocab_start, ignore_index)
@@ -196,7 +196,7 @@ def _shard_statistics(
 def _shard_gradient(
     logits: Tensor, labels: Tensor, grad: Tensor, largest: Tensor, total: Tensor, vocab_start: int, ignore_index: int
 ) -> Tensor:
-    """What the operator cross_entropy_bwd_ leaves in the logits, as a new tensor."""
+    """The gradient that the operator cross_entropy_bwd_ writes into the logits, as a new tensor."""
     mine, index = _own_labels(labels, logits, vocab_start, ignore_index)
     kept = (labels != ignore_index).unsqueeze(1)
     factor, hit = (grad / total).unsqueeze(1), -(grad * mine).unsqueeze(1)
@@ -215,7 +215,7 @@ def _outside(labels: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
 
 
 def _check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Raise ValueError for a label outside the vocabulary. Not on a GPU: a look would stall the stream."""
+    """Raise ValueError for a label outside the vocabulary. CPU tensors only: reading values would synchronise a GPU."""
     outside = _outside(labels, vocab_size, ignore_index)
     if outside.any():
         row = int(outside.nonzero()[0])
@@ -226,7 +226,7 @@ def _check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
 
 
 def _own_labels(labels: Tensor, logits: Tensor, vocab_start: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Which labels lie in this shard [T], and their columns [T, 1] (0 for the others)."""
+    """Which labels belong to this shard [T], and their columns [T, 1] (0 for the others)."""
     mine = (labels != ignore_index) & (labels >= vocab_start) & (labels < vocab_start + logits.shape[-1])
     return mine, (labels - vocab_start).where(mine, 0).unsqueeze(1)
 

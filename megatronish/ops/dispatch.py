@@ -34,10 +34,10 @@ class Backends:
 def resolve_ops(requested: str) -> OpsBackend:
     """The backend of RMSNorm, SwiGLU and RoPE for `requested` on this machine; see KernelConfig.ops for the names.
 
-    "auto" takes the kernels of csrc/ on a machine without a GPU where they are built; else it says so and takes plain
-    torch. The CUDA kernels compile but have not run on a GPU yet, so they are taken only when asked for by "fused".
-    Raises ValueError if "fused", "liger" or "apex" is asked for and cannot be used here. What "liger" and "apex" leave to
-    plain torch is logged.
+    "auto" selects the kernels of csrc/ on a machine without a GPU where they are built; otherwise plain torch, with a
+    warning. The CUDA kernels compile but have not run on a GPU yet, so only "fused" selects them. Raises ValueError if
+    "fused", "liger" or "apex" is requested and cannot be used here. The operators that "liger" and "apex" leave to plain
+    torch are logged.
     """
     if requested == "reference":
         return "reference"
@@ -100,7 +100,7 @@ def check_floating(name: str, argument: str, tensor: Tensor) -> None:
 
 
 def installed_flash(capability: tuple[int, int]) -> tuple[Literal["flash2", "flash3"] | None, str]:
-    """The flash-attn to use on a GPU of this compute capability, or None, and what was found in words.
+    """The flash-attn version to use on a GPU of this compute capability, or None, and a description of what was found.
 
     Version 3 (module `flash_attn_interface`) is taken on Hopper, version 2 (`flash_attn`) from Ampere on.
     """

@@ -1,7 +1,7 @@
 """The operators of csrc/ in torch: importing this module registers them as `torch.ops.megatronish.*`.
 
-Registering an operator is the one thing that an import of this package does. Where the libraries are not built, EXTENSION
-says why and nothing is registered.
+Registering operators is the only side effect of importing this package. Where the libraries are not built, nothing is
+registered and EXTENSION holds the reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BUILD_HINT = "run `python setup.py build_ext --inplace` in the source folder (it
 
 @dataclass(frozen=True)
 class Extension:
-    """What could be loaded. The problems are empty where there is none."""
+    """Which libraries were loaded; a problem is empty where there is none."""
 
     cpu: bool
     cuda: bool
@@ -55,25 +55,25 @@ def _load_library(path: Path) -> str:
     return ""
 
 
-class _NothingKept:
-    """Stands in for the context of a function without a backward pass."""
+class _NoContext:
+    """The autograd context of a forward pass without gradients."""
 
     def save_for_backward(self, *_tensors: Tensor | None) -> None:
-        """Keep nothing."""
+        """Save nothing."""
 
     def set_materialize_grads(self, _value: bool) -> None:
-        """There are no gradients."""
+        """No gradients are computed."""
 
 
 def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`function.apply`, or without gradients its forward pass alone: autograd takes longer than the kernel for one token."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function.apply(*arguments)
-    return function.forward(_NothingKept(), *arguments)
+    return function.forward(_NoContext(), *arguments)
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """Keeps x, the weight and one number a row."""
+    """Saves x, the weight and rstd."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
@@ -114,7 +114,7 @@ class FusedRMSNormThrough(torch.autograd.Function):
 
 
 class FusedAddRMSNorm(torch.autograd.Function):
-    """norm(x + residual) and the sum; keeps the sum, the weight and one number a row."""
+    """norm(x + residual) and the sum; saves the sum, the weight and rstd."""
 
     @staticmethod
     def forward(
@@ -123,7 +123,7 @@ class FusedAddRMSNorm(torch.autograd.Function):
         y, total, rstd = torch.ops.megatronish.add_rms_norm_fwd(x, residual, weight, eps, offset)
         ctx.save_for_backward(total, weight, rstd)
         ctx.offset = offset
-        ctx.set_materialize_grads(False)  # the sum behind a final norm has no gradient
+        ctx.set_materialize_grads(False)  # the sum returned by the final norm has no gradient
         return y, total
 
     @staticmethod
@@ -138,7 +138,7 @@ class FusedAddRMSNorm(torch.autograd.Function):
 
 
 class FusedSwiGLU(torch.autograd.Function):
-    """Keeps the packed input only."""
+    """Saves only the packed input."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class FusedSwiGLU(torch.autograd.Function):
 
 
 class FusedRope(torch.autograd.Function):
-    """Keeps nothing of x: the gradient of a rotation is the rotation back."""
+    """Saves nothing of x: the gradient of a rotation is the inverse rotation."""
 
     @staticmethod
     def forward(
@@ -174,7 +174,7 @@ class FusedRope(torch.autograd.Function):
 
 
 class FusedRopeQKV(torch.autograd.Function):
-    """Rotates the q and k heads of a packed projection where they lie, and hands out q, k and v as views of it."""
+    """Rotates the q and k heads of a packed projection in place and returns q, k and v as views of it."""
 
     @staticmethod
     def forward(
@@ -192,7 +192,7 @@ class FusedRopeQKV(torch.autograd.Function):
         torch.ops.megatronish.rope_qkv_(
             packed, cos, sin, positions, 1, heads[0], heads[1], heads[1], interleaved, False
         )
-        torch.autograd.graph.increment_version(packed)  # shared with qkv: who kept that for later use is told
+        torch.autograd.graph.increment_version(packed)  # shares storage with qkv: saved copies of qkv are invalid now
         return packed.split((heads[0], heads[1], heads[1]), dim=2)
 
     @staticmethod
@@ -204,7 +204,7 @@ class FusedRopeQKV(torch.autograd.Function):
 
 
 class FusedQKNormRope(torch.autograd.Function):
-    """Keeps the packed projection, which v is a view of, and one number a head; heads: groups, and q, k, v of each."""
+    """Saves the packed projection, of which v is a view, and rstd per head; heads: groups, and q, k, v heads of each."""
 
     @staticmethod
     def forward(

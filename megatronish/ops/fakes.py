@@ -1,4 +1,4 @@
-"""Shapes and dtypes of what csrc's operators give, for torch.compile and the meta device: a function an operator, by its name."""
+"""Fake implementations of the operators of csrc/, for torch.compile and the meta device: one function per operator."""
 
 from __future__ import annotations
 

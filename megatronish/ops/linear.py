@@ -1,4 +1,4 @@
-"""Linear layers: torch's, and on CPUs what is faster: oneDNN's product in place of MKL's in fp32, our kernel for few rows."""
+"""Linear layers: torch's, and on CPUs what is faster: oneDNN's product in place of MKL's in fp32, our kernel for skinny GEMMs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.autograd.function import once_differentiable
 
 from megatronish.ops.extension import EXTENSION
 
-# Fewer rows are no product of matrices worth the choice.
+# oneDNN is selected from this number of rows up.
 MIN_ROWS = 64
-# Up to so many rows a sequence (decoding, short prompts) the kernel of csrc/cpu/linear_rows.cpp reads the weights once, at the
-# rate of memory; for longer ones torch's products are faster in bf16 (in fp32 it stays level up to 512).
+# Skinny GEMMs: up to this number of rows per sequence (decode, short prompts) the kernel of csrc/cpu/linear_rows.cpp reads the
+# weights once, at memory bandwidth; for longer prompts torch's products are faster in bf16 (in fp32 both are equal up to 512).
 FEW_ROWS = 64
 _FEW_ROWS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,9 +24,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] weight[out, in]^T + bias [out] -> [..., out].
 
     torch takes MKL for fp32 products on CPUs and oneDNN for bf16 ones. On the AMD CPUs measured, oneDNN is 1.1 to 1.7 times
-    as fast in fp32, forward and for the gradient of x (docs/benchmarks.md); the gradient of the weight is level. What is
-    compiled keeps torch's: inductor takes this operator with constant weights only. Without gradients sequences of up to
-    FEW_ROWS rows go through our kernel, however many they are: in it no row's result depends on the others.
+    as fast in fp32, forward and for the gradient of x (docs/benchmarks.md); the gradient of the weight is equally fast. Compiled
+    code uses torch's: inductor accepts this operator with constant weights only. Without gradients sequences of up to
+    FEW_ROWS rows use our kernel, whatever their number: no row's result depends on the others.
     """
     if not torch.is_grad_enabled() and few_rows(x) and x.dtype == weight.dtype and weight.is_contiguous():
         return rows_product(torch.ops.megatronish.linear_rows, x, weight, bias=bias)
@@ -68,7 +68,7 @@ def _onednn_pays(x: Tensor, weight: Tensor) -> bool:
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """a [n, k] b[m, k]^T + bias [m]; b may lie transposed."""
+    """a [n, k] b[m, k]^T + bias [m]; b may be transposed."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return result
 

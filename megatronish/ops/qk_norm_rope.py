@@ -27,13 +27,13 @@ def qk_norm_rope(
     interleaved: bool = False,
     backend: OpsBackend = "reference",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v [b, s, heads, d] of a packed qkv [b, s, all heads, d]: q and k by RMSNorm a head, then rotated; v as it is.
+    """q, k and v [b, s, heads, d] of a packed qkv [b, s, all heads, d]: q and k normalised per head by RMSNorm, then rotated; v unchanged.
 
-    heads: groups, and the q, k and v heads of each, which lie in this order: (1, h, g, g) is [q; k; v], (g, h / g, 1, 1)
+    heads: groups, and the q, k and v heads of each group, in this order: (1, h, g, g) is [q; k; v], (g, h / g, 1, 1)
     Megatron's layout. q_weight, k_weight: [d], in qkv's dtype or fp32. cos, sin, positions, offset and interleaved are those
     of `ops.rope.rope`. The fused kernel rounds once, the composition of `rms_norm` and `rope` twice; v is a view of qkv
     (where its heads are not one view, a copy). Raises ValueError for heads that do not add up, for weights that do not
-    fit, and for what `rope` refuses.
+    match, and for arguments that `rope` rejects.
     """
     _check(qkv, q_weight, k_weight, cos, sin, positions, heads, offset)
     if backend == "fused" and qkv.shape[3] <= MAX_FUSED_HEAD_DIM:

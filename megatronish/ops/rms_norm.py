@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight, alone or behind a residual sum."""
+"""RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight, with or without a preceding residual sum."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatronish.ops.extension import FusedAddRMSNorm, FusedRMSNorm, FusedRMSNor
 
 
 class _RMSNorm(torch.autograd.Function):
-    """fp32 arithmetic with one rounding at each store; keeps x and one number a row for the backward pass."""
+    """fp32 arithmetic with one rounding at each store; saves x and rstd for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -60,8 +60,8 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """rms_norm(x + residual) and x + residual, the sum rounded to x's dtype before the norm; see `rms_norm`.
 
-    Without a residual rms_norm(x) and x: the fused kernel then rounds the gradient of x as it would that of the sum, so that
-    summing beforehand changes nothing. Raises ValueError also if x and residual differ in shape or dtype.
+    Without a residual, rms_norm(x) and x: the fused kernel then rounds the gradient of x like that of the sum, so that
+    computing the sum beforehand gives the same bits. Raises ValueError also if x and residual differ in shape or dtype.
     """
     _check("add_rms_norm", x, weight)
     if residual is None:
@@ -92,4 +92,4 @@ def _check(name: str, x: Tensor, weight: Tensor) -> None:
     if weight.dtype not in (x.dtype, torch.float32):
         raise ValueError(f"{name}: weight is {weight.dtype}, expected {x.dtype}, the dtype of x, or torch.float32")
     if weight.device != x.device:
-        raise ValueError(f"{name}: weight is on {weight.device}, expected {x.device}, where x is")
+        raise ValueError(f"{name}: weight is on {weight.device}, expected {x.device}, the device of x")

@@ -13,7 +13,7 @@ from megatronish.ops.extension import FusedRope, FusedRopeQKV, run
 
 
 class _Rope(torch.autograd.Function):
-    """A rotation is orthogonal, so its backward pass is the rotation by the negative angle: nothing of x is kept."""
+    """A rotation is orthogonal, so its backward pass is the rotation by the negative angle: nothing of x is saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -58,8 +58,8 @@ def rope(
 ) -> Tensor:
     """Rotate the leading channels of x [b, s, h, d] by the angle of each token's position; returns a new tensor.
 
-    cos, sin: tables [max_positions, rotary / 2] in fp32 (or wider); channels from `rotary` on pass through.
-    positions: int [b, s] (int32 saves a conversion); without it token i sits at offset + i. interleaved: pairs are
+    cos, sin: tables [max_positions, rotary / 2] in fp32 (or wider); channels from `rotary` on are copied.
+    positions: int [b, s] (int32 saves a conversion); without it token i has position offset + i. interleaved: pairs are
     neighbouring channels (2i, 2i + 1) instead of (i, i + rotary / 2).
     Raises ValueError for tables that are too narrow, too wide or too short.
     """
@@ -100,9 +100,9 @@ def rope_qkv_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated q [b, s, h, d], rotated k and v [b, s, kv_heads, d] of a packed qkv [b, s, h + 2 * kv_heads, d].
 
-    The heads lie in the order q, k, v. qkv is used up: the fused kernel rotates it in place and returns views of it. The
-    rest is as in `rope`. Raises ValueError for what `rope` refuses, for a leaf that requires a gradient, and for heads
-    that do not add up.
+    The heads are in the order q, k, v. qkv may be overwritten: the fused kernel rotates it in place and returns views of it.
+    The other arguments are those of `rope`. Raises ValueError for arguments that `rope` rejects, for a leaf that requires a
+    gradient, and for heads that do not add up.
     """
     check_rotation("rope_qkv_", qkv, cos, sin, positions, offset)
     q_heads = qkv.shape[2] - 2 * kv_heads

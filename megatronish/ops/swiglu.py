@@ -16,7 +16,7 @@ Gelu = Literal["none", "tanh"]
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Keeps only the packed input: the activation is computed again in the backward pass."""
+    """Saves only the packed input: the backward pass recomputes the activation."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:

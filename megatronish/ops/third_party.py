@@ -1,7 +1,7 @@
-"""Other projects' kernels behind our operators: Liger's (Triton) and NVIDIA Apex's (CUDA). Neither is required.
+"""Third-party kernels as backends of our operators: Liger's (Triton) and NVIDIA Apex's (CUDA). Neither is required.
 
-Both are called as their own sources want it (liger-kernel 0.8.5, Apex of 2025), and so that no argument and no gradient of
-the caller is overwritten. Tensors that they do not take are computed by plain torch: see `liger_takes`, `apex_takes`.
+The calls follow their sources (liger-kernel 0.8.5, Apex of 2025) and never overwrite an argument or a gradient of the caller.
+Tensors that they do not support are computed by plain torch: see `liger_takes`, `apex_takes`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LIGER_MAX_WIDTH = 65536  # its kernels hold a whole row in one block
+LIGER_MAX_WIDTH = 65536  # its kernels hold one row per block
 LIGER_FIX = "`pip install -U liger-kernel`"
 APEX_FIX = "build it from https://github.com/NVIDIA/apex with its CUDA extensions (`apex` on the package index is another project)"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-# ---- What is installed: "" where it can be used, else the problem with its cure.
+# ---- Availability: "" where a library can be used, else the problem and its fix.
 
 
 def liger_problem() -> str:
@@ -49,7 +49,7 @@ def liger_problem() -> str:
 
 
 def liger_version() -> str:
-    """The installed version of liger-kernel, in words."""
+    """The installed version of liger-kernel."""
     try:
         return importlib.metadata.version("liger-kernel")
     except importlib.metadata.PackageNotFoundError:
@@ -96,7 +96,7 @@ def _import_problem(extension: str, module: str) -> str:
 
 
 def liger_takes(x: Tensor) -> bool:
-    """Whether Liger's kernels are for this tensor: on a GPU, of 16 or 32 bits, not empty, rows not too wide."""
+    """Whether Liger's kernels support this tensor: on a GPU, of 16 or 32 bits, not empty, rows not too wide."""
     return _on_gpu(x) and x.dtype in _DTYPES and 0 < x.shape[-1] <= LIGER_MAX_WIDTH and x.numel() > 0
 
 
@@ -165,7 +165,7 @@ def liger_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
 
 
 def apex_takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether Apex's RMSNorm gives x's dtype back: on a GPU, the weight in the same dtype of 16 or 32 bits."""
+    """Whether Apex's RMSNorm returns x's dtype: on a GPU, with the weight in the same 16- or 32-bit dtype."""
     return _on_gpu(x) and x.dtype in _DTYPES and weight.dtype == x.dtype and x.numel() > 0
 
 

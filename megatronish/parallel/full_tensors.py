@@ -1,4 +1,4 @@
-"""Whole tensors, collected from the ranks that hold their parts, and taken apart again."""
+"""Full tensors, gathered from the ranks that hold their shards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatronish.parallel.mesh import ParallelMesh
 
 @dataclass(frozen=True)
 class Part:
-    """A rank's part of the whole tensor `name`; shard None: the whole of it."""
+    """A rank's shard of the full tensor `name`; shard None: all of it."""
 
     name: str
     tensor: Tensor
@@ -23,12 +23,12 @@ class Part:
 
     @property
     def is_copy(self) -> bool:
-        """Whether every tensor-parallel rank holds the same."""
+        """Whether all tensor-parallel ranks hold the same data."""
         return self.shard is None or self.shard.replicated
 
 
 def parts_of(module: nn.Module) -> list[Part]:
-    """The parameters of `module` as parts of whole tensors; names are those that one process would give."""
+    """The parameters of `module` as shards of full tensors; names are those of the single process."""
     parts = []
     for name, parameter in module.named_parameters():
         shard = shard_of(parameter)
@@ -37,9 +37,9 @@ def parts_of(module: nn.Module) -> list[Part]:
 
 
 def gather_full_tensors(parts: Iterable[Part], mesh: ParallelMesh) -> dict[str, Tensor]:
-    """The whole tensors by name, on the CPU of the first rank, elsewhere nothing. Every rank calls it.
+    """The full tensors by name, on the CPU of rank 0; other ranks return an empty dict. A collective call.
 
-    Parts travel one at a time, so no rank but the first needs memory for more than one.
+    Shards are sent one at a time, so only rank 0 needs memory for more than one.
     """
     mine = [part for part in parts if mesh.data.rank == 0 and (mesh.tp.rank == 0 or not part.is_copy)]
     listed = [(part.name, tuple(part.tensor.shape), part.tensor.dtype, part.shard) for part in mine]
@@ -54,27 +54,27 @@ def gather_full_tensors(parts: Iterable[Part], mesh: ParallelMesh) -> dict[str, 
         for part in mine:
             dist.send(part.tensor.detach().contiguous(), 0)
         return {}
-    whole = _assemble([(part.name, part.shard, part.tensor) for part in mine])
+    full = _assemble([(part.name, part.shard, part.tensor) for part in mine])
     for source, items in enumerate(everything):
         for name, shape, dtype, shard in items if source else ():
             received = torch.empty(shape, dtype=dtype, device=device)
             dist.recv(received, source)
-            _put(whole, name, shard, received)
-    return whole
+            _put(full, name, shard, received)
+    return full
 
 
 def _assemble(parts: list[tuple[str, TensorShard | None, Tensor]]) -> dict[str, Tensor]:
-    whole: dict[str, Tensor] = {}
+    full: dict[str, Tensor] = {}
     for name, shard, tensor in parts:
-        _put(whole, name, shard, tensor)
-    return whole
+        _put(full, name, shard, tensor)
+    return full
 
 
-def _put(whole: dict[str, Tensor], name: str, shard: TensorShard | None, tensor: Tensor) -> None:
+def _put(full: dict[str, Tensor], name: str, shard: TensorShard | None, tensor: Tensor) -> None:
     tensor = tensor.detach().cpu()
     if shard is None:
-        whole[name] = tensor.clone()
+        full[name] = tensor.clone()
         return
-    if name not in whole:
-        whole[name] = torch.empty(shard.full, dtype=tensor.dtype)
-    shard.put(whole[name], tensor)
+    if name not in full:
+        full[name] = torch.empty(shard.full, dtype=tensor.dtype)
+    shard.put(full[name], tensor)

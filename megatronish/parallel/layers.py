@@ -1,4 +1,4 @@
-"""Linear layers and embeddings whose weights are divided over a tensor-parallel group (Shoeybi et al. 2019, Megatron-LM),
+"""Linear layers and embeddings whose weights are sharded over a tensor-parallel group (Shoeybi et al. 2019, Megatron-LM),
 with sequence parallelism between them (Korthikanti et al. 2022).
 
 A column-parallel layer holds some output features of a matrix, a row-parallel layer some input features. Between a row-
@@ -37,9 +37,9 @@ _DEEPSPEED_MARK = "tensor_model_parallel"  # gradient norms count a parameter wi
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """What layers need to know of the tensor-parallel axis.
+    """The tensor-parallel axis of a layer.
 
-    sequence: Megatron sequence parallelism, activations between the matrices divided along the sequence.
+    sequence: Megatron sequence parallelism: activations between the matrices are sharded along the sequence.
     """
 
     axis: Axis = field(default_factory=Axis)
@@ -47,27 +47,27 @@ class TensorParallel:
 
     @property
     def size(self) -> int:
-        """Ranks that share every matrix."""
+        """Ranks that shard every matrix."""
         return self.axis.size
 
     @property
     def rank(self) -> int:
-        """This one among them."""
+        """Index of this rank."""
         return self.axis.rank
 
     @property
     def group(self) -> ProcessGroup:
         """The group; only for more than one rank."""
-        assert self.axis.group is not None, "a single rank has nobody to talk to"
+        assert self.axis.group is not None, "a single rank has no process group"
         return self.axis.group
 
 
 @dataclass(frozen=True)
 class TensorShard:
-    """The part of a full tensor that a parameter holds: `segments` [start, stop) along `dim`, behind one another.
+    """The part of a full tensor that a parameter holds: `segments` [start, stop) along `dim`, concatenated.
 
-    full: shape of the full tensor. name: the full tensor's name beside the parameter's own, where it differs.
-    replicated: every rank of the group holds the same part.
+    full: shape of the full tensor. name: last component of the full tensor's name, where it differs from the parameter's.
+    replicated: all ranks of the group hold the same part.
     """
 
     full: tuple[int, ...]
@@ -101,7 +101,7 @@ class TensorShard:
 
 
 def set_shard(parameter: nn.Parameter, shard: TensorShard) -> None:
-    """Say which part of a full tensor `parameter` holds."""
+    """Record which part of a full tensor `parameter` holds."""
     assert parameter.shape == shard.shape, (parameter.shape, shard)
     setattr(parameter, _SHARD, shard)
     if not shard.replicated:
@@ -171,7 +171,7 @@ class _ColumnLinear(torch.autograd.Function):
 
 
 def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
-    """x [b, s, in] (under sequence parallelism [b, s / tp, in]) times the rank's rows of a weight: [b, s, rows]."""
+    """Megatron's f, then x [b, s, in] (under sequence parallelism [b, s / tp, in]) times the rank's rows: [b, s, rows]."""
     result: Tensor = _ColumnLinear.apply(x, weight, bias, tp)
     return result
 
@@ -205,8 +205,8 @@ class ColumnParallelLinear(nn.Module):
 class SharedKVLinear(nn.Module):
     """The packed projection [q; k; v] where there are fewer key/value heads than ranks.
 
-    The query rows are divided. The key and value rows are whole on every rank, one replicated parameter: each rank uses
-    those of the one key/value head that its query heads read, and their gradient is summed over the ranks.
+    The query rows are sharded. The key and value rows are one parameter that is replicated on every rank: each rank uses the
+    rows of the key/value head that its query heads read, and the gradient is all-reduced.
     Raises ValueError unless the ranks divide the query heads and the key/value heads divide the ranks.
     """
 
@@ -282,7 +282,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 def reduce_partial_sums(y: Tensor, tp: TensorParallel) -> Tensor:
-    """What the ranks' parts y [b, s, hidden] add up to, or under sequence parallelism the rank's part of the sequence."""
+    """Megatron's g: the sum over ranks of y [b, s, hidden], or under sequence parallelism the rank's chunk of the sum."""
     return reduce_scatter_sequence(y, tp.group) if tp.sequence else all_reduce(y, tp.group)
 
 

@@ -1,7 +1,7 @@
 """How the ranks of a run are divided: pipeline, data, sequence and tensor parallel axes.
 
 Rank = ((pp * DP + dp) * SP + sp) * TP + tp: tensor-parallel ranks are neighbours, as in DeepSpeed's topology, so that the
-axis that talks most stays within a machine.
+axis with the most traffic stays within a node.
 """
 
 from __future__ import annotations

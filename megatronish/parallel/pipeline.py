@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def balanced_stages(costs: Sequence[float], stages: int) -> list[range]:
-    """Cut a list of layers into `stages` runs of at least one layer so that the dearest run is as cheap as can be.
+    """Cut a list of layers into `stages` runs of at least one layer so that the maximum cost of a run is minimal.
 
     Among cuts that are equally good the earlier stages take fewer layers: they hold the activations of more micro batches
     in flight. Raises ValueError for more stages than layers.
@@ -18,7 +18,7 @@ def balanced_stages(costs: Sequence[float], stages: int) -> list[range]:
     total = [0.0]
     for cost in costs:
         total.append(total[-1] + cost)
-    # dearest[start]: cost of the dearest of `left` stages over the layers from start on; cut[left][start]: its first cut
+    # dearest[start]: maximum cost of `left` stages over the layers from start; cuts[left - 2][start]: the first cut
     dearest = [total[layers] - total[start] for start in range(layers)]
     cuts: list[list[int]] = []
     for left in range(2, stages + 1):

@@ -1,4 +1,4 @@
-"""Random numbers of ranks that must draw alike in one place and differently in another."""
+"""Random numbers that differ between ranks whose generators are otherwise in the same state."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from megatronish.parallel.mesh import ParallelMesh
 
 @contextmanager
 def fork_rng_per_rank(rank: int, device: torch.device) -> Iterator[None]:
-    """Inside it ranks whose generators agree draw different numbers; after it they agree again.
+    """Context in which ranks with equal generator states draw different numbers; afterwards the states are equal again.
 
-    The inner seed comes from the generator of the CPU, so each use draws anew, and a recomputed block draws what it drew
-    the first time. Costs two copies of the generators' states.
+    The seed inside is drawn from the CPU generator, so that each use differs and a recomputed block repeats its numbers.
+    Costs two copies of the generator states.
     """
     seed = int(torch.randint(1 << 62, (), device="cpu")) ^ (rank + 1)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

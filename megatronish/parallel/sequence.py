@@ -1,4 +1,4 @@
-"""Attention over sequences that are divided over ranks (Jacobs et al. 2023, DeepSpeed-Ulysses).
+"""Attention over sequences that are sharded over ranks (Jacobs et al. 2023, DeepSpeed-Ulysses).
 
 Outside attention a rank holds all heads of its part of the sequence, inside it all tokens for its part of the heads.
 
@@ -15,7 +15,7 @@ from megatronish.parallel.collectives import all_to_all
 
 
 def heads_to_ranks(parts: tuple[Tensor, ...], group: ProcessGroup) -> list[Tensor]:
-    """Tensors [b, s / n, h, d] -> [b, s, h / n, d], together in one all_to_all.
+    """Tensors [b, s / n, h, d] -> [b, s, h / n, d], in one all-to-all.
 
     Fewer heads than ranks are repeated first, so that each rank gets the head that its part of more heads belongs to.
     Raises ValueError unless n divides h or h divides n.
@@ -29,7 +29,7 @@ def heads_to_ranks(parts: tuple[Tensor, ...], group: ProcessGroup) -> list[Tenso
 
 
 def sequence_to_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
-    """[b, s, h / n, d] -> [b, s / n, h, d], the way back."""
+    """[b, s, h / n, d] -> [b, s / n, h, d], the inverse."""
     sent = x.unflatten(1, (group.size(), -1)).transpose(0, 1)
     received = all_to_all(sent, group)  # [n parts of the heads, b, s / n, h / n, d]
     return received.permute(1, 2, 0, 3, 4).flatten(2, 3)

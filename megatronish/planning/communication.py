@@ -1,7 +1,7 @@
-"""What a rank sends in one optimizer step, collective by collective, and how long each takes.
+"""What a rank sends per optimizer step, collective by collective, and how long each takes.
 
 Volumes are exact: tests/planning/test_counted_traffic.py counts the collectives of real steps. Times follow NCCL's own
-cost model (NVIDIA/nccl, src/graph/tuning.cc): a base, a latency a step, and bytes over the slower of NVLink and of the
+cost model (NVIDIA/nccl, src/graph/tuning.cc): a base, a latency per ring or tree step, and bytes over the slower of NVLink and of the
 network adapters that the group has in a node; the better of ring and tree, and of two protocols, is taken.
 
 Shapes: t tokens of a micro batch on a rank, h hidden size.
@@ -22,7 +22,7 @@ from megatronish.planning.stack import Stack
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "point_to_point"]
 Phase = Literal["forward", "backward", "recompute", "reduce", "update"]
 
-# Of the payload, the share that a ring makes each rank send (times n - 1 over n; a message goes whole).
+# Multiples of payload * (n - 1) / n that each rank sends in a ring collective.
 _RING_PASSES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
 
 
@@ -30,7 +30,7 @@ _RING_PASSES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_a
 class Traffic:
     """Equal collectives of one rank in one optimizer step.
 
-    payload: bytes of the whole tensor: what is reduced, what is gathered, what a rank exchanges or sends.
+    payload: bytes of the full tensor that is reduced or gathered, or that a rank exchanges or sends.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Traffic:
         return self.payload * self.calls
 
     def sent(self, ranks: int) -> float:
-        """Bytes a rank sends for all calls by ring, in a group of `ranks`."""
+        """Bytes sent per rank for all calls by ring, in a group of `ranks`."""
         return sent_bytes(self.kind, self.payload, ranks) * self.calls
 
 
@@ -66,7 +66,7 @@ def sent_bytes(kind: Kind, payload: float, ranks: int) -> float:
 
 @dataclass(frozen=True)
 class _Protocol:
-    """One of NCCL's ways to move bytes; seconds a step, of ring and tree, in a node and between nodes."""
+    """One of NCCL's protocols; seconds per ring or tree step, within a node and between nodes."""
 
     ring_base: float
     ring_local: float
@@ -255,7 +255,7 @@ def _pipeline_traffic(
 def _data_traffic(
     model: ModelConfig, layout: PlannedLayout, stack: Stack, layers: StageLayers, item_bytes: int
 ) -> list[Traffic]:
-    """Gradients and weights, as the ZeRO stage says (Rajbhandari et al. 2020)."""
+    """Gradients and weights, according to the ZeRO stage (Rajbhandari et al. 2020)."""
     count = rank_parameters(model, layout.tensor, layers).total
     weights, gradients = float(count * item_bytes), float(count * stack.gradient_bytes)
     if layout.zero == 3:

@@ -163,13 +163,13 @@ def _exposed(
     payload = float(layout.micro_batch * model.seq_length * model.hidden_size * item_bytes)
     group = layout.group("tp", hardware.gpus_per_node)
 
-    def visible(kind: Kind, beside: float, always_beside: bool) -> float:
-        """A collective beside a product of `beside` seconds; always_beside: independent of it, not its input or output."""
+    def visible(kind: Kind, product: float, independent: bool) -> float:
+        """Seconds of a collective that are not hidden by a matrix product; independent: it neither feeds nor follows the product."""
         seconds = collective_seconds(kind, payload, group, hardware)
-        if stack.hides_tensor == "none" or (stack.hides_tensor == "backward" and not always_beside):
+        if stack.hides_tensor == "none" or (stack.hides_tensor == "backward" and not independent):
             return seconds
-        # In chunks the first has nothing to hide behind.
-        return max(0.0, seconds - beside * (1.0 if always_beside else (tensor - 1) / tensor))
+        # Of a chunked collective the first chunk overlaps with nothing.
+        return max(0.0, seconds - product * (1.0 if independent else (tensor - 1) / tensor))
 
     p, last, first = products, layers.last, layers.first
     if layout.tensor_sequence:

@@ -22,7 +22,7 @@ class Hardware:
     """A cluster of equal nodes. Rates are per GPU and direction.
 
     peak_flops: dense bf16 FLOP/s. attention_share: of it, that fused causal attention reaches. matmul_share: that matrix
-    products reach in a whole training step. It is the one fitted number of a GPU, and so holds what the planner leaves
+    products reach in a full training step. It is the one fitted number of a GPU, and so holds what the planner leaves
     out: launches, the host, lower clocks under load, processors that NCCL takes. node_rate: bytes/s through NVLink;
     network_rate: bytes/s through the GPU's own adapter.
     """

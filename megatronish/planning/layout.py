@@ -16,7 +16,7 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks that talk to one another along an axis: `size` of them, `local` on each node."""
+    """The ranks that communicate along an axis: `size` of them, `local` on each node."""
 
     size: int
     local: int
@@ -32,7 +32,7 @@ class PlannedLayout:
     """Sizes of the axes, how states are divided, and the batch of one optimizer step.
 
     tensor, sequence, data, pipeline: as in `parallel.mesh`, tensor innermost. tensor_sequence: Megatron sequence
-    parallelism. zero: ZeRO stage over data x sequence. micro_batch: samples a rank computes at once; accumulation: micro
+    parallelism. zero: ZeRO stage over data x sequence. micro_batch: samples per rank and pass; accumulation: micro
     batches a step. interleave: parts of the model that a pipeline rank holds (Narayanan et al. 2021; 1: plain 1F1B).
     """
 

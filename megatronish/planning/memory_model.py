@@ -9,14 +9,14 @@ from megatronish.planning.layout import PlannedLayout
 from megatronish.planning.parameters import StageLayers, rank_parameters
 
 GRADIENT_BYTES = 4  # summed in fp32, as the files in ds_configs/ ask
-ADDED_BYTES = 2  # the bf16 gradients that are added to the sums: ZeRO 0 and 1 hold them whole
+ADDED_BYTES = 2  # the bf16 gradients that are added to the sums: ZeRO 0 and 1 hold all of them
 STATE_BYTES = 4 + 4 + 4  # Adam: fp32 weight and two moments
 USABLE_SHARE = 0.9  # of the GPU's memory; the rest goes to the CUDA context, NCCL's buffers and fragmentation
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on a rank at their peak; `gathered`: whole weights that ZeRO-3 holds while it computes with them."""
+    """Bytes on a rank at their peak; `gathered`: full weights that ZeRO-3 holds while it computes with them."""
 
     weights: float
     gradients: float
@@ -64,7 +64,7 @@ def _activations(model: ModelConfig, layout: PlannedLayout, layers: StageLayers,
 def block_activation_bytes(
     model: ModelConfig, layout: PlannedLayout, item_bytes: int = 2, recompute: str | None = None
 ) -> float:
-    """Bytes a token that a block keeps for its backward pass, with fused norms, rotation, activation and attention.
+    """Bytes per token that a block keeps for its backward pass, with fused norms, rotation, activation and attention.
 
     Dropout masks are not counted. recompute: in place of the layout's.
     """

@@ -19,7 +19,7 @@ class StageLayers:
     final_norm: bool = True
 
 
-def whole_model(model: ModelConfig) -> StageLayers:
+def all_layers(model: ModelConfig) -> StageLayers:
     """All layers, on one stage."""
     return StageLayers(model.num_layers, final_norm=model.has_final_norm)
 
@@ -27,7 +27,7 @@ def whole_model(model: ModelConfig) -> StageLayers:
 def stage_layers(model: ModelConfig, stages: int, balance: str = "time") -> list[StageLayers]:
     """How `training.loop` cuts the model into pipeline stages. Raises ValueError for more stages than layers."""
     if stages == 1:
-        return [whole_model(model)]
+        return [all_layers(model)]
     cuts = balanced_stages(layer_costs(model, balance), stages)
     blocks = range(1, 1 + model.num_layers)
     head = model.num_layers + model.has_final_norm + 1

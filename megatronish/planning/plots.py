@@ -82,6 +82,6 @@ def _draw_best(left: Axes, right: Axes, chosen: Sequence[Study], gpus: Sequence[
         start = [a + b for a, b in zip(start, widths)]
     right.invert_yaxis()
     right.set(xlabel="share of a step, %", xlim=(0, 100))
-    right.set_title("Where the time goes on the largest cluster")
+    right.set_title("Shares of a step on the largest cluster")
     right.tick_params(axis="y", labelsize=8)
     right.legend(fontsize=7.5, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.12))

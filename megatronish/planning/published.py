@@ -1,4 +1,4 @@
-"""What Megatron-LM and torchtitan report for themselves, as layouts of this planner, beside what it predicts.
+"""What Megatron-LM and torchtitan report for themselves, as layouts of this planner, with its predictions.
 
 Sources, all at github.com: NVIDIA/Megatron-LM images/cases_april2021.png with examples/sc21/run_table_1.sh (Narayanan et al.
 2021, table 1) and README.md with images/model_table.png (weak scaling on H100, July 2024); pytorch/torchtitan
@@ -23,7 +23,7 @@ from megatronish.planning.throughput import Estimate, estimate
 class PublishedRun:
     """A reported run. tokens_per_gpu_second: as reported, or from reported TFLOP/s by the reporter's own formula.
 
-    fitted: the share of the peak that matrix products reach was fitted on it. assumed: what the source does not say.
+    fitted: the share of the peak that matrix products reach was fitted on it. assumed: what the source does not report.
     """
 
     table: str
@@ -37,7 +37,7 @@ class PublishedRun:
     assumed: str = ""
 
     def predict(self) -> Estimate:
-        """What the planner says of it."""
+        """The planner's estimate."""
         return estimate(self.model, self.layout, self.hardware, self.stack)
 
     @property

@@ -1,4 +1,4 @@
-"""The scale study as Markdown tables: predictions beside published runs, traffic of layouts, best layouts of clusters."""
+"""The scale study as Markdown tables: predictions and published runs, traffic of layouts, best layouts of clusters."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def studies(tokens: int | None = None) -> list[Study]:
 
 
 def published_table() -> str:
-    """Every published run beside its prediction."""
+    """Every published run and its prediction."""
     rows = []
     for run in published_runs():
         predicted = run.predict()
@@ -128,7 +128,7 @@ def traffic_table(model: ModelConfig, layouts: Sequence[PlannedLayout], hardware
 
 
 def _axis_cost(model: ModelConfig, layout: PlannedLayout, axis: AxisName, hardware: Hardware) -> tuple[float, float]:
-    """Bytes a rank sends along an axis in a step, and their seconds were nothing else going on: the dearest stage's."""
+    """Bytes sent per rank along an axis per step, and their seconds without contention: those of the costliest stage."""
     costs = [(0.0, 0.0)]
     for layers in stage_layers(model, layout.pipeline):
         size = seconds = 0.0
@@ -184,7 +184,7 @@ def shares(parts: StepParts) -> dict[str, float]:
 
 
 def waiting(predicted: Estimate) -> str:
-    """What a step spends beside computing, in per cent, where it is at least one."""
+    """Shares of a step that are not compute, in percent, where at least one percent."""
     found = {name: share for name, share in shares(predicted.parts).items() if name != "compute" and share >= 0.01}
     return ", ".join(f"{name} {share:.0%}" for name, share in found.items())
 

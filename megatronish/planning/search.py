@@ -34,7 +34,7 @@ def best_layouts(
     Raises ConfigError for a number of GPUs or samples below 1.
     """
     if gpus < 1 or samples < 1:
-        raise ConfigError(f"{gpus} GPUs and {samples} samples a step: both must be at least 1.")
+        raise ConfigError(f"{gpus} GPUs and {samples} samples per step: both must be at least 1.")
     found: list[Candidate] = []
     for pipeline in _POWERS:
         if pipeline > min(gpus, model.num_layers):

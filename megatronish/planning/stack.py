@@ -1,4 +1,4 @@
-"""How a training stack goes about the same layout: which collectives, what they hide behind, which kernels."""
+"""How training stacks implement the same layout: which collectives, what they overlap with, which kernels."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class Stack:
     """What differs between stacks. Nothing here is fitted.
 
     shards_gradients: ZeRO 1 and 2 reduce-scatter gradients (else they all-reduce them and keep their part).
-    reduces_each_micro_batch: ZeRO-2 does so for every micro batch (else once a step).
+    reduces_each_micro_batch: ZeRO-2 does so for every micro batch (else once per step).
     gradient_bytes: of a gradient element on the wire. hides_data: gradient reduction runs under the backward pass;
     hides_gather: so does the gathering of updated weights under the next forward pass. hides_tensor: which collectives of
-    tensor parallelism run beside matrix products: none, those of column-parallel layers in the backward pass, or all, in
-    chunks beside the product that they feed or follow. divides_messages: stages send each tensor-parallel rank a part.
+    tensor parallelism overlap with matrix products: none, those of column-parallel layers in the backward pass, or all, in
+    chunks with the product that they feed or follow. divides_messages: stages send each tensor-parallel rank a part.
     hides_messages: stages compute while they send. fused_attention: scores never reach memory.
     reduces_in_pipeline_gaps: with stages, gradients are still reduced under the last backward pass.
     recomputed_products: share of matrix products that selective recomputation repeats.

@@ -132,7 +132,7 @@ def _data_seconds(
                 window = backward if stack.hides_data and _reduces_early(layout, stack) else 0.0
             else:
                 window = forward if stack.hides_gather else 0.0
-            # The first or the last bucket has nothing to hide behind.
+            # The first or the last bucket overlaps with nothing.
             visible += entry.calls * (max(seconds - window, seconds / buckets) if window else seconds)
         elif entry.axis == "pp" and entry.phase == "reduce":
             visible += entry.calls * bucketed_seconds(entry, layout, stack, hardware, layers)[0]
@@ -146,9 +146,9 @@ def _reduces_early(layout: PlannedLayout, stack: Stack) -> bool:
 def bucketed_seconds(
     entry: Traffic, layout: PlannedLayout, stack: Stack, hardware: Hardware, layers: StageLayers
 ) -> tuple[float, int]:
-    """Seconds of one call of `entry` were nothing else going on, and the collectives that it is cut into.
+    """Seconds of one call of `entry` without contention, and the number of collectives that it is split into.
 
-    Gradients travel in buckets of whole tensors, and so do weights that are gathered while something computes: under
+    Gradients are sent in buckets of tensors, and so are weights that are gathered while something computes: under
     ZeRO-3 a block at a time at most. DeepSpeed gathers updated weights at once; activations are never cut.
     """
     elements = entry.payload / (stack.gradient_bytes if entry.phase == "reduce" else 2)

@@ -1,4 +1,4 @@
-"""Decoding with a cache gives the logits of the whole sequence read at once."""
+"""Decoding with a cache gives the logits of a forward pass over the full sequence."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_cached_equals_uncached(variant: str, backend: str) -> None:
     expected = model(tokens)  # also beyond the training context of 16
     cache = KVCache(config, 2, 24)
     pieces, start = [], 0
-    for size in (6, 1, 1, 7, 1, 8):  # a prompt, single tokens, and chunks behind them
+    for size in (6, 1, 1, 7, 1, 8):  # a prompt, single tokens, and chunks after them
         pieces.append(model(tokens[:, start : start + size], cache=cache))
         start += size
     assert cache.length == 24
@@ -68,7 +68,7 @@ def test_rewind_forgets_what_came_later() -> None:
 def test_messages() -> None:
     config = ModelConfig(**SHAPE)
     model, cache = Transformer(config), KVCache(config, 1, 4)
-    with pytest.raises(ValueError, match="5 tokens do not fit behind the 0 in a cache of 4"):
+    with pytest.raises(ValueError, match="5 tokens do not fit after the 0 in a cache of 4"):
         model(torch.zeros(1, 5, dtype=torch.long), cache=cache)
     with pytest.raises(ValueError, match="made for a batch of 1, got tokens of 2 rows"):
         model(torch.zeros(2, 1, dtype=torch.long), cache=cache)
@@ -77,7 +77,7 @@ def test_messages() -> None:
     with pytest.raises(ValueError, match=r"tokens must be \[batch, sequence\], got shape \(3,\)"):
         model(torch.zeros(3, dtype=torch.long))
     model(torch.zeros(1, 2, dtype=torch.long), cache=cache)
-    with pytest.raises(ValueError, match="documents cannot be packed behind a key/value cache"):
+    with pytest.raises(ValueError, match="packed documents cannot follow a key/value cache"):
         model(torch.zeros(1, 2, dtype=torch.long), cache=cache, cu_seqlens=torch.tensor([0, 2], dtype=torch.int32))
 
 

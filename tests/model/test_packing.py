@@ -71,7 +71,7 @@ def test_documents_that_do_not_cover_the_rows_are_refused(bounds: list[int]) -> 
         vocab_size=53, num_layers=1, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, seq_length=16
     )
     model, tokens = Transformer(config), torch.zeros(2, 16, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"must rise from 0 to 32 \(2 rows of 16 tokens\)"):
+    with pytest.raises(ValueError, match=r"must increase from 0 to 32 \(2 rows of 16 tokens\)"):
         model(tokens, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
     with pytest.raises(ValueError, match="cu_seqlens must be int32"):
         model(tokens, cu_seqlens=torch.tensor([0, 16, 32]))

@@ -96,12 +96,12 @@ def test_messages() -> None:
         ValueError, match="takes fp16 and bf16 tensors on a GPU, got torch.float32 on cpu: train in bf16"
     ):
         attention(q, q, q, backend="flash2")
-    with pytest.raises(ValueError, match="5 keys: documents cannot be packed behind a key/value cache"):
+    with pytest.raises(ValueError, match="5 keys: packed documents cannot follow a key/value cache"):
         attention_mask(1, 3, 5, cu_seqlens=torch.tensor([0, 3]), device=torch.device("cpu"))
 
 
 class _OnGPU(torch.Tensor):
-    """A CPU tensor that says it is on a GPU, so that the call into flash-attn can be looked at without one."""
+    """A CPU tensor that claims to be on a GPU, to inspect the call into flash-attn without one."""
 
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]

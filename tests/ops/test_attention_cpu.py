@@ -81,7 +81,7 @@ def test_error_is_within_twice_that_of_sdpa(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_scores_and_values_that_are_no_numbers(level: str, dtype: torch.dtype) -> None:
+def test_large_scores_and_non_finite_values(level: str, dtype: torch.dtype) -> None:
     q, k, v = (_packed(1, 130, 1, 0, 32, dtype) * factor for factor in (90, 90, 1))
     scores = (q[0, :, 0].double() @ k[0, :, 0].double().T * 32**-0.5).masked_fill(
         ~torch.ones(130, 130).tril().bool(), -1e9
@@ -126,7 +126,7 @@ def test_the_public_function_takes_it_where_it_is_faster(monkeypatch: pytest.Mon
     q = _packed(2, 64, 2, 0, 32, torch.float32)
     assert attention_cpu.takes(q, q, 0.0, None)
     assert not attention_cpu.takes(q[:, :63], q[:, :63], 0.0, None)  # less than a block
-    assert not attention_cpu.takes(q, torch.cat((q, q), 1), 0.0, None)  # behind a cache
+    assert not attention_cpu.takes(q, torch.cat((q, q), 1), 0.0, None)  # with a cache
     assert not attention_cpu.takes(q, q, 0.1, None)
     assert not attention_cpu.takes(q, q, 0.0, -1.0)
     assert not attention_cpu.takes(q[..., :20], q[..., :20], 0.0, None)
@@ -161,12 +161,12 @@ def test_compiled_without_a_break() -> None:
     grad = torch.randn(1, 80, 4, 32)
     cu_seqlens = torch.tensor([0, 30, 80], dtype=torch.int32)
 
-    def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, backend="fused_or_sdpa", cu_seqlens=cu_seqlens)
 
     assert attention_cpu.takes(*qkv.split(heads, dim=2)[:2], 0.0, None)
-    eager = _run(whole, qkv, heads, grad)
-    compiled = _run(torch.compile(whole, fullgraph=True), qkv, heads, grad)
+    eager = _run(attend, qkv, heads, grad)
+    compiled = _run(torch.compile(attend, fullgraph=True), qkv, heads, grad)
     assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of every backend against float64; that bf16 logits are never widened whole; the fused one at every
+"""Cross-entropy of every backend against float64; that bf16 logits are never widened all at once; the fused one at every
 instruction-set level; and shards of the vocabulary on two ranks against one process."""
 
 import pytest
@@ -79,7 +79,7 @@ def test_losses_and_gradients(backend: str, dtype: torch.dtype) -> None:
     _check(*_problem(3, 47, 31, dtype=dtype), backend)
 
 
-@pytest.mark.parametrize("elements", [1, 100, 1 << 20], ids=["row_by_row", "slabs", "whole"])
+@pytest.mark.parametrize("elements", [1, 100, 1 << 20], ids=["row_by_row", "slabs", "full"])
 def test_slabs_of_plain_torch(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SLAB_ELEMENTS_CPU", elements)
     _check(*_problem(3, 47, 31, dtype=torch.bfloat16), "reference")
@@ -162,7 +162,7 @@ EXTREMES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("width", [3, 4100])
 def test_extreme_logits_go_the_way_of_the_reference(level: str, width: int, dtype: torch.dtype) -> None:
-    """Alone, and in front of, or behind, blocks of ordinary ones."""
+    """Alone, before, and after blocks of ordinary ones."""
     ordinary = _problem(len(EXTREMES), width)[0][:, 3:]
     extremes, labels = torch.tensor(EXTREMES), torch.tensor([0, 1, 2] * 3)
     for logits in (torch.cat((extremes, ordinary), dim=1), torch.cat((ordinary, extremes), dim=1)):
@@ -198,7 +198,7 @@ def test_nothing_labelled(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("fused", marks=needs_kernels)])
 def test_finite_differences(backend: str) -> None:
-    """By hand: torch's gradcheck runs several backward passes behind one forward pass, which the fused one refuses."""
+    """By hand: torch's gradcheck runs several backward passes after one forward pass, which the fused one refuses."""
     logits = torch.randn(5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     labels, grad = torch.tensor([0, 8, -100, 3, 3]), torch.linspace(-1, 1, 5).double()
     leaf = logits.clone().requires_grad_()
@@ -230,7 +230,7 @@ def _shares(a: Tensor, b: object) -> bool:
     return isinstance(b, Tensor) and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def test_bf16_logits_are_never_widened_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_logits_are_never_widened_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SLAB_ELEMENTS_CPU", 1000)
     logits = torch.randn(64, 100, dtype=torch.bfloat16, requires_grad=True)
     with _Watch() as watch:
@@ -239,7 +239,7 @@ def test_bf16_logits_are_never_widened_whole(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @needs_kernels
-def test_the_fused_gradient_lies_where_the_logits_lay() -> None:
+def test_the_fused_gradient_overwrites_the_logits() -> None:
     leaf = torch.randn(64, 100, dtype=torch.bfloat16, requires_grad=True)
     logits = leaf * 1
     kept: list[Tensor] = []
@@ -273,7 +273,7 @@ def test_a_leaf_is_left_alone() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("intermediate", [True, False])
-def test_whole_graph_compiles_to_the_same_bits(intermediate: bool) -> None:
+def test_full_graph_compiles_to_the_same_bits(intermediate: bool) -> None:
     logits, labels = _problem(30, 70)
 
     def function(x: Tensor) -> Tensor:
@@ -346,10 +346,10 @@ def _sharded(rank: int, split: int, fused: bool, dtype: torch.dtype) -> tuple[Te
     labels[0] = 37
     try:
         token_losses(leaf, labels, **options)
-        said = "nothing"
+        message = "nothing"
     except (ValueError, RuntimeError) as error:
-        said = str(error)
-    return losses.detach(), ours, said
+        message = str(error)
+    return losses.detach(), ours, message
 
 
 @pytest.mark.distributed
@@ -362,10 +362,10 @@ def test_two_shards_equal_one_process(split: int, fused: bool, dtype: torch.dtyp
     logits[:, :split][3] = -INFINITY
     logits[4] = 1e4
     labels[3] = 36
-    whole = logits.clone().requires_grad_()
-    losses = token_losses(whole, _problem(40, 37)[1], backend="fused" if fused else "reference")
+    full = logits.clone().requires_grad_()
+    losses = token_losses(full, _problem(40, 37)[1], backend="fused" if fused else "reference")
     grad = torch.randn(40, generator=torch.Generator().manual_seed(1)).to(losses.dtype)
-    (expected,) = torch.autograd.grad(losses, whole, grad)
+    (expected,) = torch.autograd.grad(losses, full, grad)
     shards = run_ranks(2, _sharded, split, fused, dtype)
     assert torch.equal(shards[0][0], shards[1][0])
     # Sums in another order: a few roundings of fp32.

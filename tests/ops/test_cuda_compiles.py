@@ -43,7 +43,7 @@ def _nvcc(*arguments: str) -> str:
 
 @cache
 def _compiled(source: Path) -> tuple[dict[str, str], str]:
-    """What ptxas says of a source for each architecture that this nvcc knows, and its PTX; as many at a time as cores."""
+    """The report of ptxas for each architecture that this nvcc knows, and the PTX; one process per core."""
     known = [arch for arch in ARCHITECTURES if f"compute_{arch}" in _nvcc("--list-gpu-arch").split()]
     with TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         ptx = Path(folder, "out.ptx")

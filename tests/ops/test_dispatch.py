@@ -13,7 +13,7 @@ from megatronish.ops import dispatch
 
 
 def _machine(monkeypatch: pytest.MonkeyPatch, gpu: tuple[int, int] | None, *modules: str) -> None:
-    """A machine with this GPU and these modules; the modules have the two functions and nothing behind them."""
+    """A machine with this GPU and these modules; the modules have the two functions without an implementation."""
     monkeypatch.setattr(dispatch.torch.cuda, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(dispatch.torch.cuda, "get_device_capability", lambda: gpu)
     for name in ("flash_attn", "flash_attn_interface"):
@@ -24,7 +24,7 @@ def _machine(monkeypatch: pytest.MonkeyPatch, gpu: tuple[int, int] | None, *modu
 
 
 @pytest.mark.parametrize(
-    ("gpu", "modules", "chosen", "said"),
+    ("gpu", "modules", "chosen", "message"),
     [
         (None, [], "fused_or_sdpa", None),
         (None, ["flash_attn"], "fused_or_sdpa", None),
@@ -40,12 +40,12 @@ def _machine(monkeypatch: pytest.MonkeyPatch, gpu: tuple[int, int] | None, *modu
         ((10, 0), ["flash_attn", "flash_attn_interface"], "flash2_or_sdpa", None),
     ],
 )
-def test_auto(monkeypatch, caplog, gpu, modules, chosen, said) -> None:  # type: ignore[no-untyped-def]
+def test_auto(monkeypatch, caplog, gpu, modules, chosen, message) -> None:  # type: ignore[no-untyped-def]
     _machine(monkeypatch, gpu, *modules)
     with caplog.at_level(logging.INFO):
         assert dispatch.resolve_attention("auto") == chosen
     assert len(caplog.messages) == (gpu is not None)
-    assert said is None or caplog.messages == [said]
+    assert message is None or caplog.messages == [message]
 
 
 def test_forced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +68,7 @@ def test_forced(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatch.resolve_attention("flsh")
 
 
-def test_a_flash_attn_built_for_another_torch_is_said_and_passed_over(monkeypatch, caplog) -> None:  # type: ignore[no-untyped-def]
+def test_a_flash_attn_built_for_another_torch_is_reported_and_skipped(monkeypatch, caplog) -> None:  # type: ignore[no-untyped-def]
     _machine(monkeypatch, (8, 0))
 
     def broken(name: str) -> types.ModuleType:

@@ -136,7 +136,7 @@ def test_backends_agree(name: str) -> None:
 
 @needs_cpu
 @pytest.mark.parametrize("name", _public("fused"))
-def test_whole_graph_compiles_to_the_same_bits(name: str) -> None:
+def test_full_graph_compiles_to_the_same_bits(name: str) -> None:
     function, inputs = _public("fused")[name]
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     results = []
@@ -339,7 +339,7 @@ def test_what_a_request_becomes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert dispatch.resolve_ops("auto") == "reference"
 
 
-def test_on_a_gpu_the_kernels_are_taken_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_auto_does_not_select_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """They have not run on one yet: see `resolve_ops`."""
     monkeypatch.setattr(dispatch.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(extension, "EXTENSION", Extension(True, True, "", ""))
@@ -350,7 +350,7 @@ def test_on_a_gpu_the_kernels_are_taken_by_name_only(monkeypatch: pytest.MonkeyP
         dispatch.resolve_ops("fused")
 
 
-def test_without_a_build_the_model_runs_and_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_build_the_model_runs_and_warns_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = extension._load_library(Path("/nowhere/_C.so"))
     assert "_C.so is not built: run `python setup.py build_ext --inplace`" in problem
     monkeypatch.setattr(extension, "EXTENSION", Extension(False, False, problem, problem))
@@ -365,7 +365,7 @@ def test_without_a_build_the_model_runs_and_says_what_to_do(monkeypatch: pytest.
         Transformer(SMALL, KernelConfig(ops="fused"))
 
 
-def test_a_torn_library_is_told_of(tmp_path: Path) -> None:
+def test_a_torn_library_is_reported(tmp_path: Path) -> None:
     (tmp_path / "_C.so").write_bytes(b"\x7fELF torn")
     assert "_C.so does not load (" in extension._load_library(tmp_path / "_C.so")
 

@@ -54,7 +54,7 @@ def test_rms_norm(level: str, width: int, dtype: torch.dtype) -> None:
         # The weight gradient has `width` numbers: the fewer, the further their norm of error may stray from its mean.
         assert _error(dw, exact_dw) < WEIGHT_BARS[dtype] * (1 if width > 50 else 3)
     else:
-        # y is the sign of x times the weight, behind four roundings of fp32 and that of the store. dx is what is left of two
+        # y is the sign of x times the weight, after four roundings of fp32 and that of the store. dx is what is left of two
         # numbers that cancel, of the size of dy * weight / x: a few roundings of those are all that can be asked.
         unit = torch.finfo(dtype).eps
         wide_unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
@@ -173,7 +173,7 @@ def test_rope_qkv_in_groups(level: str, interleaved: bool) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_rope_qkv_backward_takes_gradients_wherever_they_lie(level: str, interleaved: bool, dtype: torch.dtype) -> None:
+def test_rope_qkv_backward_takes_gradients_of_any_strides(level: str, interleaved: bool, dtype: torch.dtype) -> None:
     """Of attention: heads before tokens, channels apart, or one number for all; in groups as in Megatron's layout."""
     cos, sin = _tables(8)
     positions = torch.arange(14, dtype=torch.int32).view(2, 7).flip(1).contiguous()

@@ -127,7 +127,7 @@ def test_strides_alignment_and_expanded_gradients_change_nothing(level: str, dty
         for grads in (ones, [torch.ones((), dtype=dtype).expand_as(g) for g in ones]):
             ours = _run([other, *inputs[1:]], grads, **options)
             assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
-    # Gradients that lie as attention leaves them, heads before tokens.
+    # Gradients in the layout that attention returns, heads before tokens.
     scattered = [_random(*y.shape, dtype=dtype, seed=5 + i) for i, y in enumerate(ones)]
     moved = [g.transpose(1, 2).contiguous().transpose(1, 2) for g in scattered]
     ours = [_run(inputs, g, **options) for g in (scattered, moved)]

@@ -149,7 +149,7 @@ def test_without_a_gpu_both_are_refused(backend: str, monkeypatch: pytest.Monkey
         Transformer(resolve_model({"preset": "tiny"}), KernelConfig(ops=backend), seed=None)
 
 
-def test_what_is_missing_is_said_with_its_cure(install, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_missing_package_is_reported_with_its_fix(install, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     install()
     monkeypatch.setattr(third_party.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="liger-kernel is not installed: `pip install -U liger-kernel`; or set ops"):

@@ -135,7 +135,7 @@ DROPOUT = {"residual_dropout": 0.1, "attention_dropout": 0.1, "embedding_dropout
 def test_a_run_resumes_bit_for_bit_and_its_checkpoint_is_that_of_one_process(
     layout: str, data: str, tmp_path: Path
 ) -> None:
-    """The whole trainer, with dropout: steps 5-8 after a stop at 4 have the same bits, and one process reads the weights."""
+    """The full trainer, with dropout: steps 5-8 after a stop at 4 have the same bits, and one process reads the weights."""
     ranks = LAYOUTS[layout][0]
     ours = {"model": DROPOUT, "train": {"steps": 8, "save_interval": 4, "eval_interval": 4}}
 
@@ -151,9 +151,9 @@ def test_a_run_resumes_bit_for_bit_and_its_checkpoint_is_that_of_one_process(
     assert read_losses(tmp_path / "stopped") == read_losses(tmp_path / "unbroken")
 
     lines = [json.loads(line) for line in (tmp_path / "unbroken" / "metrics.jsonl").read_text().splitlines()]
-    told = [line for line in lines if "validation_loss" in line][-1]["validation_loss"]
+    logged = [line for line in lines if "validation_loss" in line][-1]["validation_loss"]
     model = load_model(tmp_path / "stopped" / "checkpoints" / "step-00000008")
-    assert held_out_loss(model, config("stopped")) == pytest.approx(told, rel=1e-5)  # fp32 sums in another order
+    assert held_out_loss(model, config("stopped")) == pytest.approx(logged, rel=1e-5)  # fp32 sums in another order
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ def build(config: ModelConfig, tp: TensorParallel, recompute: str) -> Transforme
     model.set_activation_checkpointing(recompute)
     with torch.no_grad():
         for name, parameter, shape in full_shapes(model):
-            if len(shape) == 1:  # norms start as 1 and biases as 0: give them values that tell channels apart
+            if len(shape) == 1:  # norms start as 1 and biases as 0: give them values that differ by channel
                 shard = shard_of(parameter)
                 full = torch.randn(shape, generator=torch.Generator().manual_seed(len(name)), dtype=torch.float64)
                 parameter.add_(full if shard is None else shard.take(full))
@@ -117,7 +117,7 @@ def test_loss_and_gradients_equal_one_process(name: str, size: int, sequence: bo
 
 
 def dropout_run(rank: int, config: ModelConfig, sequence: bool, recompute: str) -> dict[str, Any]:
-    """What tells the dropout masks of a rank: zeros of the embedding and residual stream, attention outputs, gradients."""
+    """Quantities that reveal the dropout masks of a rank: zeros of the embedding and residual stream, attention outputs, gradients."""
     tp = TensorParallel(build_mesh(ParallelConfig(tensor=2), "cpu").tp, sequence)
     model = build(config, tp, recompute)
     seen: dict[str, Any] = {"attention": [], "embedding": [], "residual": []}
@@ -149,7 +149,7 @@ def test_dropout_agrees_where_it_must(sequence: bool) -> None:
 
 
 def attention_masks(rank: int) -> Tensor:
-    """Which keys the heads of a rank keep under attention dropout: the heads' inputs are alike, so masks show."""
+    """Which keys the heads of a rank keep under attention dropout: the heads' inputs are equal, so masks show."""
     from megatronish.parallel.rng import fork_rng_per_rank
 
     torch.manual_seed(4)
@@ -160,7 +160,7 @@ def attention_masks(rank: int) -> Tensor:
     return torch.stack([first, second, torch.rand(64) < 0.5])
 
 
-def test_own_random_numbers_differ_by_rank_and_use_and_leave_the_generator_alike() -> None:
+def test_forked_numbers_differ_by_rank_and_use_and_leave_the_generators_equal() -> None:
     zero, one = attention_masks(0), attention_masks(1)
     assert not torch.equal(zero[0], one[0]) and not torch.equal(zero[0], zero[1])
     assert torch.equal(zero[2], one[2])

@@ -14,7 +14,7 @@ from megatronish.errors import ConfigError
 from megatronish.planning.communication import Kind, collective_seconds, sent_bytes, step_traffic
 from megatronish.planning.hardware import A100, H100
 from megatronish.planning.layout import AxisName, Group, PlannedLayout
-from megatronish.planning.parameters import StageLayers, stage_layers, whole_model
+from megatronish.planning.parameters import StageLayers, all_layers, stage_layers
 from megatronish.planning.stack import MEGATRON_2021, MEGATRON_CORE, MEGATRONISH
 
 KINDS: list[Kind] = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "point_to_point"]
@@ -113,25 +113,27 @@ PARAMETERS = 4 * (256 * 256 * 3 + 3 * 256 * 704 + 2 * 256) + 2 * 1000 * 256 + 25
 
 
 def test_volumes_by_hand() -> None:
-    """Per micro batch: of four layers two sums each way and one at either end; 12 bytes a token for the loss."""
+    """Per micro batch: of four layers two sums each way and one at either end; 12 bytes per token for the loss."""
     base: dict[str, Any] = {"micro_batch": 2, "accumulation": 3}
-    whole = whole_model(SMALL)
-    assert totals(SMALL, PlannedLayout(tensor=2, **base), whole) == {("tp", "all_reduce"): 3 * (18 * HIDDEN + 512 * 12)}
-    assert totals(SMALL, PlannedLayout(tensor=2, tensor_sequence=True, **base), whole) == {
+    layers = all_layers(SMALL)
+    assert totals(SMALL, PlannedLayout(tensor=2, **base), layers) == {
+        ("tp", "all_reduce"): 3 * (18 * HIDDEN + 512 * 12)
+    }
+    assert totals(SMALL, PlannedLayout(tensor=2, tensor_sequence=True, **base), layers) == {
         ("tp", "reduce_scatter"): 3 * 18 * HIDDEN,
         ("tp", "all_gather"): 3 * 27 * HIDDEN,
         ("tp", "all_reduce"): 3 * (512 * 12 + 9 * 512),
     }
-    assert totals(SMALL, PlannedLayout(sequence=2, zero=0, **base), whole) == {
+    assert totals(SMALL, PlannedLayout(sequence=2, zero=0, **base), layers) == {
         # of a rank's 256 tokens: 4 query and twice 2 key/value heads of 64 there, 4 back; forward and backward
         ("sp", "all_to_all"): 3 * 4 * 2 * 256 * (8 + 4) * 64 * 2,
         ("data", "all_reduce"): 2 * PARAMETERS,
     }
-    assert totals(SMALL, PlannedLayout(data=4, zero=2, **base), whole) == {
+    assert totals(SMALL, PlannedLayout(data=4, zero=2, **base), layers) == {
         ("data", "all_reduce"): 3 * 2 * PARAMETERS,
         ("data", "all_gather"): 2 * PARAMETERS,
     }
-    assert totals(SMALL, PlannedLayout(data=4, zero=3, **base), whole) == {
+    assert totals(SMALL, PlannedLayout(data=4, zero=3, **base), layers) == {
         ("data", "all_gather"): 3 * 2 * 2 * PARAMETERS,
         ("data", "reduce_scatter"): 3 * 2 * PARAMETERS,
     }
@@ -139,13 +141,13 @@ def test_volumes_by_hand() -> None:
     assert ends == [{("pp", "point_to_point"): 3 * HIDDEN}] * 2
 
 
-def test_stacks_differ_where_they_say() -> None:
+def test_stacks_differ_in_what_they_declare() -> None:
     """Megatron-Core reduce-scatters fp32 gradients once; in 2021 all-reduced fp16; both send a part of hidden states."""
-    whole = whole_model(SMALL)
+    layers = all_layers(SMALL)
     layout = PlannedLayout(data=4, accumulation=3)
     core, old = (
-        totals(SMALL, layout, whole, MEGATRON_CORE),
-        totals(SMALL, PlannedLayout(data=4, zero=0), whole, MEGATRON_2021),
+        totals(SMALL, layout, layers, MEGATRON_CORE),
+        totals(SMALL, PlannedLayout(data=4, zero=0), layers, MEGATRON_2021),
     )
     assert core == {("data", "reduce_scatter"): 4 * PARAMETERS, ("data", "all_gather"): 2 * PARAMETERS}
     assert old == {("data", "all_reduce"): 2 * PARAMETERS}
@@ -171,7 +173,7 @@ def test_volumes_grow_with_the_batch_alone_where_they_should(
 ) -> None:
     """Tensor-parallel bytes are proportional to micro batches, gradients' and weights' are not but for ZeRO-2."""
     model = resolve_model({"preset": "tiny", "num_kv_heads": 4, "num_attention_heads": 8})
-    layers = whole_model(model)
+    layers = all_layers(model)
     once, often = (
         totals(model, PlannedLayout(tensor=tensor, data=data, zero=zero, accumulation=count), layers)
         for count in (1, accumulation)

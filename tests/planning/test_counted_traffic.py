@@ -17,7 +17,7 @@ from tests.planning.traffic_counter import count_step
 from tests.runs import make_dataset, small_run
 
 pytestmark = pytest.mark.distributed
-# A tiny model is within ZeRO-3's defaults for what may stay whole: with these nothing does, as in a large one.
+# A tiny model is within ZeRO-3's defaults for what may stay unpartitioned: with these settings nothing does, as in a large one.
 NOTHING_STAYS = {
     "stage3_param_persistence_threshold": 0,
     "stage3_max_live_parameters": 0,

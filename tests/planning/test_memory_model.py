@@ -22,7 +22,7 @@ from megatronish.parallel.layers import TensorParallel
 from megatronish.parallel.mesh import Axis, ParallelMesh
 from megatronish.planning.layout import PlannedLayout
 from megatronish.planning.memory_model import block_activation_bytes, rank_memory
-from megatronish.planning.parameters import rank_parameters, stage_layers, whole_model
+from megatronish.planning.parameters import all_layers, rank_parameters, stage_layers
 from megatronish.verify.tracked_memory import expected_bytes
 from tests.runs import small_run
 
@@ -57,19 +57,19 @@ def tensor_rank(size: int, rank: int, sequence: bool) -> TensorParallel:
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_a_single_rank_holds_the_whole_model(name: str) -> None:
+def test_a_single_rank_holds_the_full_model(name: str) -> None:
     model = resolve_model({"preset": name})
-    assert rank_parameters(model, 1, whole_model(model)).total == parameter_counts(model).total
+    assert rank_parameters(model, 1, all_layers(model)).total == parameter_counts(model).total
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tensor", [2, 4, 8])
-def test_tensor_ranks_hold_what_the_formula_says(form: str, tensor: int) -> None:
+def test_tensor_ranks_hold_what_the_formula_gives(form: str, tensor: int) -> None:
     """Rank 0 of the built model, which has the larger part of the uneven vocabulary; 8 and 4 ranks share 2 KV heads."""
     model = ModelConfig(**SHAPE | FORMS[form])
     with torch.device("meta"):
         built = Transformer(model, seed=None, tp=tensor_rank(tensor, 0, sequence=True))
-    assert rank_parameters(model, tensor, whole_model(model)).total == sum(p.numel() for p in built.parameters())
+    assert rank_parameters(model, tensor, all_layers(model)).total == sum(p.numel() for p in built.parameters())
 
 
 @settings(max_examples=40, deadline=None)
@@ -86,16 +86,16 @@ def test_stages_hold_the_model_between_them(stages: int, layers: int, tensor: in
     held = sum(rank_parameters(model, tensor, part).total for part in parts)
     table = -(-model.vocab_size // tensor) * model.hidden_size
     twice = table if model.tie_embeddings and stages > 1 else 0
-    assert held - twice == rank_parameters(model, tensor, whole_model(model)).total
+    assert held - twice == rank_parameters(model, tensor, all_layers(model)).total
     assert [part.first for part in parts] == [True] + [False] * (stages - 1)
     assert [part.last for part in parts] == [False] * (stages - 1) + [True]
 
 
 @pytest.mark.parametrize(("zero", "expected"), [(0, (2, 6, 12)), (1, (2, 6, 3)), (2, (2, 1, 3)), (3, (0.5, 1, 3))])
 def test_states_by_zero_stage(zero: int, expected: tuple[float, float, float]) -> None:
-    """Bytes a parameter on four ranks (Rajbhandari et al. 2020, figure 1, with gradients summed in fp32)."""
+    """Bytes per parameter on four ranks (Rajbhandari et al. 2020, figure 1, with gradients summed in fp32)."""
     model = ModelConfig(**SHAPE)
-    memory = rank_memory(model, PlannedLayout(data=4, zero=zero), whole_model(model))
+    memory = rank_memory(model, PlannedLayout(data=4, zero=zero), all_layers(model))
     count = parameter_counts(model).total
     assert (memory.weights, memory.gradients, memory.states) == tuple(count * size for size in expected)
 
@@ -111,7 +111,7 @@ def test_states_by_zero_stage(zero: int, expected: tuple[float, float, float]) -
     ids=PlannedLayout.describe,
 )
 def test_states_are_those_that_verify_parallel_counts(layout: PlannedLayout) -> None:
-    """tools/verify_parallel.py holds its own formula against real runs; on the first rank both say the same."""
+    """tools/verify_parallel.py holds its own formula against real runs; on the first rank both are equal."""
     sizes = {"tensor": layout.tensor, "pipeline": layout.pipeline}
     ours = {"model": SHAPE, "parallel": sizes}
     raw = {"bf16": {"enabled": True}, "zero_optimization": {"stage": layout.zero}, "megatronish": ours}
@@ -123,11 +123,11 @@ def test_states_are_those_that_verify_parallel_counts(layout: PlannedLayout) -> 
     found = rank_memory(model, layout, stage_layers(model, layout.pipeline)[0])
     expected = expected_bytes(config, mesh)
     for mine, theirs in zip((found.weights, found.gradients, found.states), vars(expected).values()):
-        assert mine == pytest.approx(theirs, abs=12)  # theirs rounds a rank's numbers up to whole ones
+        assert mine == pytest.approx(theirs, abs=12)  # theirs rounds a rank's numbers up to integers
 
 
 def kept_bytes(model: ModelConfig, mode: str) -> float:
-    """Bytes a token that autograd keeps for the backward pass of the whole model, each storage once, weights left out."""
+    """Bytes per token that autograd keeps for the backward pass of the model, each storage once, without weights."""
     built = Transformer(model, KernelConfig(attention="sdpa", ops="fused")).bfloat16()
     built.set_activation_checkpointing(mode)
     weights = {p.untyped_storage().data_ptr() for p in built.parameters()}
@@ -203,7 +203,7 @@ def test_dividing_more_never_takes_more_memory(tensor: int, data: int, micro: in
 
     def total(**sizes: Any) -> float:
         layout = PlannedLayout(**{"tensor": tensor, "data": data, "micro_batch": micro, "zero": zero} | sizes)
-        memory = rank_memory(model, layout, whole_model(model))
+        memory = rank_memory(model, layout, all_layers(model))
         return memory.total - memory.gathered  # what ZeRO-3 gathers comes on top, and may be more than it saves here
 
     assert total(zero=zero + 1) <= total()

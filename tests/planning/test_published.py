@@ -1,4 +1,4 @@
-"""The planner beside published runs: docs/scaling.md states these bounds, and the one number fitted for each GPU."""
+"""The planner against published runs: docs/scaling.md states these bounds, and the one number fitted for each GPU."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_few_runs_are_fitted() -> None:
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.table}: {run.name}")
 def test_the_shapes_have_the_sizes_of_their_names(run: PublishedRun) -> None:
-    """A name such as 70B says the size to its last digit; Megatron counts position embeddings as well."""
+    """A name such as 70B states the size to its last digit; Megatron counts position embeddings as well."""
     name = next(word for word in run.name.replace(",", " ").split() if word[-1] in "BT")
     size = float(name[:-1]) * (1e12 if name[-1] == "T" else 1e9)
     assert parameter_counts(run.model).total == pytest.approx(size, rel=0.05)

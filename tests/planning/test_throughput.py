@@ -17,7 +17,7 @@ from megatronish.planning.compute import stage_time
 from megatronish.planning.hardware import H100
 from megatronish.planning.layout import PlannedLayout
 from megatronish.planning.memory_model import USABLE_SHARE
-from megatronish.planning.parameters import StageLayers, whole_model
+from megatronish.planning.parameters import StageLayers, all_layers
 from megatronish.planning.published import llama3
 from megatronish.planning.search import best_layouts
 from megatronish.planning.stack import MEGATRON_2021, MEGATRON_CORE, MEGATRONISH
@@ -42,11 +42,11 @@ def test_a_single_gpu_only_computes() -> None:
 def test_products_by_hand() -> None:
     """Wide layers run at the matrix rate: six operations a weight and token, the backward pass twice the forward."""
     free = replace(H100, memory_rate=1e30, attention_share=1e9)
-    time = stage_time(MODEL, PlannedLayout(), MEGATRONISH, free, whole_model(MODEL))
+    time = stage_time(MODEL, PlannedLayout(), MEGATRONISH, free, all_layers(MODEL))
     weights = 32 * (4096 * 128 * (2 * 32 + 2 * 8) + 3 * 4096 * 14336) + 128256 * 4096
     assert time.forward == pytest.approx(2 * weights * 8192 / free.matmul_rate, rel=1e-6)
     assert time.backward == pytest.approx(2 * time.forward, rel=1e-6)
-    full = stage_time(MODEL, PlannedLayout(recompute="full"), MEGATRONISH, free, whole_model(MODEL))
+    full = stage_time(MODEL, PlannedLayout(recompute="full"), MEGATRONISH, free, all_layers(MODEL))
     blocks = time.forward - 2 * 128256 * 4096 * 8192 / free.matmul_rate
     assert full.recompute == pytest.approx(blocks, rel=1e-6)
 
@@ -75,18 +75,18 @@ def test_an_uneven_pipeline_waits_for_its_slowest_stage() -> None:
     assert parts.pipeline_bubble / parts.compute == pytest.approx(step / 8000 - 1, rel=1e-9)
 
 
-def test_gradients_hide_behind_the_backward_pass_where_the_stack_says_so() -> None:
-    """With a long backward pass all but one bucket hides; a stack that waits pays the whole sum."""
+def test_gradient_reduction_overlaps_with_the_backward_pass_in_stacks_that_hide_it() -> None:
+    """With a long backward pass all buckets but one are hidden; a stack without overlap pays for all."""
     layout = PlannedLayout(data=64, zero=0, micro_batch=1, accumulation=1)
     ours, waits = (estimate(MODEL, layout, H100, stack).parts.data for stack in (MEGATRONISH, MEGATRON_2021))
     buckets = 130  # 8.03e9 parameters would fill 161 of 50e6, but there are 4 x 32 + 2 matrices, and none is cut
     payload = 2 * 8_030_261_248 / buckets
-    whole = buckets * collective_seconds("all_reduce", payload, layout.group("data", 8), H100)
-    assert waits == pytest.approx(whole, rel=1e-9)
-    assert ours == pytest.approx(whole / buckets, rel=1e-9)
+    total = buckets * collective_seconds("all_reduce", payload, layout.group("data", 8), H100)
+    assert waits == pytest.approx(total, rel=1e-9)
+    assert ours == pytest.approx(total / buckets, rel=1e-9)
 
 
-def test_column_gradients_hide_behind_weight_gradients() -> None:
+def test_column_gradients_overlap_with_weight_gradients() -> None:
     """Ours hides the backward half of tensor-parallel sums, as far as a product is long enough; Megatron-Core hides more."""
     layout = PlannedLayout(tensor=2, micro_batch=1)
     visible = [
@@ -146,7 +146,7 @@ def test_the_search_finds_what_fits_and_nothing_faster_is_left() -> None:
         assert slower.seconds >= seconds[0]
 
 
-def test_the_search_says_when_nothing_fits() -> None:
+def test_the_search_reports_when_nothing_fits() -> None:
     assert best_layouts(llama3("405B"), 8, 64, H100) == []
     with pytest.raises(ConfigError, match="0 GPUs"):
         best_layouts(MODEL, 0, 64, H100)

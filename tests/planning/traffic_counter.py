@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatronish.config.run import RunConfig
 from tests.runs import rank_loader
 
-# Operator -> kind of collective, and which tensor argument is the whole payload: in place, or given and times the ranks.
+# Operator -> kind of collective, and which tensor argument is the full payload: in place, or given and times the ranks.
 _KINDS = {
     "c10d::allreduce_": ("all_reduce", 1),
     "c10d::_allgather_base_": ("all_gather", 1),  # its first tensor is the result

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, in one go, on a machine with one GPU and no network: builds the kernels, runs the GPU
+# All checks that need a GPU, in one run, on a machine with one GPU and no network: builds the kernels, runs the GPU
 # tests, the table of the operators, training speed (MFU) and the runs meant for a 12 GB card. A stage that fails or takes
 # too long is noted, and the next one starts.
 #
@@ -14,7 +14,7 @@
 # --stages       of: wheels,build,tests,bench,data,mfu,mfu-compile,capped (all of them); where a command may not take long,
 #                one call a stage: wheels go into a temporary folder, so name that stage in each
 # --longest      seconds that no stage or run may exceed, in place of longer limits of its own
-# --cap-gib      memory of torch's allocator in the stage `capped`: 11.2, what a 12 GB card has beside CUDA's own
+# --cap-gib      memory of torch's allocator in the stage `capped`: 11.2, what a 12 GB card leaves after the CUDA context
 # --cpu-rehearsal  the same stages on a CPU with the tiny preset and few steps
 # PYTHON names the interpreter (.venv/bin/python, else python3). Exit status 0 if every stage was OK or skipped, else 1.
 set -uo pipefail
@@ -106,11 +106,11 @@ cap = float(sys.argv[1])
 sys.argv = sys.argv[2:]
 if cap:
     import torch
-    whole = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / whole))
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / total))
 runpy.run_path(sys.argv[0], run_name="__main__")
 '
-# Prints what the reports of argv[2] say after the first argv[4]; appends it to argv[3] as a line of JSON. argv[1]: the name.
+# Prints a summary of the reports of argv[2] after the first argv[4]; appends it to argv[3] as a line of JSON. argv[1]: the name.
 SUMMARISE='
 import json, statistics, sys
 name, metrics, results, warmup = sys.argv[1:]

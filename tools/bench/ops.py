@@ -1,8 +1,8 @@
-"""Time the fused operators beside plain torch, torch.compile, F.rms_norm, Liger, Apex, flash-attn and QuACK, errors first.
+"""Compare the fused operators with plain torch, torch.compile, F.rms_norm, Liger, Apex, flash-attn and QuACK: errors, then time.
 
 For each operator, dtype and width: the relative L2 error against float64 (what computes something else is not timed), then
 GB/s of the bytes that must move, as a share of the bandwidth of a copy measured in the same loop, and how many times as long
-every other implementation takes. All take turns, so that a busy machine slows them alike; medians over --repeats, and the
+every other implementation takes. They alternate, so that load on the machine affects all equally; medians over --repeats, and the
 spread between the 10th and the 90th percentile. "fwd+bwd" counts the host's time too. Run it on one CPU thread, or on a GPU,
 where inputs rotate over --rotate-mib so that no cache holds them.
 """

@@ -1,8 +1,8 @@
 """Where the time of a training step goes, by kind of work, measured by torch.profiler on a CPU.
 
-Modules are told apart by the names of their classes, so that any decoder-only model can be looked at. In the forward pass
+Modules are classified by the names of their classes, so that any decoder-only model can be looked at. In the forward pass
 an operation belongs to the innermost module that ran it; in the backward pass to the module whose forward operation it
-differentiates, which autograd's sequence numbers tell.
+differentiates, identified by autograd's sequence numbers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def profile_steps(model: nn.Module, step: Callable[[], object], steps: int, *, c
 
     step: forward, loss and backward of `model` and, inside `record_function(OPTIMIZER_SCOPE)`, the optimizer's step.
     compiled: parts of the model were compiled with `torch._inductor.config.cpp.enable_kernel_profile`, where kernels
-    have no module: the operations are told by their names alone.
+    have no module: operations are classified by their names alone.
     """
     with _scopes(model, enabled=not compiled), profile(activities=[ProfilerActivity.CPU]) as trace:
         for _ in range(steps):
@@ -64,7 +64,7 @@ def profile_steps(model: nn.Module, step: Callable[[], object], steps: int, *, c
     seconds = dict.fromkeys(KINDS, 0.0)
     for kind, microseconds in _by_kind(events).items():
         seconds[kind] += microseconds / 1e6 / steps
-    # What lies between the outermost events is Python.
+    # The time between the outermost events is Python.
     starts, ends = [e.time_range.start for e in events], [e.time_range.end for e in events]
     wall = (max(ends) - min(starts)) / 1e6 / steps
     seconds["python, autograd"] += max(0.0, wall - sum(seconds.values()))

@@ -1,13 +1,13 @@
-"""Tokens per second of a whole training step, beside `transformers` and `litgpt` with the same weights.
+"""Tokens per second of a full training step, compared with `transformers` and `litgpt` with the same weights.
 
 One step is forward, loss, backward and a fused AdamW update of a 25M-parameter Llama-like model on 512 tokens. Every
 implementation gets the same initial weights, the same tokens, the same optimizer, threads and process (hence the same
 allocator and OpenMP settings, those that megatronish's launchers make). The loss and the gradient norm of the first step
-must agree before anything is timed. Then all of them take turns, a step each, in an order that rotates, so that a busy
-machine slows them alike; medians, and the spread between the 10th and the 90th percentile.
+must agree before anything is timed. Then they alternate step by step, in rotating order, so that load on the machine
+affects all equally; medians, and the spread between the 10th and the 90th percentile.
 
---profile then runs a few more steps of each under torch.profiler and says where their time goes. Compiled peers are
-torch.compile of the whole model; ours compiles block by block, as `train.compile` does.
+--profile then runs a few more steps of each under torch.profiler and prints the time by kind of work. Compiled peers are
+torch.compile of the full model; ours compiles block by block, as `train.compile` does.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Result:
-    """The timed steps of one implementation in one dtype; seconds a step."""
+    """The timed steps of one implementation in one dtype; seconds per step."""
 
     implementation: str
     dtype: str
@@ -92,7 +92,7 @@ class Result:
 
 
 def build_ours(config: ModelConfig, ops: str, compiled: bool) -> Implementation:
-    """megatronish with its operators as `ops` says."""
+    """megatronish with `ops` as its operators' backend."""
     model = Transformer(config, KernelConfig.model_validate({"ops": ops}), seed=0)
     if compiled:
         model.compile_blocks()
@@ -211,17 +211,17 @@ def builder(name: str) -> Callable[[ModelConfig], Implementation]:
 
 
 def available(names: list[str], on_gpu: bool) -> list[str]:
-    """Those of `names` that can run here; what is missing is said, with what installs it."""
-    found, said = [], set()
+    """Those of `names` that can run here; prints what is missing and how to install it."""
+    found, reported = [], set()
     problem = EXTENSION.cuda_problem if on_gpu else EXTENSION.cpu_problem
     for name in names:
         library = name.partition(" ")[0]
         if "fused" in name and problem:
             print(f"left out: {name}: {problem}")
         elif library in PEERS and importlib.util.find_spec(library) is None:
-            if library not in said:
+            if library not in reported:
                 print(f"left out: {library} is not installed: {PEERS[library]}")
-            said.add(library)
+            reported.add(library)
         else:
             found.append(name)
     return found
@@ -330,7 +330,7 @@ def summarise(runners: dict[str, Runner], dtype: str, tokens: int) -> list[Resul
 def show(results: list[Result], runners: dict[str, Runner]) -> None:
     """One line an implementation, with the speed of the first of them over it (the median of the rounds' ratios)."""
     first = runners[results[0].implementation].seconds
-    print(f"{'':36} tokens/s  ms a step (p10 to p90)    speed of the first over it")
+    print(f"{'':36} tokens/s  ms per step (p10 to p90)    speed of the first over it")
     for r in results:
         ratio = statistics.median(b / a for a, b in zip(first, runners[r.implementation].seconds, strict=True))
         print(

@@ -1,4 +1,4 @@
-"""tools/bench/gpu_check.sh without a GPU: what it refuses, and how it goes on past stages that fail, hang or die.
+"""tools/bench/gpu_check.sh without a GPU: what it refuses, and how it continues after stages that fail, hang or die.
 
 The interpreter that it calls is a stand-in: a shell script that plays each tool's part in a moment.
 """
@@ -82,13 +82,13 @@ def test_every_stage_is_noted_whatever_becomes_of_it(tmp_path: Path) -> None:
         ("capped:zero_offload", "FAILED"),
         ("capped:zero3_offload", "TIMEOUT"),
     ]
-    said = {name: text for name, _, _, text in rows}
-    assert said["tests"] == "no GPU"
-    assert said["bench"] == "status 139: Segmentation fault"
-    assert said["capped:zero_offload"] == "status 1: CUDA out of memory"
-    assert said["capped:zero3_offload"] == "over 3 s: still loading"
+    messages = {name: text for name, _, _, text in rows}
+    assert messages["tests"] == "no GPU"
+    assert messages["bench"] == "status 139: Segmentation fault"
+    assert messages["capped:zero_offload"] == "status 1: CUDA out of memory"
+    assert messages["capped:zero3_offload"] == "over 3 s: still loading"
     summary = (tmp_path / "results/summary.txt").read_text()
-    assert all(name in summary and name in result.stdout for name in said)
+    assert all(name in summary and name in result.stdout for name in messages)
     with tarfile.open(tmp_path / "results/logs.tar.gz") as logs:
         bench = logs.extractfile("logs/bench.log")
         assert bench is not None and bench.read() == b"half a table\nSegmentation fault\n"
@@ -127,20 +127,20 @@ def test_missing_packages_and_no_wheels_is_a_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "messages"),
     [
         (["--cpu-rehersal"], "unknown option --cpu-rehersal"),
         (["--stages", "build,bnech", "--cpu-rehearsal"], "unknown stage 'bnech'"),
         (["--wheelhouse"], "--wheelhouse needs a value"),
     ],
 )
-def test_bad_arguments(arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_bad_arguments(arguments: list[str], messages: str, tmp_path: Path) -> None:
     result = _run(tmp_path, *arguments)
-    assert (result.returncode, result.stdout) == (2, "") and said in result.stderr
+    assert (result.returncode, result.stdout) == (2, "") and messages in result.stderr
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+def test_without_a_gpu_it_exits_with_a_message(tmp_path: Path) -> None:
     result = _run(tmp_path, "out")
     assert result.returncode == 2 and "no GPU: nvidia-smi lists none. --cpu-rehearsal" in result.stderr
     assert not (tmp_path / "out").exists()

@@ -158,7 +158,7 @@ def _unwritten(gate_up: torch.Tensor) -> torch.Tensor:
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (lambda gate_up: torch.relu(gate_up.chunk(2, -1)[0]) * gate_up.chunk(2, -1)[1], "relative error"),
         (_unwritten, "relative error nan"),
@@ -166,12 +166,12 @@ def _unwritten(gate_up: torch.Tensor) -> torch.Tensor:
     ],
     ids=["another function", "a row of NaN", "raises"],
 )
-def test_a_wrong_kernel_is_not_timed(wrong, said, options, quick_compile, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_a_wrong_kernel_is_not_timed(wrong, message, options, quick_compile, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
     _replaced(monkeypatch, "swiglu", fused=wrong)
     options.ops, options.mib, options.host_row = ["swiglu"], 1, False
     assert bench_run.run(options) == 1
     printed = capsys.readouterr().out
-    assert printed.count("LEFT OUT swiglu") == 2 and said in printed
+    assert printed.count("LEFT OUT swiglu") == 2 and message in printed
     assert all(line.split()[4] == "compiled" for line in printed.splitlines() if line.startswith("swiglu"))
 
 

@@ -40,7 +40,7 @@ def _bench(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.slow
 def test_table_figures_and_profile(tmp_path: Path) -> None:
-    """litgpt, which the development environment lacks, is said to be missing; its shapes are those of transformers."""
+    """litgpt, which the development environment lacks, is reported as missing; its shapes are those of transformers."""
     names = ["megatronish reference", "megatronish fused", "transformers eager", "litgpt eager"]
     figures = tmp_path / "f.json"
     outputs = ["--json", str(figures), "--profile", "--profile-steps", "2"]

@@ -1,1 +1,1 @@
-"""Timing of the operators beside other implementations, errors first. tools/bench/ops.py is its command line."""
+"""Errors and timing of the operators and of other implementations. tools/bench/ops.py is its command line."""

@@ -1,4 +1,4 @@
-"""What the fused operators are asked to reach: shares of a copy's bandwidth, and multiples of other implementations."""
+"""Performance bars of the fused operators: shares of a copy's bandwidth, and multiples of other implementations."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ BARS: tuple[Bar, ...] = (
     *_cpu("swiglu", "bwd", 0.80, 0.50, 2.2, 1.3),
     *_cpu("rope", "fwd", 0.85, 0.90, 6, 3.5),
     *_cpu("rope", "bwd", 0.85, 0.90, 6, 3.5),
-    # An H100; elsewhere they say where one stands.
+    # For an H100; on other GPUs they serve as a reference.
     Bar("rms_norm", "fwd", "cuda", HALF, of_copy=0.85, times=((("liger", "quack", "compiled"), 0.97),)),
     Bar("rms_norm", "fwd", "cuda", HALF, width=2048, of_copy=0.90),
     Bar("rms_norm", "bwd", "cuda", HALF, of_copy=0.65, times=((("F.rms_norm",), 3.0),)),
@@ -67,7 +67,7 @@ BARS: tuple[Bar, ...] = (
 
 @dataclass(frozen=True)
 class BarResult:
-    """One demand: what was asked, what was got, and whether that is enough; None where nothing could be compared."""
+    """One bar: the figure, the bar, and whether it is met; None where the implementation to compare with is missing."""
 
     what: str
     met: bool | None
@@ -88,21 +88,21 @@ def judge(
     error: float,
     weight_gradient: bool,
 ) -> list[BarResult]:
-    """The verdicts on the implementation "fused" of one case; microseconds: of every implementation that was timed."""
+    """The bars of the implementation "fused" of one case; microseconds: of every implementation that was timed."""
     mine = microseconds["fused"]
     limit = ERRORS[dtype][weight_gradient and direction != "fwd"]
-    verdicts = [BarResult(f"error {error:.1e} <= {limit:.1e}", error <= limit)]
+    found = [BarResult(f"error {error:.1e} <= {limit:.1e}", error <= limit)]
     bars = [b for b in BARS if (b.op, b.direction, b.device) == (op, direction, device) and dtype in b.dtypes]
     bars = [b for b in bars if width >= b.width]
     shares = [b.of_copy for b in bars if b.of_copy is not None]
     if shares and of_copy is not None:
         wanted = max(shares)
-        verdicts.append(BarResult(f"copy {of_copy:.2f} >= {wanted:.2f}", of_copy >= wanted - NOISE))
+        found.append(BarResult(f"copy {of_copy:.2f} >= {wanted:.2f}", of_copy >= wanted - NOISE))
     for bar in bars:
         if bar.microseconds is not None:
-            verdicts.append(BarResult(f"{mine:.0f} <= {bar.microseconds:.0f} us", mine <= bar.microseconds))
-        verdicts += [_compare(names, wanted, mine, microseconds) for names, wanted in bar.times]
-    return verdicts
+            found.append(BarResult(f"{mine:.0f} <= {bar.microseconds:.0f} us", mine <= bar.microseconds))
+        found += [_compare(names, wanted, mine, microseconds) for names, wanted in bar.times]
+    return found
 
 
 def _compare(names: Sequence[str], wanted: float, mine: float, microseconds: Mapping[str, float]) -> BarResult:

@@ -24,7 +24,7 @@ from megatronish.ops.swiglu import swiglu
 HEAD_DIM = 128
 QUERIES_PER_KV_HEAD = 4
 EPS = 1e-5
-# Directions: "fwd", "bwd", both behind each other, and both with the host's time included.
+# Directions: "fwd", "bwd", forward then backward, and the same with host time included.
 STEP, HOST = "step", "fwd+bwd"
 
 Function = Callable[..., Any]  # (differentiable inputs, constants) -> a tensor or several
@@ -36,7 +36,7 @@ class Operator:
 
     shapes: of the differentiable inputs, by (rows, width). moved: elements that must be read or written at least once in
     the forward and the backward pass, in units of rows x width; weights and tables are left out.
-    exact: as `reference` but told the dtype whose roundings are part of the operator (see add_rms_norm).
+    exact: as `reference`, given the dtype whose roundings are part of the operator (see add_rms_norm).
     """
 
     shapes: Callable[[int, int], list[tuple[int, ...]]]
@@ -116,7 +116,7 @@ def operators() -> dict[str, Operator]:
                 (HEAD_DIM,),
                 (HEAD_DIM,),
             ],
-            # Backward: the gradients of q and k, the projection, and its whole gradient, into which that of v is copied.
+            # Backward: the gradients of q and k, the projection, and its full gradient, into which that of v is copied.
             moved=(2 + 2 / QUERIES_PER_KV_HEAD, 3 + 5 / QUERIES_PER_KV_HEAD),
             fused=fused_qk_norm_rope,
             reference=partial(separate_qk_norm_rope, partial(reference.rms_norm, eps=EPS), reference.rope),
@@ -145,7 +145,7 @@ def rotary_tables(rows: int, width: int, device: torch.device) -> tuple[Tensor, 
 
 
 def kv_heads_of(width: int) -> int:
-    """Key heads beside width / HEAD_DIM query heads."""
+    """Key heads for width / HEAD_DIM query heads."""
     return max(1, width // HEAD_DIM // QUERIES_PER_KV_HEAD)
 
 
@@ -191,7 +191,7 @@ def eager_swiglu(gate_up: Tensor) -> Tensor:
 
 
 def eager_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x cos + rotate_half(x) sin, with tables of the whole width in the model's dtype."""
+    """x cos + rotate_half(x) sin, with tables of the full width in the model's dtype."""
     c, s = (torch.cat((t, t), dim=-1).to(x.dtype)[None, :, None] for t in (cos, sin))
     a, b = x.chunk(2, dim=-1)
     return x * c + torch.cat((-b, a), dim=-1) * s

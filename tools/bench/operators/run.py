@@ -83,14 +83,14 @@ class Bench:
         return found
 
     def leave_out(self, case: Case, direction: str, name: str, error: Exception) -> None:
-        """Say and note what is missing from the table."""
+        """Print and record an implementation that is not timed."""
         reason = (str(error).strip().splitlines() or [repr(error)])[0][:200]
         text = f"{case.op} {direction} {case.dtype} {case.rows}x{case.width}: {name}: {type(error).__name__}: {reason}"
         self.report.left_out.append(text)
         print(f"LEFT OUT {text}", flush=True)
 
     def time(self, case: Case, direction: str, calls: dict[str, Any], errors: dict[str, float]) -> None:
-        """Interleaved timings beside a copy, as results and a line."""
+        """Interleaved timings, together with a copy: results and one printed line."""
         host = direction == HOST
         if not host:
             source = torch.empty(self.options.copy_mib * 2**20, dtype=torch.uint8, device=self.device)
@@ -242,7 +242,7 @@ def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's own name, where Linux tells it."""
+    """The processor's name, where /proc/cpuinfo has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

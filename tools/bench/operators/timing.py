@@ -1,4 +1,4 @@
-"""Clocks: every implementation takes its turn in every round, so that a busy machine slows them alike."""
+"""Interleaved timing: implementations alternate in every round, so that load on the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def take_turns(calls: dict[str, list[Call]], repeats: int, device: torch.device,
 
 
 def _calls_a_sample(calls: list[Call], device: torch.device) -> int:
-    """So many calls that the clock and the first launch do not count."""
+    """Number of calls for which the clock and the first launch are negligible."""
     calls[0]()  # whatever the first call alone does
     once = _wall_clock(calls[:1], device)
     wanted = GPU_SAMPLE_SECONDS if device.type == "cuda" else CPU_SAMPLE_SECONDS
