@@ -23,9 +23,9 @@ demo: install  ## prepare a corpus, pretrain the tiny model, plot, measure, gene
 	python tools/preprocess_data.py
 	@echo "== 2/5 Pretraining the tiny model; an interrupted run resumes, a finished one stays unchanged"
 	deepspeed --quiet $(RANKS) launchers/pretrain.py --deepspeed_config ds_configs/cpu_demo.json --bf16.enabled $(BF16)
-	@echo "== 3/5 Bits per byte of held-out text, beside gzip and xz on the same bytes"
+	@echo "== 3/5 Bits per byte of held-out text, compared with gzip and xz on the same bytes"
 	python launchers/evaluate.py --checkpoint $(RUN)
-	@echo "== 4/5 The loss curve: $(RUN)/loss.png"
+	@echo "== 4/5 The loss curve, $(RUN)/loss.png, and spectra of the weights, $(RUN)/spectra.png"
 	python tools/analyze_checkpoints.py --run-dir $(RUN)
 	@echo "== 5/5 What the model writes"
 	python launchers/generate.py --checkpoint $(RUN) --prompt "class Test"
