@@ -22,7 +22,7 @@ demo: install  ## prepare a corpus, pretrain the tiny model, plot, measure, gene
 	@echo "== 1/5 The corpus: source and docs of this Python installation, and a tokenizer trained on them"
 	python tools/preprocess_data.py
 	@echo "== 2/5 Pretraining the tiny model; an interrupted run resumes, a finished one stays unchanged"
-	deepspeed --quiet $(RANKS) launchers/pretrain.py --deepspeed_config ds_configs/cpu_demo.json --bf16.enabled $(BF16)
+	$(if $(RANKS),DS_ACCELERATOR=cpu) deepspeed --quiet $(RANKS) launchers/pretrain.py --deepspeed_config ds_configs/cpu_demo.json --bf16.enabled $(BF16)
 	@echo "== 3/5 Bits per byte of held-out text, compared with gzip and xz on the same bytes"
 	python launchers/evaluate.py --checkpoint $(RUN)
 	@echo "== 4/5 The loss curve, $(RUN)/loss.png, and spectra of the weights, $(RUN)/spectra.png"
