@@ -11,7 +11,7 @@ import signal
 import sys
 
 from megatronish.errors import exit_on_user_error
-from megatronish.inference.arguments import add_quantize, model_parser, open_model
+from megatronish.inference.arguments import add_loading, model_parser, open_model
 from megatronish.launch.process import initialize_process
 
 
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", metavar="PREFIX", help="a data set of the same tokenizer (default: that of the run)")
     add("--stride", type=int, metavar="N", help="tokens scored per window; fewer give more context (half the context)")
     add("--max-tokens", type=int, metavar="N", help="only the first held-out documents, up to N tokens (all)")
-    add_quantize(parser)
+    add_loading(parser)
     return parser
 
 

@@ -25,8 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     shared.add_sampling(parser)
     add("--stop", action="append", default=[], metavar="TEXT", help="end a text before this; repeatable")
     add("--lookup", type=int, default=0, metavar="N", help="speculative decoding: up to N draft tokens per step (0)")
-    shared.add_quantize(parser)
-    shared.add_compile(parser)
+    shared.add_loading(parser, compiled=True)
     return parser
 
 

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatronish.errors import UserError, exit_on_user_error
-from megatronish.inference.arguments import add_compile, add_quantize, model_parser, open_model
+from megatronish.inference.arguments import add_loading, model_parser, open_model
 from megatronish.launch.process import initialize_process
 
 
@@ -34,8 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="reuse the cached prefix of a slot's last prompt; rounds differently",
     )
-    add_quantize(parser)
-    add_compile(parser)
+    add_loading(parser, compiled=True)
     return parser
 
 

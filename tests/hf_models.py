@@ -126,10 +126,10 @@ def our_config(model: PreTrainedModel) -> ModelConfig:
 def our_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     """Tensors of `model` (weights, or gradients) by our names."""
     config = our_config(model)
-    layout = WeightMapping(config, model.config.model_type)
-    other = layout.table.other_names
+    mapping = WeightMapping(config, model.config.model_type)
+    other = mapping.table.other_names
     found = {}
     for name, shape in parameter_shapes(config).items():
-        names = layout.theirs(name, shape)
-        found[name] = layout.pack(name, [tensors[n] if n in tensors else tensors[other[n]] for n in names])
+        names = mapping.theirs(name, shape)
+        found[name] = mapping.pack(name, [tensors[n] if n in tensors else tensors[other[n]] for n in names])
     return found

@@ -15,48 +15,28 @@ if TYPE_CHECKING:
 def model_parser(program: str, description: str | None) -> argparse.ArgumentParser:
     """A parser with --checkpoint, --device and --dtype."""
     parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="a run's folder (its best checkpoint, else its latest), one checkpoint, or an exported or quantized folder",
-    )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one"
-    )
-    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: as saved")
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="a run (its best checkpoint, else its latest), one checkpoint, or an "
+        "exported or quantized folder")  # fmt: skip
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
+    add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: as saved")
     return parser
 
 
-def add_quantize(parser: argparse.ArgumentParser) -> None:
-    """Add --quantize, for weights that are quantized after loading."""
-    parser.add_argument(
-        "--quantize",
-        choices=("none", "int8", "int4"),
-        default="none",
-        help="quantize the weights after loading (tools/quantize.py saves quantized weights)",
-    )
+def add_loading(parser: argparse.ArgumentParser, compiled: bool = False) -> None:
+    """Add --quantize, and --compile with `compiled`."""
+    add = parser.add_argument
+    choices = ("none", "int8", "int4")
+    add("--quantize", choices=choices, default="none", help="quantize the weights (tools/quantize.py saves them)")
+    if compiled:
+        cost = "compiles for seconds per layer, then about 7%% faster on CPUs"
+        add("--compile", action="store_true", help=f"decode with torch.compile: {cost}")
 
 
-def add_compile(parser: argparse.ArgumentParser) -> None:
-    """Add --compile."""
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="decode with torch.compile: compiles for seconds per layer, then about 7%% faster on CPUs",
-    )
-
-
-def add_sampling(parser: argparse.ArgumentParser, temperature: float = 0.8) -> None:
+def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of sampling."""
     add = parser.add_argument
-    add(
-        "--temperature",
-        type=float,
-        default=temperature,
-        metavar="T",
-        help=f"divides the logits; 0 is greedy ({temperature})",
-    )
+    add("--temperature", type=float, default=0.8, metavar="T", help="divides the logits; 0 is greedy (0.8)")
     add("--top-k", type=int, default=0, metavar="K", help="sample from the K best tokens; 0 is all (0)")
     add(
         "--top-p",
@@ -66,19 +46,9 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float = 0.8) -> N
         help="sample from the best tokens of total probability P (0.95)",
     )
     add(
-        "--min-p",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="only tokens of at least P times the best one's probability (0)",
+        "--min-p", type=float, default=0.0, metavar="P", help="only tokens of at least P times the best probability (0)"
     )
-    add(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="R",
-        help="above 1: fewer repetitions (1)",
-    )
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: fewer repetitions (1)")
     add("--greedy", action="store_true", help="always take the best token, as --temperature 0")
     add("--seed", type=int, default=1234, help="random seed of each prompt (1234)")
 

@@ -162,11 +162,11 @@ def _entries(config: ModelConfig, model_type: str, form: Form) -> Iterator[tuple
     import gguf
 
     names = gguf.get_tensor_name_map(_architecture(model_type), config.num_layers)
-    layout = WeightMapping(config, model_type)
+    mapping = WeightMapping(config, model_type)
     if _frequency_factors(config) is not None:
         yield "rope_freqs.weight", (config.rotary_dim // 2,), gguf.GGMLQuantizationType.F32
     for ours, shape in parameter_shapes(config).items():
-        for theirs, part in layout.theirs(ours, shape).items():
+        for theirs, part in mapping.theirs(ours, shape).items():
             name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
             assert name is not None, f"{theirs} has no name in GGUF"
             yield name, part, _kind(part, form)
@@ -178,12 +178,12 @@ def _tensors(
     """Every tensor and its type. The rotary pairs of query and key heads are interleaved in the architecture llama."""
     import gguf
 
-    layout = WeightMapping(config, model_type)
+    mapping = WeightMapping(config, model_type)
     factors = _frequency_factors(config)
     if factors is not None:
         yield factors, gguf.GGMLQuantizationType.F32
     for ours, shape in parameter_shapes(config).items():
-        for theirs, tensor in zip(layout.theirs(ours, shape), layout.unpack(ours, stored.read(ours)), strict=True):
+        for theirs, tensor in zip(mapping.theirs(ours, shape), mapping.unpack(ours, stored.read(ours)), strict=True):
             if ARCHITECTURES[model_type] == "llama" and theirs.endswith(("q_proj.weight", "k_proj.weight")):
                 halves = tensor.view(-1, 2, config.resolved_head_dim // 2, tensor.shape[1])
                 tensor = halves.transpose(1, 2).reshape(tensor.shape)

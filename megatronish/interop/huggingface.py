@@ -74,7 +74,7 @@ class HuggingFaceWeights:
             raise UserError(
                 f"{self.folder}: {self.config.num_layers:,} layers in {CONFIG_JSON}, fewer tensors than that."
             )
-        self._layout = WeightMapping(self.config, self.model_type)
+        self._mapping = WeightMapping(self.config, self.model_type)
         self.shapes = parameter_shapes(self.config)
         self._check()
 
@@ -91,8 +91,8 @@ class HuggingFaceWeights:
         """The full tensor of our parameter `name`, on the CPU, as stored; a tied head is the embedding."""
         if name == _TIED and self.config.tie_embeddings:
             name = "embedding.weight"
-        parts = [self._files.read(self._stored(theirs)) for theirs in self._layout.theirs(name, self.shapes[name])]
-        return self._layout.pack(name, parts)
+        parts = [self._files.read(self._stored(theirs)) for theirs in self._mapping.theirs(name, self.shapes[name])]
+        return self._mapping.pack(name, parts)
 
     def initial(self, name: str, shape: Sequence[int]) -> Tensor:
         """`weight` with the signature of `draw` of model.init.init_weights."""
@@ -101,13 +101,13 @@ class HuggingFaceWeights:
         return found
 
     def _stored(self, theirs: str) -> str:
-        other = self._layout.table.other_names.get(theirs)
+        other = self._mapping.table.other_names.get(theirs)
         return other if other is not None and theirs not in self._files.entries else theirs
 
     def _check(self) -> None:
         expected: set[str] = set()
         for name, shape in self.shapes.items():
-            for theirs, their_shape in self._layout.theirs(name, shape).items():
+            for theirs, their_shape in self._mapping.theirs(name, shape).items():
                 stored = self._stored(theirs)
                 entry = self._files.entries.get(stored)
                 if entry is None:
@@ -118,8 +118,8 @@ class HuggingFaceWeights:
                     )
                 expected.add(stored)
         if self.config.tie_embeddings:  # some files contain the shared weight twice
-            head = self._layout.table.names(_TIED)[0]
-            expected |= {head, self._layout.table.other_names.get(head, head)}
+            head = self._mapping.table.names(_TIED)[0]
+            expected |= {head, self._mapping.table.other_names.get(head, head)}
         for name in self._files.entries:
             if name not in expected and not name.endswith(_BUFFERS):
                 raise UserError(f"{self.folder}: holds {name!r}, a tensor that {CONFIG_JSON} does not account for.")
@@ -186,18 +186,18 @@ def export_model(
     stored = SafetensorsFolder(source)
     origin = find_origin(source)
     raw = _their_config(config, model_type, origin.config)
-    layout, shapes = WeightMapping(config, raw["model_type"]), parameter_shapes(config)
+    mapping, shapes = WeightMapping(config, raw["model_type"]), parameter_shapes(config)
     kind = dtype or stored.entries["embedding.weight"].dtype
     entries = {
         theirs: TensorEntry(part, kind)
         for name, shape in shapes.items()
-        for theirs, part in layout.theirs(name, shape).items()
+        for theirs, part in mapping.theirs(name, shape).items()
     }
     total = sum(entry.size for entry in entries.values())
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, shape in shapes.items():
-            yield from zip(layout.theirs(name, shape), layout.unpack(name, stored.read(name)), strict=True)
+            yield from zip(mapping.theirs(name, shape), mapping.unpack(name, stored.read(name)), strict=True)
 
     with new_folder(target, total) as folder:
         tokenizer = export_tokenizer(source, folder, origin, config.seq_length)
