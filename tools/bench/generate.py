@@ -9,7 +9,6 @@ process; with --threads 1 it is independent of other processes.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import statistics
 import sys
@@ -51,7 +50,6 @@ NAMES = (
     "litgpt bf16",
     "litgpt bf16 compiled",
 )
-NEEDS = {"transformers": "transformers", "litgpt": "litgpt", "int8 compiled": "torchao"}
 # Largest relative difference of the prompt's last logits: bf16 rounds by 2^-9 in different places of all layers. Quantized
 # weights are another model: the limit only rules out nonsense.
 TOLERANCE = {"bf16": 0.05, "int8": 0.3, "int4": 0.9}
@@ -149,11 +147,6 @@ def build(name: str, config: ModelConfig, device: torch.device) -> Generator:
     return {"megatronish": ours, "transformers": transformers, "litgpt": litgpt}[library](config, form, device)
 
 
-def missing(name: str) -> str | None:
-    """A package that `name` needs and that is not installed, if any."""
-    return next((p for part, p in NEEDS.items() if part in name and importlib.util.find_spec(p) is None), None)
-
-
 def check(generators: dict[str, Generator], prompts: Tensor) -> None:
     """Raise SystemExit unless all have the logits of the first, which is ours in bf16."""
     with torch.inference_mode():
@@ -235,10 +228,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(
                 f"--preset {options.preset}: the peers are built as Llamas; choose an RMSNorm and SwiGLU preset"
             )
-        names = [name for name in NAMES if name in options.names and not missing(name)]
-        for name in sorted(set(options.names) - set(names)):
-            print(f"left out: {name}: {missing(name)} is not installed")
-        generators = {name: build(name, config, device) for name in names}
+        generators: dict[str, Generator] = {}
+        for name in NAMES:
+            try:
+                generators |= {name: build(name, config, device)} if name in options.names else {}
+            except ImportError as error:
+                print(f"left out: {name}: {error}")
         results = []
         print(
             f"{options.preset}, prompt {options.prompt_tokens}, new {options.new_tokens}, {torch.get_num_threads()} threads"
