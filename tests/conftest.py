@@ -1,4 +1,4 @@
-"""Settles the test process as a launcher would, before torch is loaded, and runs fast tests first."""
+"""Initializes the test process as a launcher does, before torch is imported, and runs fast tests first."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Environments of other programs, for tests that compare with them: beside this one's packages, thrown away afterwards.
+"""Temporary environments with other programs, for tests that compare with them.
 
-MEGATRONISH_INTEROP=require makes it a failure where no package index answers, which otherwise skips; off skips at once.
+MEGATRONISH_INTEROP=require fails the test where no package index answers, instead of skipping it; off skips at once.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ CONSTRAINTS = Path(__file__).resolve().parents[1] / ".ci" / "constraints.txt"
 
 
 def make_environment(folder: Path, *packages: str) -> Path:
-    """An environment that holds `packages`, without their dependencies, and by a .pth file everything of the running one;
-    its Python. Versions are those of the pinned set, where it names them."""
+    """Make an environment with `packages`, without their dependencies, and through a .pth file the packages of the running
+    one; returns its Python. Versions are those of the pinned set, where it names them."""
     if os.environ.get("MEGATRONISH_INTEROP") == "off":
         pytest.skip("MEGATRONISH_INTEROP=off")
     venv.create(folder, with_pip=False)
@@ -30,7 +30,7 @@ def make_environment(folder: Path, *packages: str) -> Path:
         text=True,
         check=True,
     )
-    (Path(inside.stdout.strip()) / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (Path(inside.stdout.strip()) / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
     options = ["-c", str(CONSTRAINTS), "--no-compile", "--retries", "1", "--timeout", "10"]
     found = subprocess.run([*pip, *options, *packages], capture_output=True, text=True)

@@ -117,7 +117,7 @@ def test_torch_version_order(installer: ModuleType, version: str, accepted: bool
     assert installer.new_enough(version, (2, 10)) is accepted
 
 
-def test_the_installer_repeats_what_the_build_said(installer: ModuleType) -> None:
+def test_the_installer_reports_the_outcome_of_the_build(installer: ModuleType) -> None:
     log = """
   building 'megatronish._C' extension
   megatronish: no CPU kernels: CXX=c++ is not there -- WARNING: slower; no CUDA kernels: MEGATRONISH_CUDA=off (0 s)

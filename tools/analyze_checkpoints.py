@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def analyze_weights(run_dir: Path, curves: Path, layers: int, minutes: float) -> None:
-    """Measure the checkpoints, print the table and write spectra and numbers beside the picture `curves`."""
+    """Measure the checkpoints, print the table and write spectra and numbers into the folder of the picture `curves`."""
     from tqdm import tqdm
 
     from megatronish.training.monitoring.spectra import WEIGHTS_JSON, draw_spectra, measure_run, table, write_measures

@@ -1,8 +1,8 @@
-"""Make `.venv`: PyTorch fitting this machine, megatronish with its development tools, and DeepSpeed's CPU operators.
+"""Make `.venv`: PyTorch for this machine, megatronish with its development tools, and DeepSpeed's CPU operators.
 
 Run by `make install` with any Python >= 3.11; uses the standard library only. A stamp in `.venv` records what was
 installed, so that a second run returns at once. `TORCH_INDEX=URL` takes PyTorch from that index instead of choosing.
-Exit status 1 with one message when the environment cannot be made; what pip said is in `.venv/install.log`.
+Exit status 1 with one message when the environment cannot be made; the output of pip is in `.venv/install.log`.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ BUILD_TOOLS = ["pip", "setuptools", "wheel", "ninja", "packaging", "numpy"]
 STAMP = "megatronish-install.json"
 TORCH_MINIMUM = (2, 10)  # as in pyproject.toml
 HEARTBEAT_S = 20.0
-# Tells on one line: version, CUDA version of the build ("" for CPU builds), whether a CUDA device can be used.
+# Prints on one line: version, CUDA version of the build ("" for CPU builds), whether a CUDA device can be used.
 TORCH_PROBE = "import torch; print(torch.__version__, torch.version.cuda or '-', torch.cuda.is_available())"
-# Tells whether the PyTorch wheel in a pip report drags CUDA libraries in on this platform.
+# Prints whether the PyTorch wheel in a pip report depends on CUDA libraries on this platform.
 CUDA_PROBE = """
 import json, sys
 from packaging.requirements import Requirement
@@ -40,7 +40,7 @@ print(any(need.name.startswith(("nvidia-", "cuda-")) for need in needs))
 
 
 class InstallError(Exception):
-    """The environment cannot be made; the message says why and what to do."""
+    """The environment cannot be made; the message gives the reason and the remedy."""
 
 
 class TorchChoice(NamedTuple):
@@ -54,7 +54,7 @@ class TorchChoice(NamedTuple):
 def choose_torch(*, index: str, gpu: bool, base_torch: str, default_needs_cuda: bool) -> TorchChoice:
     """Decide by the user's index, the GPU, the base Python's usable CUDA torch ("" if none) and pip's default wheel."""
     if index:
-        return TorchChoice(f"from {index}: TORCH_INDEX says so", index_url=index)
+        return TorchChoice(f"from {index}: set by TORCH_INDEX", index_url=index)
     if gpu and base_torch:
         return TorchChoice(f"{base_torch} of the base Python: it has CUDA and sees this machine's GPU", system=True)
     if gpu:
@@ -65,7 +65,7 @@ def choose_torch(*, index: str, gpu: bool, base_torch: str, default_needs_cuda: 
 
 
 def inputs_hash(root: Path) -> str:
-    """SHA-256 over all that decides what is installed: the project files named below and csrc/, names and contents."""
+    """SHA-256 over the files that determine what is installed: those named below and csrc/, names and contents."""
     files = [root / name for name in ("pyproject.toml", "setup.py", ".ci/constraints.txt", "tools/install.py")]
     files += sorted(path for path in (root / "csrc").rglob("*") if path.is_file())
     digest = hashlib.sha256()
@@ -128,13 +128,13 @@ def new_enough(version: str, minimum: tuple[int, int]) -> bool:
 
 
 def build_outcome(log: str) -> str:
-    """What setup.py's last line in a log says was built, and why something was not; "" if there is none."""
+    """The last line of setup.py in a log: which kernels were built, and why others were not; "" if there is none."""
     lines = re.findall(r"^\s*megatronish: (.*kernels.*)$", log, re.MULTILINE)
     return lines[-1].strip() if lines else ""
 
 
 class Installer:
-    """One run: knows the project root, writes a log, and prints each step with the seconds since the start."""
+    """One installation: writes a log, and prints each step with the seconds since the start."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -148,7 +148,7 @@ class Installer:
         self.env.pop("PIP_CONSTRAINT", None)
         self.env["PATH"] = f"{self.venv / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
 
-    def say(self, message: str) -> None:
+    def report(self, message: str) -> None:
         print(f"[install {time.monotonic() - self.start:4.0f} s] {message}", flush=True)
 
     def log_tail(self, lines: int) -> str:
@@ -157,7 +157,7 @@ class Installer:
         return "\n".join(output.splitlines()[-lines:])
 
     def run(self, command: list[str]) -> bool:
-        """Run with output to the log; while it takes long, show now and then what it is at. True on exit status 0."""
+        """Run with output to the log, and print its last line every HEARTBEAT_S seconds. True on exit status 0."""
         with self.log.open("a") as log:
             log.write(f"\n$ {' '.join(command)}\n")
             log.flush()
@@ -168,7 +168,7 @@ class Installer:
                 try:
                     return process.wait(timeout=HEARTBEAT_S) == 0
                 except subprocess.TimeoutExpired:
-                    self.say("  ... " + self.log_tail(1).strip()[:90])
+                    self.report("  ... " + self.log_tail(1).strip()[:90])
 
     def probe(self, python: str, code: str, *arguments: str) -> str:
         """What a Python prints for `code`, "" if it fails."""
@@ -178,7 +178,7 @@ class Installer:
         return result.stdout.strip() if result.returncode == 0 else ""
 
     def pip(self, *arguments: str) -> None:
-        """`pip install ...`; raises InstallError with pip's own last words."""
+        """`pip install ...`; raises InstallError with the last lines of pip's output."""
         if self.run([str(self.python), "-m", "pip", "install", *arguments]):
             return
         tail = self.log_tail(12)
@@ -188,7 +188,7 @@ class Installer:
             if offline
             else "pip could not install what is pinned in .ci/constraints.txt"
         )
-        raise InstallError(f"{cause}\n{tail}\nThe whole log is {self.log}; `make install` goes on where it stopped")
+        raise InstallError(f"{cause}\n{tail}\nThe full log is {self.log}; `make install` resumes where it stopped")
 
     def venv_is_usable(self, stamp: dict[str, str]) -> bool:
         """False if `.venv` is missing, broken, or was moved here: its scripts hold absolute paths."""
@@ -231,7 +231,9 @@ class Installer:
             except InstallError:
                 if choice.index_url != CPU_INDEX:
                     raise
-                self.say(f"torch: {CPU_INDEX} gives none; the default wheel it is, with GBs of CUDA (see {self.log})")
+                self.report(
+                    f"torch: {CPU_INDEX} has none; the default wheel is used, with GBs of CUDA (see {self.log})"
+                )
         self.pip(*pinned)
 
     def torch(self, gpu: bool, system_torch: str) -> str:
@@ -241,32 +243,32 @@ class Installer:
         present = (self.probe(str(self.python), TORCH_PROBE) or "-").split()[0]
         shared = "include-system-site-packages = true" in (self.venv / "pyvenv.cfg").read_text()
         if not index and not system_torch and (present.split("+")[0] == pin or (shared and present != "-")):
-            self.say(f"torch: {present} is in .venv already (`make distclean` to choose anew)")
+            self.report(f"torch: {present} is in .venv already (`make distclean` to choose anew)")
             return present
         needs_cuda = not index and not gpu and self.default_wheel_needs_cuda(pin)
         choice = choose_torch(index=index, gpu=gpu, base_torch=system_torch, default_needs_cuda=needs_cuda)
-        self.say(f"torch: {choice.reason}")
+        self.report(f"torch: {choice.reason}")
         if not choice.system:
             self.install_torch(choice, pin)
         version, cuda, usable = (self.probe(str(self.python), TORCH_PROBE) or "- - False").split()
         if version == "-":
             raise InstallError(f"torch is installed but cannot be imported: run {self.python} -c 'import torch'")
         if gpu and usable != "True":
-            self.say(
+            self.report(
                 f"WARNING: torch {version} (CUDA {cuda}) cannot use this GPU: update its driver, or take a build for an "
                 "older CUDA: TORCH_INDEX=https://download.pytorch.org/whl/cu126 make install"
             )
         return version
 
     def package(self, torch_version: str) -> None:
-        """Install megatronish (editable) and its development tools, with torch held at the version that is there."""
+        """Install megatronish (editable) and its development tools, with torch kept at its installed version."""
         held = self.venv / "constraints.txt"
         pins = {**read_pins(self.constraints), "torch": torch_version}
         held.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
-        # pip tells what a build printed with -v only.
+        # pip shows the output of a build with -v only.
         self.pip("-v", "--no-build-isolation", "-c", str(held), "-e", ".[dev]")
         outcome = build_outcome(self.log.read_text(errors="replace"))
-        self.say(f"operators: {outcome}" if outcome else f"operators: no word of the build in {self.log}")
+        self.report(f"operators: {outcome}" if outcome else f"operators: the build printed nothing to {self.log}")
 
     def install(self) -> None:
         """All steps, then the stamp."""
@@ -278,15 +280,15 @@ class Installer:
         system_torch = ""
         if not self.venv_is_usable(stamp):
             system_torch = self.base_cuda_torch() if gpu and not index else ""
-            self.say(f"making .venv with Python {sys.version.split()[0]} of {sys.base_prefix}")
+            self.report(f"making .venv with Python {sys.version.split()[0]} of {sys.base_prefix}")
             self.make_venv(system=bool(system_torch))
             stamp = {}
         (self.venv / STAMP).unlink(missing_ok=True)
         self.log.write_text("")
-        self.say("build tools: " + " ".join(BUILD_TOOLS))
+        self.report("build tools: " + " ".join(BUILD_TOOLS))
         self.pip("-c", str(self.constraints), *BUILD_TOOLS)
         torch_version = self.torch(gpu, system_torch)
-        self.say(f"packages: megatronish[dev] beside torch {torch_version}")
+        self.report(f"packages: megatronish[dev] with torch {torch_version}")
         self.package(torch_version)
         record = {
             "inputs": inputs_hash(self.root),
@@ -295,7 +297,7 @@ class Installer:
             "compiler": compiler(),
         }
         (self.venv / STAMP).write_text(json.dumps(record, indent=2) + "\n")
-        self.say("done")
+        self.report("done")
 
 
 def main() -> int:

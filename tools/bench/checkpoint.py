@@ -1,11 +1,11 @@
-"""What a checkpoint costs a run: how long training stands still, with and without writing beside it, and what hashing takes.
+"""Measure the cost of a checkpoint: how long training stops, with synchronous and asynchronous saves, and the time of hashing.
 
     python tools/bench/checkpoint.py [--models tiny,smollm2_135m] [--saves 5] [--zero_optimization.stage 2]
 
-One process trains each model on random tokens and saves it again and again, in turns: waiting until the checkpoint is there
-(train.async_save false), and going on while a thread writes it. Given are medians, and the stall of the first save, whose
-copy goes to memory that the process has not touched before. Steps beside a save are compared with steps in peace: on a CPU both
-share the cores. Reading and hashing is timed alone, on files that the system has just written and still holds in memory.
+One process trains each model on random tokens and saves it repeatedly, in turns: waiting for the checkpoint (train.async_save
+false), and training on while a thread writes it. Printed are medians, and the stall of the first asynchronous save, whose copy
+touches new memory. Steps during a save are compared with other steps: on a CPU both share the cores. Reading and hashing is
+timed by itself, on files in the page cache.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from megatronish.errors import ConfigError, exit_on_user_error
 from megatronish.launch.process import free_port, initialize_process
 
 HEADER = (
-    f"{'model':<16}{'MB':>9}{'sync stall':>12}{'async stall':>13}{'the first':>11}{'written in':>12}{'hashing':>9}"
-    f"{'GB/s':>7}{'step':>9}{'step beside':>13}"
+    f"{'model':<16}{'MB':>9}{'sync stall':>12}{'async stall':>13}{'first':>11}{'written in':>12}{'hashing':>9}"
+    f"{'GB/s':>7}{'step':>9}{'during save':>13}"
 )
 
 
@@ -37,8 +37,8 @@ def main() -> int:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", default="tiny,smollm2_135m", help="presets, separated by commas")
-    parser.add_argument("--saves", type=int, default=5, help="of each kind (5)")
-    parser.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
+    parser.add_argument("--saves", type=int, default=5, help="number of saves of each kind (5)")
+    parser.add_argument("--folder", type=Path, help="folder for the checkpoints (default: the temporary folder)")
     arguments, rest = parser.parse_known_args()
     with exit_on_user_error():
         initialize_process()
@@ -47,7 +47,7 @@ def main() -> int:
         )
         file, overrides = parse_options(rest, "tools/bench/checkpoint.py")
         if file:
-            raise ConfigError("tools/bench/checkpoint.py: takes no --deepspeed_config: name presets with --models.")
+            raise ConfigError("tools/bench/checkpoint.py: takes no --deepspeed_config: choose presets with --models.")
         from megatronish.training.engine import start_process_group, stop_process_group
 
         start_process_group()
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def measure(preset: str, overrides: dict[str, Any], saves: int, folder: Path) -> str:
-    """The line of one model."""
+    """Measure one model; returns its row of the table."""
     from megatronish.checkpoint.manifest import hash_file
     from megatronish.checkpoint.saver import Saver
     from megatronish.checkpoint.staging import StagingBuffers
@@ -74,18 +74,18 @@ def measure(preset: str, overrides: dict[str, Any], saves: int, folder: Path) ->
         store, Consensus(join_rendezvous(0, 1, "", 0, 1.0), "bench"), background=True, report=lambda line: None
     )
     stalls: dict[str, list[float]] = {"sync": [], "async": []}
-    written, peace, beside = [], [timed(step) for _ in range(3)], []
+    written, usual, during = [], [timed(step) for _ in range(3)], []
     for number in range(saves):
         stalls["async"].append(saver.save(2 * number, take))
         begin = time.monotonic()
         while (done := time.monotonic() - begin) < 0.5 or saver.is_writing():
-            beside.append(timed(step))
+            during.append(timed(step))
             if done > 60.0:
                 break
         outcome = saver.wait()
         assert outcome is not None and not outcome.problem, outcome
         written.append(outcome.seconds)
-        peace.append(timed(step))
+        usual.append(timed(step))
         stalls["sync"].append(saver.save(2 * number + 1, take, reason="measured"))
     newest = store.newest()
     assert newest is not None
@@ -95,13 +95,13 @@ def measure(preset: str, overrides: dict[str, Any], saves: int, folder: Path) ->
     return (
         f"{preset:<16}{manifest.bytes / 1e6:>9.1f}{statistics.median(stalls['sync']):>10.3f} s"
         f"{statistics.median(later or [first]):>11.3f} s{first:>9.3f} s{statistics.median(written):>10.3f} s"
-        f"{hashing:>7.3f} s{manifest.bytes / hashing / 1e9:>7.1f}{statistics.median(peace):>7.3f} s"
-        f"{statistics.median(beside):>11.3f} s"
+        f"{hashing:>7.3f} s{manifest.bytes / hashing / 1e9:>7.1f}{statistics.median(usual):>7.3f} s"
+        f"{statistics.median(during):>11.3f} s"
     )
 
 
 def trainer(preset: str, overrides: dict[str, Any], copies: Any) -> tuple[Callable[[], Any], Callable[[bool], Any]]:
-    """A function that does one step, and one that gives what the loop would write (but for the smallest files)."""
+    """A function that trains one step, and one that takes the snapshot that the training loop writes."""
     import torch
 
     from megatronish.checkpoint.saver import CheckpointSnapshot
@@ -146,7 +146,7 @@ def trainer(preset: str, overrides: dict[str, Any], copies: Any) -> tuple[Callab
 
 
 def timed(function: Callable[[], Any]) -> float:
-    """Seconds that a call takes."""
+    """The duration of a call in seconds."""
     begin = time.monotonic()
     function()
     return time.monotonic() - begin

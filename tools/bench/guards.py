@@ -1,9 +1,10 @@
-"""What guards cost a training step: `torchrun --nproc-per-node 2 tools/bench/guards.py [--seconds 60]`, or plain python for one rank.
+"""Measure the cost of the guards in a training step: `torchrun --nproc-per-node 2 tools/bench/guards.py [--seconds 60]`, or plain python for one rank.
 
-In turns of a step, off, on, on, off, in one run, so that a busy machine slows both alike. On: what the training loop does for
-bad steps, stops and hangs: NaN carried into the gradients, the check of the gradient norm, the all-reduce of loss and stop flags,
-the spike score, the last batches remembered, the watchdog's thread. Off: the same steps without them. Told are the process's CPU time
-and the clock a step, and the ratio of neighbouring turns; and each part alone, in microseconds.
+Steps without and with guards alternate in one run (off, on, on, off), so that other load slows both equally. On: what the
+training loop does for non-finite steps, stops and hangs: NaN propagated into the gradients, the check of the gradient norm, the
+all-reduce of loss and stop flags, the spike score, the record of the last batches, the watchdog's thread (with one rank). Off:
+the same steps without them. Printed are CPU time and elapsed time per step, the ratio of neighbouring steps, and the time of
+each part by itself.
 """
 
 from __future__ import annotations
@@ -17,15 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # the root of the checkout: `tools.bench` is no installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from a checkout that is not installed
 
 from megatronish.launch.exit import run_program
 from megatronish.launch.process import initialize_process
 
 TURN_STEPS = 1
-MODELS = {  # a step of some tenths of a second on two cores, and one of some seconds
+MODELS = {  # steps of tenths of a second and of seconds on two cores
     "small": {"hidden_size": 256, "num_layers": 4, "num_attention_heads": 4, "ffn_hidden_size": 704, "seq_length": 256},
     "large": {
         "hidden_size": 512,
@@ -39,10 +38,10 @@ MODELS = {  # a step of some tenths of a second on two cores, and one of some se
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long steps are timed [60]")
-    parser.add_argument("--model", choices=MODELS, default="small", help="the size of the model [small]")
-    parser.add_argument("--stage", type=int, choices=range(4), default=2, help="ZeRO stage [2]")
-    parser.add_argument("--micro", type=int, default=4, help="micro batch [4]")
+    parser.add_argument("--seconds", type=float, default=60.0, help="duration of the measurement (60)")
+    parser.add_argument("--model", choices=MODELS, default="small", help="size of the model (small)")
+    parser.add_argument("--stage", type=int, choices=range(4), default=2, help="ZeRO stage (2)")
+    parser.add_argument("--micro", type=int, default=4, help="micro batch (4)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     rank = initialize_process()
@@ -55,7 +54,7 @@ def main() -> int:
 
 
 def run_config(model: str, stage: int, micro: int, folder: str) -> Any:
-    """A bf16 run of that model; its data are never read."""
+    """A bf16 run of the model; its data are not read."""
     from megatronish.config.run import RunConfig
 
     raw = {
@@ -70,7 +69,7 @@ def run_config(model: str, stage: int, micro: int, folder: str) -> Any:
 
 
 class Bench:
-    """One rank: the same engine steps with guards and without."""
+    """One rank, which trains the same steps with and without guards."""
 
     def __init__(self, model: str, stage: int, micro: int) -> None:
         import torch
@@ -90,7 +89,7 @@ class Bench:
         mesh = build_mesh(config.megatronish.parallel, engine_module.device().type)
         plan = config.batch_plan(mesh.data.size)
         self.engine = engine_module.start_engine(build_model(config, plan, mesh), config, plan, mesh)
-        self.described = f"{model} model, {sum(p.numel() for p in self.engine.module.parameters()):,} weights held, "
+        self.described = f"{model} model, {sum(p.numel() for p in self.engine.module.parameters()):,} parameters held, "
         self.described += (
             f"bf16, ZeRO-{stage}, {dist.get_world_size()} rank(s), {micro} x {MODELS[model]['seq_length']} tokens"
         )
@@ -103,12 +102,12 @@ class Bench:
         self._optimizer: Any = self.engine._engine.optimizer
 
     def bare(self) -> None:
-        """A step without guards."""
+        """Train one step without guards."""
         self.engine.train_step(self.batches, 1.0)
         self.step += 1
 
     def guarded(self) -> None:
-        """A step as the training loop does it."""
+        """Train one step as the training loop does."""
         from megatronish.training.monitoring.black_box import TrainedStep
         from megatronish.training.monitoring.spikes import spike_score
 
@@ -121,34 +120,34 @@ class Bench:
             self.losses = [*self.losses, record.loss][-128:]
 
     def switch(self, on: bool) -> None:
-        """Have the engine carry NaN and check norms, or not."""
+        """Switch the propagation of NaN and the check of gradient norms."""
         self._module.nan_unless_finite = self._carry if on else _nothing  # type: ignore[assignment]
         if hasattr(self._optimizer, "check_grad_overflow"):
             self._optimizer.check_grad_overflow = on
 
     def run(self, seconds: float) -> list[str]:
-        """Time the steps; the lines to print. The number of turns is the first rank's."""
+        """Time the steps; returns the lines to print. Rank 0 decides on the number of steps."""
         for on in (False, True):
             self.turn(on)
         wall, _ = self.turn(False)
-        pairs = self.told_by_first(max(4, round(seconds / (2 * TURN_STEPS * wall))))
+        pairs = self.from_rank_zero(max(4, round(seconds / (2 * TURN_STEPS * wall))))
         times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
         for turn in range(2 * pairs):
             on = turn % 4 in (1, 2)
             times[on].append(self.turn(on))
         lines = [self.described]
-        for name, place in (("clock", 0), ("CPU time", 1)):
+        for name, place in (("elapsed time", 0), ("CPU time", 1)):
             ratios = [on[place] / off[place] for on, off in zip(times[True], times[False], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)
             without, with_ = (statistics.median(each[place] for each in times[key]) * 1e3 for key in (False, True))
             lines.append(
-                f"  {name} a step: {without:.2f} ms without guards, {with_:.2f} ms with; ratio of {pairs} neighbouring turns: median "
+                f"  {name} per step: {without:.2f} ms without guards, {with_:.2f} ms with; ratio of {pairs} neighboring steps: median "
                 f"{middle:.4f}, middle half {low:.4f} to {high:.4f}"
             )
         return lines + self.parts(statistics.median(each[0] for each in times[False]))
 
     def turn(self, on: bool) -> tuple[float, float]:
-        """Seconds of the clock and of CPU time a step of a turn."""
+        """Train a turn; returns elapsed time and CPU time per step in seconds."""
         from megatronish.launch.watchdog import Watchdog
 
         self.switch(on)
@@ -162,7 +161,7 @@ class Bench:
         return found
 
     def parts(self, step_seconds: float) -> list[str]:
-        """What each part takes by itself, waiting for the other ranks included."""
+        """Time each part by itself, including the wait for other ranks."""
         import torch
 
         loss, tokens = torch.tensor(5.0, device=self.engine.device), torch.tensor(100.0, device=self.engine.device)
@@ -176,7 +175,7 @@ class Bench:
         parts: dict[str, Callable[[], object]] = {
             "all-reduce of loss and stop flags": exchange,
             "spike score over 128 losses": lambda: spike_score(self.losses, 5.0),
-            "NaN carried into the gradients, a micro batch": lambda: self._carry(loss) + tokens,
+            "NaN propagated into the gradients, per micro batch": lambda: self._carry(loss) + tokens,
         }
         lines = []
         for name, part in parts.items():
@@ -191,20 +190,18 @@ class Bench:
 
     @property
     def _alone(self) -> bool:
-        return (
-            self.rendezvous.world_size == 1
-        )  # ranks that join the rendezvous again in every turn would be timed with their rendezvous
+        return self.rendezvous.world_size == 1  # with more, joining the rendezvous in each turn would be timed, too
 
-    def told_by_first(self, number: int) -> int:
-        """The first rank's number, on every rank."""
+    def from_rank_zero(self, number: int) -> int:
+        """The number of rank 0, on all ranks."""
         import torch.distributed as dist
 
-        said = [number]
-        dist.broadcast_object_list(said, src=0)
-        return said[0]
+        numbers = [number]
+        dist.broadcast_object_list(numbers, src=0)
+        return numbers[0]
 
     def close(self) -> None:
-        """Leave the other ranks."""
+        """Leave the process group."""
         self._module.stop_process_group()
         self._scratch.cleanup()
 

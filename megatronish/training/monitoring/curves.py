@@ -1,4 +1,4 @@
-"""A run's curves: metrics.jsonl read, and drawn as one figure."""
+"""The curves of a run: read from metrics.jsonl and drawn as one figure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TRAIN_COLOR, VALIDATION_COLOR, MUTED = "#2563a8", "#d1495b", "#5f6b7a"
 
 @dataclass
 class Curves:
-    """Points of metrics.jsonl in the order of steps. Steps count optimizer steps; losses are nats a token."""
+    """Points of metrics.jsonl in the order of steps. Steps count optimizer steps; losses are in nats per token."""
 
     steps: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Curves:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """Step and loss of the lowest validation loss that is a number."""
+        """Step and loss of the lowest finite validation loss."""
         finite = [(loss, step) for step, loss in zip(self.validation_steps, self.validation_losses) if loss < math.inf]
         if not finite:
             return None
@@ -49,7 +49,7 @@ class Curves:
 
 
 def read_curves(run_dir: Path) -> Curves:
-    """The metrics of a run; a line cut short by a crash is left out. Raises UserError when there are none."""
+    """The metrics of a run, without lines that a crash cut short. Raises UserError when there are none."""
     path = run_dir / METRICS_FILE
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -83,10 +83,9 @@ def read_curves(run_dir: Path) -> Curves:
 
 
 def smooth(values: list[float], width: int) -> list[float]:
-    """Mean of the `width` values around each, as many before as behind it, so that a slope is not delayed.
+    """Centered moving average over `width` values, which does not delay a slope.
 
-    Towards both ends the window shrinks with the distance to the end. Values that are no finite number are left out; a
-    window without any gives NaN.
+    The window shrinks towards both ends. Non-finite values are ignored; a window without finite values gives NaN.
     """
     numbers = np.array(values, dtype=np.float64)
     finite = np.isfinite(numbers)

@@ -58,7 +58,7 @@ class MatrixMeasure:
 
 
 def measure_matrix(weight: Tensor, step: int, name: str) -> MatrixMeasure:
-    """Measure a matrix, in fp32. Of more than MAX_ROWS rows a sample is measured, scaled to the norm of the full matrix.
+    """Measure a matrix, in fp32. With more than MAX_ROWS rows, a sample is measured, scaled to the norm of the full matrix.
 
     All measures of a matrix with non-finite entries are NaN.
     """
