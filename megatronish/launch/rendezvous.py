@@ -118,9 +118,7 @@ def _open_store(here: RankProcess, world_size: int, address: str, port: int, sec
             f"{here} of {world_size} cannot join the rendezvous at {address}:{port}: {str(error).splitlines()[0]}\nIs another "
             "run using that port? Choose one: deepspeed --master_port 29501 (torchrun --master-port, or MASTER_PORT)."
         ) from None
-    attempt = os.environ.get(
-        "TORCHELASTIC_RESTART_COUNT", "0"
-    )  # the agent's store is kept when the ranks are restarted
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an agent keeps the store when it restarts the ranks
     return dist.PrefixStore(f"megatronish {attempt}", store)
 
 

@@ -67,7 +67,6 @@ class RankSockets:
     """
 
     def __init__(self, rendezvous: Rendezvous) -> None:
-        self._rank = rendezvous.rank
         self._selector = selectors.DefaultSelector()
         self._hangups = select.epoll()
         self._peers: dict[int, _Peer] = {}
@@ -115,7 +114,7 @@ class RankSockets:
                 "--train.hang_timeout 0 starts without a watchdog."
             ) from None
         self._add(connection, 0)
-        self.send(0, {"token": token, "rank": rendezvous.rank})
+        self.send_all({"token": token, "rank": rendezvous.rank})
 
     def _add(self, connection: socket.socket, rank: int | None) -> None:
         connection.setblocking(False)
@@ -126,17 +125,10 @@ class RankSockets:
         if rank is not None:
             self._peers[rank] = peer
 
-    def send(self, rank: int, message: Message) -> None:
-        """Send a message to a rank, if it is connected. A heartbeat is dropped while an earlier message is still queued."""
-        self._push([rank] if rank in self._peers else [], message)
-
     def send_all(self, message: Message) -> None:
-        """`send` to every connected rank."""
-        self._push(list(self._peers), message)
-
-    def _push(self, ranks: list[int], message: Message) -> None:
+        """Send a message to every connected rank. A heartbeat is dropped while an earlier message is still queued."""
         line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
-        for peer in [self._peers[rank] for rank in ranks]:
+        for peer in self._peers.values():
             if not (peer.outgoing and "beat" in message):
                 peer.outgoing += line
                 peer.push()

@@ -62,10 +62,11 @@ class Watchdog:
     def __init__(
         self, rendezvous: Rendezvous, timeout: float, folder: Path, count_cpu: bool, compare: bool = False
     ) -> None:
-        self._rendezvous, self._timeout, self._compare = rendezvous, timeout, compare
+        self._rank, self._processes = rendezvous.rank, rendezvous.processes
+        self._timeout, self._compare = timeout, compare
         self.beat_seconds = min(max(BEAT_SECONDS, BEAT_SECONDS_PER_RANK * rendezvous.world_size), timeout / 4)
         self._sampler = Sampler(count_cpu)
-        self._rank_statuses: dict[int, RankStatus] = {}
+        self._statuses: dict[int, RankStatus] = {}
         self._silence = {process.rank: 0.0 for process in self._monitored()}
         self._failures: dict[int, tuple[float, Message]] = {}
         self._compared: dict[int, RankStatus] = {}
@@ -85,11 +86,8 @@ class Watchdog:
         faulthandler.register(LAST_RESORT, self._stacks, all_threads=True)
         # The watchdog thread reads signal numbers from this pipe, whatever the main thread waits in.
         self._signals, self._signals_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._before = (
-            signal.set_wakeup_fd(self._signals_in, warn_on_full_buffer=False),
-            signal.getsignal(signal.SIGUSR2),
-        )
-        signal.signal(signal.SIGUSR2, lambda number, frame: None)
+        self._previous_wakeup = signal.set_wakeup_fd(self._signals_in, warn_on_full_buffer=False)
+        self._previous_handler = signal.signal(signal.SIGUSR2, lambda number, frame: None)
         signal.siginterrupt(signal.SIGUSR2, False)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -117,9 +115,8 @@ class Watchdog:
         """Send "bye" to the other ranks: this rank may exit from now on."""
         self._closing.set()
         self._thread.join()
-        wakeup, handler = self._before
-        signal.set_wakeup_fd(wakeup)
-        signal.signal(signal.SIGUSR2, handler)
+        signal.set_wakeup_fd(self._previous_wakeup)
+        signal.signal(signal.SIGUSR2, self._previous_handler)
         os.close(self._signals)
         os.close(self._signals_in)
         faulthandler.unregister(LAST_RESORT)
@@ -148,13 +145,13 @@ class Watchdog:
             with self._reporting:
                 self._own_status = status
         self._failing = {"failed": text, "status": status, "lost": lost}
-        if self._rendezvous.rank or lost:
+        if self._rank or lost:
             self._thread.join(3 * GRACE_SECONDS)
         else:
             self._closing.wait(1.0)  # until the others are notified
 
     def _monitored(self) -> Iterable[RankProcess]:
-        return self._rendezvous.processes[1:] if self._rendezvous.rank == 0 else self._rendezvous.processes[:1]
+        return self._processes[1:] if self._rank == 0 else self._processes[:1]
 
     def _watch(self) -> None:
         """The watchdog thread. It always sends "bye", so that an error of the watchdog itself does not stop the run."""
@@ -187,7 +184,7 @@ class Watchdog:
                 self._send_failure(self._failing)
             self._check_failures()
             if ran - beaten >= self.beat_seconds:
-                self._rank_statuses[self._rendezvous.rank] = status = self._sampler.status()
+                self._statuses[self._rank] = status = self._sampler.status()
                 self._sockets.send_all({"beat": astuple(status)})
                 self._check(ran - beaten)
                 beaten = ran
@@ -203,10 +200,10 @@ class Watchdog:
             return
         self._silence[rank] = 0.0
         if "beat" in message:
-            self._rank_statuses[rank] = RankStatus(*message["beat"])
+            self._statuses[rank] = RankStatus(*message["beat"])
         elif "bye" in message:
             del self._silence[rank]
-            self._rank_statuses.pop(rank, None)
+            self._statuses.pop(rank, None)
         elif "failed" in message:
             self._failures.setdefault(rank, (time.monotonic(), message))
         elif "stop" in message:
@@ -220,14 +217,12 @@ class Watchdog:
         if rank in self._failures:
             del self._silence[rank]
             return
-        reports = self._rendezvous.rank <= 1  # if rank 0 is gone, rank 1 reports it
-        self._exit_all(
-            EXIT_STOPPED,
-            failure_messages.process_ended(self._rendezvous.processes[rank], self._rank_statuses) if reports else "",
-        )
+        reports = self._rank <= 1  # if rank 0 is gone, rank 1 reports it
+        text = failure_messages.process_ended(self._processes[rank], self._statuses) if reports else ""
+        self._exit_all(EXIT_STOPPED, text)
 
     def _send_failure(self, failing: Message) -> None:
-        if self._rendezvous.rank:
+        if self._rank:
             self._sockets.send_all(failing)
         elif failing["lost"]:
             self._failures[0] = (time.monotonic(), failing)
@@ -242,27 +237,21 @@ class Watchdog:
         for rank in self._silence:
             self._silence[rank] += elapsed
         # Rank 1 detects a silent rank 0 before the others do; otherwise one of them would kill it before rank 1 can report it.
-        limit = self._timeout + (2 * GRACE_SECONDS if self._rendezvous.rank > 1 else 0.0)
+        limit = self._timeout + (2 * GRACE_SECONDS if self._rank > 1 else 0.0)
         quiet = [process for process in self._monitored() if self._silence.get(process.rank, 0.0) > limit]
         if quiet:
-            text = (
-                failure_messages.no_heartbeat(quiet, self._timeout, self._rank_statuses)
-                if self._rendezvous.rank <= 1
-                else ""
-            )
+            text = failure_messages.no_heartbeat(quiet, self._timeout, self._statuses) if self._rank <= 1 else ""
             self._exit_all(EXIT_STOPPED, text, quiet)
-        if self._rendezvous.rank == 0:
+        if self._rank == 0:
             self._report_slow_ranks(elapsed)
         elif self._silence:
             return  # rank 0 checks for progress; without it every rank checks itself
-        known = {
-            rank: rank_status for rank, rank_status in self._rank_statuses.items() if rank or not self._rendezvous.rank
-        }
+        known = {rank: status for rank, status in self._statuses.items() if rank or not self._rank}
         if not known.keys() >= self._silence.keys():
             return
-        idle = min(rank_status.idle for rank_status in known.values())
-        if idle > self._timeout * max(SLOW_PHASES.get(rank_status.phase, 1.0) for rank_status in known.values()):
-            self._exit_all(EXIT_STOPPED, failure_messages.no_progress(self._rendezvous.processes, idle, known))
+        idle = min(status.idle for status in known.values())
+        if idle > self._timeout * max(SLOW_PHASES.get(status.phase, 1.0) for status in known.values()):
+            self._exit_all(EXIT_STOPPED, failure_messages.no_progress(self._processes, idle, known))
 
     def _check_failures(self) -> None:
         """Rank 0 only: report the error of another rank, unless rank 0 fails in the same way within GRACE_SECONDS."""
@@ -270,29 +259,25 @@ class Watchdog:
             if time.monotonic() - when < (2 if message["lost"] else 1) * GRACE_SECONDS:
                 continue
             with self._reporting:
-                if self._rendezvous.rank or self._own_status is not None:
+                if self._rank or self._own_status is not None:
                     return
-                process, rank_status = self._rendezvous.processes[rank], self._rank_statuses.get(rank)
+                process, text = self._processes[rank], message["failed"]
                 if message["lost"]:
-                    self._exit_all(
-                        EXIT_STOPPED,
-                        failure_messages.collective_failed(process, message["failed"], self._rank_statuses),
-                    )
-                status = EXIT_STOPPED if message["status"] == 1 else message["status"]
-                self._exit_all(status, failure_messages.rank_failed(process, message["failed"], rank_status))
+                    self._exit_all(EXIT_STOPPED, failure_messages.collective_failed(process, text, self._statuses))
+                exit_status = EXIT_STOPPED if message["status"] == 1 else message["status"]
+                self._exit_all(exit_status, failure_messages.rank_failed(process, text, self._statuses.get(rank)))
 
     def _report_slow_ranks(self, elapsed: float) -> None:
         self._compare_at -= elapsed
         if not self._compare or self._compare_at > 0:
             return
         min_samples = int(SLOW_SECONDS / SAMPLE_SECONDS / 2)
-        for rank, note in failure_messages.slow_ranks(
-            self._rendezvous.processes, self._compared, self._rank_statuses, min_samples
-        ).items():
+        notes = failure_messages.slow_ranks(self._processes, self._compared, self._statuses, min_samples)
+        for rank, note in notes.items():
             if rank not in self._reported_slow:
                 self._reported_slow.add(rank)
                 _write(f"note: {note}")
-        self._compared, self._compare_at = dict(self._rank_statuses), SLOW_SECONDS
+        self._compared, self._compare_at = dict(self._statuses), SLOW_SECONDS
 
     def _exit_all(self, status: int, text: str, quiet: Iterable[RankProcess] = ()) -> NoReturn:
         """Report the failure and exit; on rank 0, make all ranks exit. Ranks in `quiet` do not respond and are killed."""
@@ -302,7 +287,7 @@ class Watchdog:
             _write(f"error: {text}")
         if text and status == EXIT_STOPPED:
             _write(f"Stacks of the ranks: {self._folder}. The same command resumes from the last checkpoint.")
-        if self._rendezvous.rank == 0:
+        if self._rank == 0:
             self._sockets.send_all({"stop": status, "kill": kill})
             self._sockets.flush(1.0)
         faulthandler.dump_traceback(self._stacks, all_threads=True)
@@ -311,7 +296,7 @@ class Watchdog:
 
     def _kill(self, identities: Iterable[list]) -> None:
         """Make unresponsive ranks of this machine write their stacks, then kill them."""
-        mine = self._rendezvous.processes[self._rendezvous.rank].pid_namespace
+        mine = self._processes[self._rank].pid_namespace
         local = {pid: rank for pid_namespace, pid, rank in identities if pid_namespace == mine and pid != os.getpid()}
         if not local:
             return

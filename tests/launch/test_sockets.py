@@ -44,8 +44,8 @@ def sockets(rendezvous: list[Rendezvous]) -> Iterator[tuple[RankSockets, RankSoc
 def test_messages_in_both_directions(sockets: tuple[RankSockets, RankSockets]) -> None:
     first, second = sockets
     long = {"failed": "x" * 20_000}
-    second.send(0, {"beat": [1]})
-    second.send(0, long)
+    second.send_all({"beat": [1]})
+    second.send_all(long)
     received: list[tuple[int, Message]] = []
     while len(received) < 2:
         received += receive(first)
@@ -56,13 +56,13 @@ def test_messages_in_both_directions(sockets: tuple[RankSockets, RankSockets]) -
 
 def test_a_closed_connection(sockets: tuple[RankSockets, RankSockets]) -> None:
     first, second = sockets
-    second.send(0, {"bye": True})
+    second.send_all({"bye": True})
     second.close()
     received: list[tuple[int, Message]] = []
     while len(received) < 2:
         received += receive(first)
     assert received == [(1, {"bye": True}), (1, GONE)]
-    first.send(1, {"stop": 75})  # dropped without an error
+    first.send_all({"stop": 75})  # dropped without an error
 
 
 @pytest.mark.parametrize("line", [b'{"token": "guess", "rank": 1}\n', b"GET / HTTP/1.0\n", b"[1]\n", b"x" * 70_000])

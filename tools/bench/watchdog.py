@@ -115,7 +115,7 @@ def other_ranks(store: Any, processes: Any, beat_seconds: float) -> int:
     rank_status = RankStatus(512, "training", "all_reduce", "training/engine.py:131 (train_step)", 0.25, 100, 1000)
     while True:
         for link in sockets:
-            link.send(0, {"beat": astuple(rank_status)})
+            link.send_all({"beat": astuple(rank_status)})
             link.receive(0.0)
             time.sleep(beat_seconds / len(sockets))
 
