@@ -95,7 +95,7 @@ class Saver:
         self._report, self._local_ranks = report, local_ranks
         self._job: _PendingSave | None = None
         self._thread: threading.Thread | None = None
-        self._usual_seconds = 0.0
+        self.usual_seconds = 0.0  # of the last committed checkpoint, from its start; the same on every rank
 
     def reason_to_wait(self, copy_bytes: int) -> str:
         """Why this rank cannot copy `copy_bytes` and write them in the background; '' if it can."""
@@ -128,11 +128,6 @@ class Saver:
             self._thread.start()
         return time.monotonic() - begun
 
-    @property
-    def usual_seconds(self) -> float:
-        """Duration of the last finished checkpoint, from the start to the commit; the same on every rank. 0: none yet."""
-        return self._usual_seconds
-
     def is_writing(self) -> bool:
         """Whether this rank's thread is running."""
         return self._thread is not None and self._thread.is_alive()
@@ -149,7 +144,8 @@ class Saver:
             return None
         self._raise(self._job)
         outcome = self._job.outcome
-        self._usual_seconds = outcome.seconds if outcome and not outcome.problem else self._usual_seconds
+        if outcome and not outcome.problem:
+            self.usual_seconds = outcome.seconds
         return outcome
 
     def finish(self) -> None:

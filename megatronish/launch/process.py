@@ -79,14 +79,9 @@ def _read_rank(env: MutableMapping[str, str], number: Callable[..., int]) -> Ran
         local_world = number("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", _deepspeed_local_size(env, world)))
         return Rank(number("RANK"), world, number("LOCAL_RANK", "0"), local_world, launcher)
     if "OMPI_COMM_WORLD_SIZE" in env:
-        prefix = "OMPI_COMM_WORLD_"
-        return Rank(
-            number(prefix + "RANK"),
-            number(prefix + "SIZE"),
-            number(prefix + "LOCAL_RANK"),
-            number(prefix + "LOCAL_SIZE"),
-            "mpirun",
-        )
+        names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+        rank, world, local_rank, local_world = (number(f"OMPI_COMM_WORLD_{name}") for name in names)
+        return Rank(rank, world, local_rank, local_world, "mpirun")
     if "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env:
         # srun sets SLURM_NTASKS_PER_NODE only on request; the tasks of each node are always in SLURM_STEP_TASKS_PER_NODE.
         tasks = tasks_of_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"), number("SLURM_NODEID", "0"))
