@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` atomically by a file with `text` (UTF-8): a reader sees the old contents or the new, never a part."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write a file to; it is then synced and renamed to `path`, or removed after an exception.
+
+    So a reader sees the old contents of `path` or the new, never a part.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace `path` atomically by a file with `text` (UTF-8)."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def sync(path: Path) -> None:

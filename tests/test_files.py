@@ -10,7 +10,7 @@ import pytest
 from megatronish.files import write_atomic
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "latest"
     write_atomic(path, "one\n")
     with monkeypatch.context() as patch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from megatronish.checkpoint.paths import run_folder
 from megatronish.checkpoint.store import CheckpointStore
 from megatronish.config.model import KernelConfig, ModelConfig
 from megatronish.errors import UserError
-from megatronish.files import sync, write_atomic
+from megatronish.files import replacing, write_atomic
 from megatronish.model.transformer import Transformer
 
 WEIGHTS_FILE = "model.safetensors"
@@ -43,18 +42,10 @@ def save_model(
     state = {name: tensor for name, tensor in model_state.items() if not (config.tie_embeddings and name == _TIED_NAME)}
     check_model_state({name: tuple(tensor.shape) for name, tensor in state.items()}, config, "the model to be saved")
     folder.mkdir(parents=True, exist_ok=True)
-    header = weights_header(config, metadata)
-    partial = folder / f".{WEIGHTS_FILE}.{os.getpid()}.partial"
-    try:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial, metadata=header
-        )
-        sync(partial)
-        os.replace(partial, folder / WEIGHTS_FILE)
-    finally:
-        partial.unlink(missing_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with replacing(folder / WEIGHTS_FILE) as partial:
+        save_file(tensors, partial, metadata=weights_header(config, metadata))
     write_atomic(folder / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
-    sync(folder)
 
 
 def weights_header(config: ModelConfig, metadata: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -21,7 +21,7 @@ from megatronish.checkpoint.paths import run_folder
 from megatronish.checkpoint.store import CheckpointStore
 from megatronish.checkpoint.weights import CONFIG_FILE, WEIGHTS_FILE, load_config
 from megatronish.errors import UserError
-from megatronish.files import sync, write_atomic
+from megatronish.files import replacing, write_atomic
 from megatronish.model.transformer import Transformer
 from megatronish.ops.linear import few_rows, rows_product
 
@@ -161,13 +161,10 @@ def save_quantized(folder: Path, model: Transformer, form: Format, group: int) -
         state = {name: value for name, value in state.items() if not name.startswith("embedding.")}
     folder.mkdir(parents=True, exist_ok=True)
     text = model.config.model_dump_json(indent=2)
-    partial = folder / f".{WEIGHTS_FILE}.partial"
-    save_file(state, partial, metadata={"format": "pt", "model_config": text})
-    sync(partial)
-    partial.replace(folder / WEIGHTS_FILE)
+    with replacing(folder / WEIGHTS_FILE) as partial:
+        save_file(state, partial, metadata={"format": "pt", "model_config": text})
     write_atomic(folder / CONFIG_FILE, text + "\n")
     write_atomic(folder / QUANTIZATION_FILE, json.dumps({"format": form, "group": group}) + "\n")
-    sync(folder)
 
 
 def load_quantized(

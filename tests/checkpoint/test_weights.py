@@ -88,7 +88,7 @@ def test_a_failed_save_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.
     def disk_full(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megatronish.checkpoint.weights.os.fsync", disk_full)
+    monkeypatch.setattr("megatronish.files.os.fsync", disk_full)
     with pytest.raises(OSError, match="No space left"):
         save_model(tmp_path, Transformer(TIED, seed=2).state_dict(), TIED)
     monkeypatch.undo()
