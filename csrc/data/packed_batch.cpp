@@ -1,5 +1,6 @@
 // Windows of a token stream, straight from the mapped file into the arrays of a batch: one pass where numpy needs ten calls
-// (megatronish/data/samples/batches.py says the same in numpy). Called by megatronish/data/samples/native.py; neither torch nor Python in it.
+// (SampleRows.batch of megatronish/data/samples/rows.py does the same in numpy). Called by token_stream.py there through ctypes; uses
+// neither torch nor Python.
 #include <algorithm>
 #include <cstdint>
 
@@ -15,16 +16,16 @@ constexpr int64_t kUnknownDtype = -1, kOutside = -2;
 #define WITH_AVX2_TOO
 #endif
 
-// Documents laid end to end. Field for field `_Stream` in native.py.
+// Documents laid end to end. Field for field `_NativeStream` in token_stream.py.
 struct Stream {
-  const void* tokens;            // of the whole data set, as stored
+  const void* tokens;            // of the full data set, as stored
   const int64_t* stream_starts;  // [documents + 1], where each document begins in the stream, then the stream's length
   const int64_t* source_starts;  // [documents], where each begins in `tokens`
   int64_t documents;
   int64_t token_kind;  // MMIDIDX's number of the dtype
 };
 
-// Where the arrays of a batch lie.
+// The arrays of a batch.
 struct Arrays {
   int64_t* tokens;     // [rows, length]
   int64_t* labels;     // [rows, length]

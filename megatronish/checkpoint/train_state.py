@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,14 @@ class TrainState:
         path = folder / STATE_FILE
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{"data_order": {}, **{item.name: raw[item.name] for item in fields(cls) if item.name in raw}})
+            # Older files have one more word in the name of this setting.
+            order = {
+                re.sub(r"^samples of the \w+ run$", "samples of the run", name): value
+                for name, value in raw.get("data_order", {}).items()
+            }
+            return cls(
+                **{item.name: raw[item.name] for item in fields(cls) if item.name in raw} | {"data_order": order}
+            )
         except FileNotFoundError:
             raise ConfigError(f"{folder}: no {STATE_FILE}; this is not a checkpoint of megatronish.") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:

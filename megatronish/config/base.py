@@ -1,4 +1,4 @@
-"""The base of every configuration model, and how a validation failure is told to the user."""
+"""The base class of all configuration models, and the message of a validation error."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from megatronish.errors import ConfigError, did_you_mean
 
 
 class Frozen(BaseModel):
-    """An immutable model that refuses unknown fields; a string or a boolean is never taken for a number, nor inf or nan."""
+    """An immutable model that refuses unknown fields; strings, booleans, inf and nan are not accepted as numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
-    def _whole_floats_are_integers(cls, raw: Any) -> Any:
+    def _integral_floats_are_integers(cls, raw: Any) -> Any:
         """`5e8` is how DeepSpeed files write bucket sizes; JSON reads it as a float."""
         if not isinstance(raw, dict):
             return raw
@@ -25,7 +25,7 @@ class Frozen(BaseModel):
 
 
 def nested_model(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model inside an annotation such as `Sub` or `Sub | None`, or None; a list of models is no section."""
+    """The pydantic model inside an annotation such as `Sub` or `Sub | None`, or None; a list of models is not a section."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) in (list, tuple):
@@ -34,7 +34,7 @@ def nested_model(annotation: Any) -> type[BaseModel] | None:
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str, prefix: str = "") -> ConfigError:
-    """Turn a pydantic error into one message that names each field by its dotted path, its value and the mend.
+    """Turn a pydantic error into one message that names each field by its dotted path, its value and the fix.
 
     where: the file or command line the values came from; prefix: dotted path of `model` inside that file.
     """
@@ -66,7 +66,7 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `base` with `over` laid on it, section by section."""
+    """A copy of `base` updated with `over`, section by section."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)

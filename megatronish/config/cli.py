@@ -20,11 +20,11 @@ from megatronish.errors import ConfigError, did_you_mean
 LAUNCHER_FLAGS = {
     "--local_rank",
     "--local-rank",
-}  # added by `deepspeed` and older `torchrun`; the environment says more
+}  # added by `deepspeed` and older `torchrun`; environment variables hold the same
 
 
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field of a model as (dotted name, FieldInfo); of a section its fields, and itself where null may stand."""
+    """Every field of a model as (dotted name, FieldInfo); of a section its fields, and the section itself if it may be null."""
     for name, field in model.model_fields.items():
         dotted = f"{prefix}{field.alias or name}"
         inner = nested_model(field.annotation)
@@ -35,7 +35,7 @@ def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def known_names() -> dict[str, tuple[str, ...]]:
-    """Dotted command-line name -> path in the file, for fields and whole sections.
+    """Dotted command-line name -> path in the file, for fields and sections.
 
     Names under "megatronish" are written without it.
     """
@@ -60,7 +60,7 @@ def list_names() -> set[str]:
 def parse_value(text: str, is_text: bool = False) -> Any:
     """A command-line value: JSON where it is JSON (numbers, true, null, lists, objects), else the text itself.
 
-    is_text: the field holds text, so that of JSON only a quoted string and null are meant as such.
+    is_text: the field holds text, so only a quoted string and null are read as JSON.
     """
     try:
         value = json.loads(text)

@@ -34,7 +34,7 @@ class DataConfig(Frozen):
     tokenizer: str | None = Field(
         None,
         description="tokenizer.json, its folder, a SentencePiece .model or `bytes`, for data without a manifest: streamed text "
-        "and indexed datasets that Megatron's own tools made; streamed text beside a dataset with a manifest takes its",
+        "and indexed datasets that Megatron's own tools made; streamed text blended with a dataset that has a manifest uses its tokenizer",
     )
     order: Literal["shuffled", "megatron"] = Field(
         "shuffled",
@@ -55,10 +55,10 @@ class DataConfig(Frozen):
     pack: bool = Field(
         True,
         description="fill samples of seq_length tokens with documents; false: one document (or a part of seq_length "
-        "tokens) a sample, samples of like length together, padded",
+        "tokens) per sample, samples of similar length batched together and padded",
     )
     pad_multiple: int = Field(
-        64, ge=1, description="with pack false: micro batches are padded to a multiple of so many tokens"
+        64, ge=1, description="with pack false: micro batches are padded to a multiple of N tokens"
     )
     document_mask: bool = Field(
         False, description="attention never crosses a document boundary and positions restart at each document"
@@ -72,9 +72,9 @@ class DataConfig(Frozen):
         description="with streamed text: the field to take, where it is not the source's own or `text`",
     )
     on_error: Literal["fail", "skip"] = Field(
-        "fail", description="with streamed text, at a document without text: end the run, or warn and pass over it"
+        "fail", description="with streamed text, at a document without text: stop the run, or warn and skip it"
     )
-    num_workers: int = Field(1, ge=0, le=64, description="loader processes a rank; 0 reads in the training process")
+    num_workers: int = Field(1, ge=0, le=64, description="loader processes per rank; 0 reads in the training process")
 
     @field_validator("path", mode="before")
     @classmethod

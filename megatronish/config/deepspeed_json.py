@@ -1,6 +1,6 @@
 """DeepSpeed's own keys, typed, and the strict reading of a ds_configs file.
 
-DeepSpeed ignores top-level keys it does not know and fills unsaid ones with defaults that change the result
+DeepSpeed ignores top-level keys it does not know and fills missing ones with defaults that change the result
 (`gradient_clipping` becomes 1.0). Here every key is known by name and type, or the file is refused.
 Source of names and types: deepspeed 0.19.8 `runtime/config.py`, `runtime/zero/config.py`; a test compares them.
 """
@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from megatronish.config.base import Frozen
 from megatronish.errors import ConfigError
 
-OURS = {  # DeepSpeed keys whose job another place of the run description has
+OURS = {  # DeepSpeed keys that are set elsewhere in the run description
     "scheduler": 'the schedule lives in "megatronish": {"schedule": {"type": "cosine", ...}}',
     "tensorboard": 'write "megatronish": {"log": {"tensorboard": true}}',
     "wandb": 'write "megatronish": {"log": {"wandb": "online"}}',
@@ -51,7 +51,7 @@ class Fp16Config(Frozen):
 class OffloadOptimizer(Frozen):
     """Optimizer states and their update outside the GPU."""
 
-    device: Literal["none", "cpu", "nvme"] = Field(..., description="where optimizer states live")
+    device: Literal["none", "cpu", "nvme"] = Field(..., description="where optimizer states are stored")
     pin_memory: bool = Field(True, description="page-locked host memory: faster copies, not swappable")
     nvme_path: str | None = Field(None, description="folder on the NVMe disk, for device nvme")
     buffer_count: int = Field(4, ge=1, description="NVMe buffers")
@@ -89,7 +89,10 @@ class ZeroConfig(Frozen):
         50_000_000, ge=0, alias="stage3_prefetch_bucket_size", description="elements fetched ahead (ZeRO-3)"
     )
     param_persistence_threshold: int = Field(
-        100_000, ge=0, alias="stage3_param_persistence_threshold", description="smaller tensors stay whole (ZeRO-3)"
+        100_000,
+        ge=0,
+        alias="stage3_param_persistence_threshold",
+        description="smaller tensors are not sharded (ZeRO-3)",
     )
     max_live_parameters: int = Field(
         1_000_000_000, ge=0, alias="stage3_max_live_parameters", description="gathered elements a GPU may hold (ZeRO-3)"
@@ -100,7 +103,7 @@ class ZeroConfig(Frozen):
     gather_16bit_weights_on_model_save: bool = Field(
         True,
         alias="stage3_gather_16bit_weights_on_model_save",
-        description="collect whole weights when saving (ZeRO-3); generation reads them",
+        description="gather full weights when saving (ZeRO-3); generation reads them",
     )
     offload_optimizer: OffloadOptimizer | None = Field(None, description="optimizer states outside the GPU")
     offload_param: OffloadParam | None = Field(None, description="parameters outside the GPU (ZeRO-3)")
@@ -169,9 +172,9 @@ class OptimizerConfig(Frozen):
 class DeepSpeedConfig(Frozen):
     """The DeepSpeed half of a run description."""
 
-    train_batch_size: int | None = Field(None, ge=1, description="samples an optimizer step, over all ranks")
-    train_micro_batch_size_per_gpu: int | None = Field(None, ge=1, description="samples a rank runs at a time")
-    gradient_accumulation_steps: int | None = Field(None, ge=1, description="micro batches a rank adds up per step")
+    train_batch_size: int | None = Field(None, ge=1, description="samples per optimizer step, over all ranks")
+    train_micro_batch_size_per_gpu: int | None = Field(None, ge=1, description="samples per rank and micro batch")
+    gradient_accumulation_steps: int | None = Field(None, ge=1, description="micro batches per rank and optimizer step")
     gradient_clipping: float = Field(..., ge=0, description="largest gradient norm; 0 = never clip")
     bf16: Bf16Config = Field(Bf16Config(), description="bfloat16 training")
     fp16: Fp16Config = Field(Fp16Config(), description="float16 training")
@@ -180,12 +183,10 @@ class DeepSpeedConfig(Frozen):
     prescale_gradients: bool = Field(False, description="divide gradients before reducing them")
     gradient_predivide_factor: float = Field(1.0, gt=0, description="the divisor of prescale_gradients")
     communication_data_type: Literal["fp32", "fp16", "bf16"] | None = Field(
-        None, description="dtype gradients are reduced in; unsaid = the training dtype"
+        None, description="dtype gradients are reduced in; null: the training dtype"
     )
     data_types: dict[str, Any] | None = Field(None, description="DeepSpeed's data_types section, e.g. grad_accum_dtype")
-    steps_per_print: int | None = Field(
-        None, ge=1, description="steps between DeepSpeed's own log lines; unsaid = none"
-    )
+    steps_per_print: int | None = Field(None, ge=1, description="steps between DeepSpeed's own log lines; null: none")
     wall_clock_breakdown: bool = Field(False, description="DeepSpeed times forward, backward and step")
     memory_breakdown: bool = Field(False, description="DeepSpeed logs memory around each phase")
     dump_state: bool = Field(False, description="DeepSpeed prints its resolved configuration")
@@ -197,14 +198,14 @@ class DeepSpeedConfig(Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _said_elsewhere(cls, raw: Any) -> Any:
+    def _set_elsewhere(cls, raw: Any) -> Any:
         if isinstance(raw, dict):
             for key, where in OURS.items():
                 if key in raw:
                     raise ConfigError(f'"{key}" is not read from here: {where}.')
             if "gradient_clipping" not in raw:
                 raise ConfigError(
-                    '"gradient_clipping" is not said, and DeepSpeed would silently clip at 1.0. '
+                    '"gradient_clipping" is not set, and DeepSpeed would silently clip at 1.0. '
                     'Write "gradient_clipping": 1.0 (or 0.0 for none).'
                 )
         return raw
@@ -215,15 +216,15 @@ class DeepSpeedConfig(Frozen):
             raise ConfigError("bf16 and fp16 are both enabled; enable one (bf16 on Ampere GPUs and later, and CPUs).")
         if self.optimizer.type == "Muon":
             if self.zero_optimization.stage == 3:
-                raise ConfigError("Muon needs whole matrices, ZeRO-3 splits them: use ZeRO <= 2 or AdamW.")
+                raise ConfigError("Muon needs full matrices, ZeRO-3 shards them: use ZeRO <= 2 or AdamW.")
             if self.gradient_clipping:
                 raise ConfigError(
                     f'"gradient_clipping" is {self.gradient_clipping} with Muon: under ZeRO the gradients already are '
-                    "Muon's orthogonal updates, whose norm says nothing. Write 0.0."
+                    "Muon's orthogonal updates, whose norm has no meaning. Write 0.0."
                 )
         for key in {"writer", "use_node_local_storage", "load_universal"} & (self.checkpoint or {}).keys():
             raise ConfigError(
-                f'"checkpoint" has "{key}": checkpoints are not written by DeepSpeed (--train.async_save writes them beside '
+                f'"checkpoint" has "{key}": checkpoints are not written by DeepSpeed (--train.async_save writes them during '
                 "training), and all ranks write into one folder. Remove it."
             )
         if self.train_micro_batch_size_per_gpu is None and self.train_batch_size is None:
@@ -254,7 +255,7 @@ def load_json(path: str | Path) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise ConfigError(f'{path}: the key "{key}" stands twice in one section; keep one.')
+                raise ConfigError(f'{path}: the key "{key}" occurs twice in one section; keep one.')
             found[key] = value
         return found
 

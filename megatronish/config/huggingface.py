@@ -1,6 +1,6 @@
 """Hugging Face's config.json and ModelConfig, both ways: one table of architectures, no torch.
 
-What a table row does not know is refused by name, so that no model is read as another one. Names and defaults are those of
+Fields that a row of the table does not know are refused by name, so that no model is read as another one. Names and defaults are those of
 transformers 4.51 to 5.23; both ways of writing rotary settings are read (`rope_theta` with `rope_scaling`, and
 `rope_parameters`), and the older one is written, which all these versions read.
 """
@@ -21,20 +21,20 @@ from megatronish.config.model import ModelConfig
 from megatronish.errors import ConfigError
 
 CONFIG_JSON = "config.json"
-# Well-known architectures that ModelConfig cannot say, and why.
+# Well-known architectures that ModelConfig cannot express, and why.
 _INEXPRESSIBLE: Mapping[str, str] = MappingProxyType(
     {
-        "gemma2": "attn_logit_softcapping and norms behind each branch",
-        "gemma3_text": "two rotary bases and norms behind each branch",
+        "gemma2": "attn_logit_softcapping and norms after each branch",
+        "gemma3_text": "two rotary bases and norms after each branch",
         "gpt2": "positions are learned (wpe), not rotary",
         "mixtral": "num_local_experts: the feed-forward layer is a mixture of experts",
-        "olmo2": "norms behind each branch",
+        "olmo2": "norms after each branch",
         "opt": "positions are learned",
         "qwen3_moe": "num_experts: the feed-forward layer is a mixture of experts",
         "smollm3": "no_rope_layers: some layers do not rotate",
     }
 )
-_NEEDED = object()  # no default: config.json has to say it
+_NEEDED = object()  # no default: config.json must have it
 _SIZES: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", _NEEDED),
     "num_hidden_layers": ("num_layers", _NEEDED),
@@ -47,7 +47,7 @@ _SIZES: dict[str, tuple[str, Any]] = {
 }
 _GATED = {"silu": "swiglu", "gelu": "geglu"}
 _PLAIN = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
-# What does not change the logits.
+# Fields that do not change the logits.
 _WITHOUT_EFFECT_LIST = """
     architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id
     unk_token_id attn_implementation is_llama_config
@@ -57,7 +57,7 @@ _WITHOUT_EFFECT_LIST = """
 _WITHOUT_EFFECT = frozenset(_WITHOUT_EFFECT_LIST.split())
 _ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"})
 _ALL_SCALINGS = ("linear", "llama3", "yarn")
-# Ours that no forward pass in evaluation mode reads.
+# Fields of ModelConfig that no forward pass in evaluation mode reads.
 TRAINING_ONLY = frozenset(
     {
         "preset",
@@ -77,8 +77,8 @@ _SPECIAL = frozenset([*_SPECIAL_LIST.split(), "full_attention_interval"])  # han
 class Family:
     """An architecture of transformers, in our terms.
 
-    fields: its field -> (our field or fields, what it is where config.json does not say). always: our fields that it
-    fixes. only: its fields that we can express at one value, which is also what silence means. windows: which layers
+    fields: its field -> (our field or fields, its default). always: our fields that it
+    fixes. only: its fields that we can express at one value, which is also the default. windows: which layers
     slide. rotated: its name for rope_fraction and the default, if it has one. theta: its name of the base.
     """
 
@@ -93,7 +93,7 @@ class Family:
     rotated: tuple[str, float] | None = None
     theta: str = "rope_theta"
     scalings: tuple[str, ...] = _ALL_SCALINGS
-    even_heads: bool = False  # transformers wants hidden_size divisible by the heads even where head_dim says otherwise
+    even_heads: bool = False  # transformers wants hidden_size divisible by the heads even if head_dim is set
 
 
 _RMS = {**_SIZES, "rms_norm_eps": ("norm_eps", 1e-6), "num_key_value_heads": ("num_kv_heads", None)}
@@ -260,7 +260,7 @@ def from_huggingface(raw: Mapping[str, Any], place: str) -> ModelConfig:
     """The model that a config.json describes. `place` names it in messages.
 
     Raises ConfigError for an unknown architecture and for a field, named with its value, that changes the model in a way
-    ModelConfig cannot say.
+    ModelConfig cannot express.
     """
     family = family_of(raw, place)
     ours: dict[str, Any] = dict(family.always)
@@ -269,7 +269,7 @@ def from_huggingface(raw: Mapping[str, Any], place: str) -> ModelConfig:
         if value is _NEEDED:
             raise ConfigError(f'{place}: "{name}" is missing.')
         if default is _NEEDED and not (type(value) is int and value > 0):
-            raise ConfigError(f"{place}: {name} is {value!r}: a whole number above 0 is expected.")
+            raise ConfigError(f"{place}: {name} is {value!r}: a positive integer is expected.")
         for target in (targets,) if isinstance(targets, str) else targets:
             ours[target] = value
     for name, value in family.only.items():
@@ -329,7 +329,7 @@ def _windows(raw: Mapping[str, Any], family: Family, layers: int, place: str) ->
             window = None
         first = raw.get("max_window_layers", 28)
         if type(first) is not int:
-            raise _inexpressible(place, "max_window_layers", first, "a whole number is expected")
+            raise _inexpressible(place, "max_window_layers", first, "an integer is expected")
         slides = [window is not None and layer >= first for layer in range(layers)]
     kinds = raw.get("layer_types")
     if kinds is not None:
@@ -358,12 +358,12 @@ def _rotation(raw: Mapping[str, Any], family: Family, place: str) -> dict[str, A
         raise _inexpressible(place, "rope_parameters", settings, "an object is expected")
     settings = dict(settings)
     theta = settings.pop("rope_theta", raw.get(family.theta, raw.get("rope_theta", 10000.0)))
-    silent = family.rotated[1] if family.rotated else 1.0
+    default = family.rotated[1] if family.rotated else 1.0
     names = [family.rotated[0], "partial_rotary_factor"] if family.rotated else ["partial_rotary_factor"]
-    said = [settings.pop("partial_rotary_factor", None), *(raw.get(name) for name in names)]
-    fraction = next((value for value in said if value is not None), silent)
+    given = [settings.pop("partial_rotary_factor", None), *(raw.get(name) for name in names)]
+    fraction = next((value for value in given if value is not None), default)
     if family.rotated is None and fraction != 1.0:
-        raise _inexpressible(place, "partial_rotary_factor", fraction, f"{family.architecture} rotates whole heads")
+        raise _inexpressible(place, "partial_rotary_factor", fraction, f"{family.architecture} rotates full heads")
     kind = settings.pop("rope_type", None) or settings.pop("type", None) or "default"
     settings.pop("type", None)
     found = {"rope_theta": theta, "rope_fraction": fraction}
@@ -376,7 +376,7 @@ def _rotation(raw: Mapping[str, Any], family: Family, place: str) -> dict[str, A
         raise _inexpressible(place, "rope_scaling type", kind, f"expressible for {family.architecture}: {allowed}")
     length = settings.pop("original_max_position_embeddings", None) or raw["max_position_embeddings"]
     if type(length) is not int or length < 1:
-        raise _inexpressible(place, "original_max_position_embeddings", length, "a whole number above 0 is expected")
+        raise _inexpressible(place, "original_max_position_embeddings", length, "a positive integer is expected")
     scaling: dict[str, Any] = {"type": kind, "factor": settings.pop("factor", None)}
     if kind == "yarn" and scaling["factor"] is None:
         scaling["factor"] = raw["max_position_embeddings"] / length
@@ -395,7 +395,7 @@ def _rotation(raw: Mapping[str, Any], family: Family, place: str) -> dict[str, A
 
 
 def obstacles(config: ModelConfig, family: Family) -> list[str]:
-    """What `config` has that this architecture cannot say; empty where it can."""
+    """What `config` has that this architecture cannot express; empty if it can."""
     groups = [targets for targets, _ in family.fields.values() if not isinstance(targets, str)]
     covered = {targets for targets, _ in family.fields.values() if isinstance(targets, str)}.union(*groups)
     found = []

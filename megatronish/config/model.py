@@ -1,4 +1,4 @@
-"""What a transformer is: its shape, its switches, and the kernels that compute it."""
+"""The model: its shape, its switches, and the kernels that compute it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ GATED_ACTIVATIONS: frozenset[str] = frozenset({"swiglu", "geglu", "geglu_tanh"})
 
 
 class RopeScaling(Frozen):
-    """How rotary frequencies are stretched so that a model reads further than it was trained."""
+    """How rotary frequencies are scaled to extend the context beyond the trained length."""
 
     type: Literal["linear", "ntk", "yarn", "llama3"] = Field(
         description="linear: positions divided by factor; ntk: larger base (NTK-aware); yarn: YaRN; llama3: Llama 3.1"
     )
     factor: float = Field(ge=1.0, description="how many times longer the context becomes")
     original_seq_length: PositiveInt | None = Field(
-        default=None, description="context length before stretching (needed by yarn and llama3)"
+        default=None, description="context length before extension (needed by yarn and llama3)"
     )
     low_freq_factor: float = Field(default=1.0, gt=0, description="llama3: wavelengths above original/low are divided")
     high_freq_factor: float = Field(default=4.0, gt=0, description="llama3: wavelengths below original/high are kept")
@@ -37,7 +37,7 @@ class RopeScaling(Frozen):
         if self.type in ("yarn", "llama3") and self.original_seq_length is None:
             raise ValueError(
                 f"rope_scaling type {self.type!r} needs original_seq_length: give the context length that the "
-                "model was trained with before stretching"
+                "model was trained with before extension"
             )
         if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
@@ -53,7 +53,7 @@ class RopeScaling(Frozen):
 
 
 class ModelConfig(Frozen):
-    """A decoder-only transformer. Every switch may be combined with every other unless a message here says no."""
+    """A decoder-only transformer. All switches can be combined, except where a check below raises."""
 
     preset: str | None = Field(default=None, description="name of the preset that the fields were taken from")
     from_hf: str | None = Field(
@@ -105,7 +105,7 @@ class ModelConfig(Frozen):
     rope_interleaved: bool = Field(
         default=False, description="rotate neighbouring pairs (GPT-J) instead of the two halves (Llama, NeoX)"
     )
-    rope_scaling: RopeScaling | None = Field(default=None, description="stretching of the context (none: as trained)")
+    rope_scaling: RopeScaling | None = Field(default=None, description="context extension (none: as trained)")
 
     sliding_window: PositiveInt | None = Field(
         default=None, description="a token attends to itself and to window - 1 earlier ones (none: to all earlier)"

@@ -12,7 +12,7 @@ from megatronish.errors import ConfigError
 
 
 class ParallelConfig(Frozen):
-    """Sizes of the parallel axes; the data-parallel size is what the world size leaves over."""
+    """Sizes of the parallel axes; the data-parallel size is the world size divided by their product."""
 
     tensor: int = Field(1, ge=1, description="tensor-parallel size: ranks that share every matrix")
     pipeline: int = Field(1, ge=1, description="pipeline-parallel size: ranks that share the layer list (ZeRO <= 1)")
@@ -22,7 +22,7 @@ class ParallelConfig(Frozen):
     )
 
     pipeline_balance: Literal["time", "parameters"] = Field(
-        "time", description="pipeline stages get equal shares of: operations of a step, or parameters held"
+        "time", description="pipeline stages get equal shares of: operations per step, or parameters"
     )
 
     def data_size(self, world_size: int) -> int:
@@ -58,7 +58,7 @@ class ParallelConfig(Frozen):
             if kv_heads % ranks and ranks % kv_heads:
                 raise ConfigError(
                     f"model.num_kv_heads {kv_heads} and {ranks} {name}-parallel ranks: neither divides the other, so ranks "
-                    f"cannot hold equally many key/value heads. Change --parallel.{name}, or the model."
+                    f"cannot hold equal numbers of key/value heads. Change --parallel.{name}, or the model."
                 )
         if model.num_layers < self.pipeline:
             raise ConfigError(

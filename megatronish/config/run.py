@@ -43,13 +43,13 @@ class BatchPlan:
 
     @property
     def samples(self) -> int:
-        """Samples an optimizer step over all ranks."""
+        """Samples per optimizer step over all ranks."""
         return self.micro * self.accumulation * self.data_size
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run: DeepSpeed's keys and ours, checked."""
+    """A full run description: DeepSpeed's keys and ours, checked."""
 
     deepspeed: DeepSpeedConfig
     megatronish: MegatronishConfig
@@ -86,7 +86,7 @@ class RunConfig:
             )
 
     def _check_tensor_parallel(self) -> None:
-        """Refuse what cannot be done with divided matrices, or would be done wrongly without a word."""
+        """Refuse what cannot be done with divided matrices, or would silently be done wrongly."""
         ds, ours, tensor = self.deepspeed, self.megatronish, self.megatronish.parallel.tensor
         stage, where = ds.zero_optimization.stage, f"{self.source}: parallel.tensor {tensor} with"
         if stage == 3:
@@ -101,12 +101,12 @@ class RunConfig:
         if ds.zero_optimization.offloads_optimizer:
             raise ConfigError(f"{where} offload_optimizer is not part of this version: remove the section.")
         if ds.optimizer.type == "Muon":
-            raise ConfigError(f"{where} Muon, which needs whole matrices: use AdamW or Lion, or tensor 1.")
+            raise ConfigError(f"{where} Muon, which needs full matrices: use AdamW or Lion, or tensor 1.")
         if ours.train.compile:
             raise ConfigError(f"{where} train.compile is not part of this version: leave one of them out.")
 
     def _check_sequence_parallel(self) -> None:
-        """Refuse combinations that are not built."""
+        """Refuse combinations that are not implemented."""
         ours, ranks = self.megatronish, self.megatronish.parallel.sequence
         where = f"{self.source}: parallel.sequence {ranks} with"
         if ours.parallel.tensor > 1 or ours.parallel.pipeline > 1:
@@ -120,7 +120,7 @@ class RunConfig:
             raise ConfigError(f"{where} Muon is not part of this version: use AdamW or Lion, or sequence 1.")
 
     def _check_pipeline(self) -> None:
-        """Refuse what DeepSpeed's pipeline engine cannot do, or would do wrongly without a word."""
+        """Refuse what DeepSpeed's pipeline engine cannot do, or would silently do wrongly."""
         ds, stages = self.deepspeed, self.megatronish.parallel.pipeline
         where = f"{self.source}: parallel.pipeline {stages} with"
         if ds.zero_optimization.stage == 0:
@@ -138,7 +138,7 @@ class RunConfig:
     def batch_plan(self, data_size: int) -> BatchPlan:
         """Fill in the batch arithmetic for `data_size` data-parallel ranks.
 
-        Raises ConfigError with the equation and two mends when train_batch_size != micro * accumulation * dp.
+        Raises ConfigError with the equation and two fixes when train_batch_size != micro * accumulation * dp.
         """
         ds = self.deepspeed
         total, micro, steps = ds.train_batch_size, ds.train_micro_batch_size_per_gpu, ds.gradient_accumulation_steps
@@ -174,7 +174,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str) -> RunConfig:
-        """Check a whole ds_configs object. Raises ConfigError; `source` names where it came from."""
+        """Check a full ds_configs object. Raises ConfigError; `source` names where it came from."""
         raw = {key: value for key, value in raw.items() if key != "$schema"}
         if BLOCK not in raw:
             raise ConfigError(
@@ -183,7 +183,7 @@ class RunConfig:
             )
         ours = raw.pop(BLOCK)
         if misplaced := [key for key in raw if key in MegatronishConfig.model_fields]:
-            raise ConfigError(f'{source}: "{misplaced[0]}" stands beside "{BLOCK}"; move it inside that block.')
+            raise ConfigError(f'{source}: "{misplaced[0]}" is next to "{BLOCK}"; move it inside that block.')
         try:
             engine = DeepSpeedConfig.model_validate(raw)
         except ValidationError as error:
@@ -205,9 +205,9 @@ class RunConfig:
 
     @classmethod
     def load(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> RunConfig:
-        """Read a ds_configs file and lay `overrides` (a nested dict of the same shape) on it.
+        """Read a ds_configs file and apply `overrides` (a nested dict of the same shape).
 
-        A preset, or a Hugging Face folder, among the overrides replaces the whole model of the file, whose fields
+        A preset, or a Hugging Face folder, among the overrides replaces the entire model of the file, whose fields
         belong to another shape.
         """
         raw = load_json(path)

@@ -1,4 +1,4 @@
-"""How long a run trains, how its learning rate moves, what it writes and when."""
+"""Run length, learning rate schedule, checkpoints, validation and logs."""
 
 from __future__ import annotations
 
@@ -23,19 +23,17 @@ class ScheduleConfig(Frozen):
 class TrainConfig(Frozen):
     """Run length, checkpoints, validation and memory."""
 
-    steps: int = Field(..., ge=1, description="optimizer steps of the whole run")
+    steps: int = Field(..., ge=1, description="optimizer steps of the run")
     seed: int = Field(1234, ge=0, description="seed of the initial weights, dropout and data order")
     save_dir: str = Field(..., min_length=1, description="folder of the run: checkpoints, logs, resolved configuration")
     save_interval: int = Field(500, ge=1, description="steps between checkpoints; the last step is always saved")
-    keep_last: int = Field(
-        2, ge=1, description="newest good checkpoints to keep; the best by validation is kept besides"
-    )
-    keep_every: int = Field(0, ge=0, description="checkpoints at multiples of so many steps are kept for good; 0: none")
+    keep_last: int = Field(2, ge=1, description="newest good checkpoints to keep; the best by validation is kept too")
+    keep_every: int = Field(0, ge=0, description="checkpoints at multiples of N steps are kept permanently; 0: none")
     async_save: bool = Field(
-        True, description="write checkpoints beside training, which then waits only for a copy in host memory"
+        True, description="write checkpoints while training continues, which waits only for the copy to host memory"
     )
     on_save_error: Literal["continue", "stop"] = Field(
-        "continue", description="a checkpoint that cannot be written: train on and try at the next one, or stop"
+        "continue", description="if a checkpoint cannot be written: continue and try at the next one, or stop"
     )
     resume: str = Field("auto", description='"auto" (newest checkpoint in save_dir, if any), "never", or a checkpoint')
     eval_interval: int = Field(250, ge=0, description="steps between validations; 0 never validates")
@@ -43,27 +41,28 @@ class TrainConfig(Frozen):
     hang_timeout: float = Field(
         300.0,
         ge=0.0,
-        description="seconds without a heartbeat of a rank, or without progress of any, after which all ranks end; 0: never",
+        description="seconds without a heartbeat of a rank, or without progress of any, after which all ranks stop; 0: never",
     )
-    start_timeout: float = Field(600.0, gt=0.0, description="seconds to wait for all ranks to come")
+    start_timeout: float = Field(600.0, gt=0.0, description="seconds to wait for all ranks to join")
     time_limit: float | None = Field(
-        None, gt=0.0, description="hours after which the run saves and ends with status 76; it begins to save in time"
+        None, gt=0.0, description="hours after which the run has saved and exits with status 76"
     )
     max_skipped_steps: int = Field(
-        5, ge=1, description="steps in a row that a loss or gradient which is no number makes skip; then the run ends"
+        5, ge=1, description="consecutive steps skipped for a non-finite loss or gradient after which the run stops"
     )
     on_spike: Literal["ignore", "warn", "rollback"] = Field(
-        "warn", description="what a sudden rise of the loss does; rollback: back to a checkpoint, past that data"
+        "warn",
+        description="response to a sudden rise of the loss; rollback: resume from a checkpoint and skip that data",
     )
     spike_threshold: float = Field(
-        10.0, gt=0.0, description="a spike: the loss is so many robust standard deviations above the median"
+        10.0, gt=0.0, description="a spike: the loss is N robust standard deviations above the median"
     )
-    spike_window: int = Field(128, ge=8, description="steps whose losses are the median and the deviation of a spike")
+    spike_window: int = Field(128, ge=8, description="steps over which the median and the deviation are taken")
     spike_steps: int = Field(2, ge=1, description="steps up to a spike whose samples are left out after a rollback")
-    max_rollbacks: int = Field(3, ge=0, description="rollbacks of a whole run; a spike after them is warned of")
+    max_rollbacks: int = Field(3, ge=0, description="rollbacks per run; later spikes only warn")
     log_interval: int = Field(10, ge=1, description="steps between lines of metrics.jsonl and the live line")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        "none", description="recompute in backward: nothing, all but matrix products and attention, or whole blocks"
+        "none", description="recompute in backward: nothing, all but matrix products and attention, or full blocks"
     )
     memory_budget: float | None = Field(
         None,

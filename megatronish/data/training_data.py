@@ -43,7 +43,7 @@ class TrainingData:
     `train` is made of them. No documents of a stream are held out. All data share one tokenizer; `tokenizer_file` is None
     for the byte tokenizer.
 
-    `fingerprint` is the contents' hash, `order` names the settings that determine which samples a step takes: a resumed run
+    `fingerprint` is the contents' hash, `order` names the settings that determine the samples of each step: a resumed run
     must agree in both.
     """
 
@@ -82,9 +82,9 @@ class TrainingData:
     def validation_batches(
         self, micro_batch_size: int, rank: int, size: int, document_mask: bool, max_windows: int | None
     ) -> Iterator[Batch]:
-        """One rank's batches of the held-out documents of all data sets, equally many on every rank.
+        """One rank's batches of the held-out documents of all data sets, equal numbers on every rank.
 
-        max_windows: of the data sets together, in proportion to their held-out tokens, one each at least.
+        max_windows: over all data sets, in proportion to their held-out tokens, at least one each.
         """
         parts = [(d, s.validation) for d, s in zip(self.datasets, self.splits, strict=True) if len(s.validation)]
         tokens = [int(d.reader.document_lengths[ids].sum()) for d, ids in parts]
@@ -179,7 +179,7 @@ def _streams(
 
 
 def split_of(config: DataConfig, num_documents: int) -> Split:
-    """The split of a data set of so many documents (sequences, in Megatron's order) under a run's settings."""
+    """The split of a data set's documents (sequences, in Megatron's order) under a run's settings."""
     ratios = config.split or (DEFAULT_SPLIT if config.order == "megatron" else None)
     if ratios is not None:
         return split_in_order(num_documents, ratios)
@@ -222,7 +222,7 @@ def _megatron_sources(
 
 
 def _order_settings(config: DataConfig, weights: list[float] | None, samples: int, group: int) -> dict[str, str]:
-    """Setting by dotted name, as text: what else than data, seed and sequence length fixes the samples of a step."""
+    """Setting by dotted name, as text: what determines the samples of a step besides data, seed and sequence length."""
     blend = "by tokens" if weights is None else ", ".join(f"{weight:g}" for weight in weights)
     if len(blend) > 200:
         blend = f"{len(weights or [])} weights, {hashlib.sha256(blend.encode()).hexdigest()[:16]}"
@@ -236,7 +236,7 @@ def _order_settings(config: DataConfig, weights: list[float] | None, samples: in
         settings["data.validation_fraction"] = f"{config.validation_fraction:g}"
         settings["data.test_fraction"] = f"{config.test_fraction:g}"
     if config.order == "megatron":
-        settings["samples of the whole run"] = str(samples)
+        settings["samples of the run"] = str(samples)
     if not config.pack:
         settings["samples of an optimizer step"] = str(group)
     return settings

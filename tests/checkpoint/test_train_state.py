@@ -130,14 +130,12 @@ def test_a_step_without_an_update(tmp_path: Path) -> None:
 def test_another_order_of_the_data(tmp_path: Path) -> None:
     """Both values of each setting; a checkpoint without these settings is accepted."""
     saved = replace(START, data_order={"data.order": "shuffled", "data.split": "99,1,0"})
-    fresh = replace(
-        START, data_order={"data.order": "megatron", "data.split": "99,1,0", "samples of the whole run": "64"}
-    )
+    fresh = replace(START, data_order={"data.order": "megatron", "data.split": "99,1,0", "samples of the run": "64"})
     with pytest.raises(ConfigError) as error:
         saved.continue_as(fresh, Path("runs/x"), moves=True)
     assert str(error.value).startswith(
         "runs/x counted its samples in another order: data.order shuffled (this run: megatron), "
-        "samples of the whole run not set (this run: 64). Set that back"
+        "samples of the run not set (this run: 64). Set that back"
     )
     saved.save(tmp_path)
     raw = json.loads((tmp_path / STATE_FILE).read_text())

@@ -24,7 +24,7 @@ from tests.config.raw import read
 
 # Our default, DeepSpeed's default: where they differ on purpose.
 DELIBERATE = {
-    # generation and export read whole weights, which ZeRO-3 only collects when this is on
+    # generation and export read full weights, which ZeRO-3 only gathers when this is on
     "stage3_gather_16bit_weights_on_model_save": (True, False),
 }
 # DeepSpeed types these as int and as Path; any number, and text, do the same for the user.
@@ -137,7 +137,7 @@ def test_top_level_defaults_are_deepspeeds(key: str, attribute: str) -> None:
     assert Theirs({"train_batch_size": 1}).gradient_clipping == 1.0, "DeepSpeed still clips when nothing is said"
 
 
-def test_deepspeed_reads_a_whole_description_as_we_do() -> None:
+def test_deepspeed_reads_a_full_description_as_we_do() -> None:
     """What the engine hands over is taken by DeepSpeed without a change of any value."""
     from deepspeed.runtime.config import DeepSpeedConfig as Theirs
 

@@ -41,8 +41,8 @@ def test_every_form_of_the_path(form: Any, corpora: tuple[Corpus, ...], tmp_path
     assert again.megatronish.data == run.megatronish.data
     (tmp_path / "plain.json").write_text(json.dumps(SMALLEST))
     word = form if isinstance(form, str) else json.dumps(form)
-    told = parse(["--deepspeed_config", str(tmp_path / "plain.json"), "--data.path", word], "x")
-    assert told.megatronish.data.corpora == corpora
+    given = parse(["--deepspeed_config", str(tmp_path / "plain.json"), "--data.path", word], "x")
+    assert given.megatronish.data.corpora == corpora
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_every_form_of_the_path(form: Any, corpora: tuple[Corpus, ...], tmp_path
         ({"pad_multiple": 0}, "data.pad_multiple"),
     ],
 )
-def test_contradictions_are_told(data: dict[str, Any], message: str) -> None:
+def test_contradictions_are_refused(data: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read(megatronish={"data": data})
 

@@ -1,4 +1,4 @@
-"""model.from_hf: the folder says what the model is; what contradicts it is refused, what only training reads is free."""
+"""model.from_hf: the folder defines the model; contradicting fields are refused, training-only fields may be set."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def load(model: dict[str, Any]) -> RunConfig:
     return RunConfig.from_dict({**SMALLEST, BLOCK: {**SMALLEST[BLOCK], "model": model}}, "test")
 
 
-def test_the_folder_says_what_the_model_is(folder: Path) -> None:
+def test_the_folder_defines_the_model(folder: Path) -> None:
     model = load({"from_hf": str(folder), "seq_length": 128, "residual_dropout": 0.1}).megatronish.model
     assert (model.vocab_size, model.num_layers, model.resolved_kv_heads, model.tie_embeddings) == (97, 3, 2, True)
     assert (model.rope_theta, model.seq_length, model.residual_dropout) == (500000.0, 128, 0.1)

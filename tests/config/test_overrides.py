@@ -75,7 +75,7 @@ def test_override(words: list[str], dotted: str, value: Any, file: Path) -> None
 
 
 def test_an_override_leaves_the_rest_alone(file: Path) -> None:
-    """Only the named field differs from the file, a section given whole included."""
+    """Only the named field differs from the file, also if an entire section is given."""
     plain, changed = run_with(file).to_json(), run_with(file, "--train", '{"steps": 3}').to_json()
     assert changed["megatronish"]["train"].pop("steps") == 3
     assert plain["megatronish"]["train"].pop("steps") == 10
@@ -93,7 +93,7 @@ def test_a_section_can_be_taken_out(file: Path) -> None:
 
 
 def test_a_preset_replaces_the_model_of_the_file(file: Path) -> None:
-    """Fields that the file changed belong to its own preset; fields beside the override stay."""
+    """Fields that the file changed belong to its own preset; fields next to the override stay."""
     raw = json.loads(file.read_text())
     raw["megatronish"]["model"] = {"preset": "s0_300m", "num_layers": 3, "vocab_size": 999}
     file.write_text(json.dumps(raw))

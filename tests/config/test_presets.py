@@ -84,7 +84,7 @@ def test_count_equals_transformers(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
-def test_overrides_lie_over_the_preset() -> None:
+def test_overrides_replace_fields_of_the_preset() -> None:
     config = resolve_model({"preset": "llama3_2_1b", "num_layers": 3, "rope_scaling": {"factor": 16.0}})
     assert (config.preset, config.num_layers, config.hidden_size) == ("llama3_2_1b", 3, 2048)
     assert config.rope_scaling is not None
@@ -112,7 +112,7 @@ def test_configurations_are_frozen() -> None:
 def test_unknown_preset(typed: str, meant: str) -> None:
     with pytest.raises(ValueError, match=f'unknown model preset "{typed}". Did you mean "{meant}"\\?') as error:
         resolve_model({"preset": typed})
-    assert "mistral_7b" in str(error.value)  # the whole list follows
+    assert "mistral_7b" in str(error.value)  # the full list follows
 
 
 def test_without_a_preset_the_shape_is_needed() -> None:
@@ -167,6 +167,6 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> Non
     assert message in str(error.value)
 
 
-def test_every_field_says_what_it_is() -> None:
+def test_every_field_has_a_description() -> None:
     undescribed = [name for name, field in ModelConfig.model_fields.items() if not field.description]
     assert undescribed == []

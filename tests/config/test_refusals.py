@@ -121,11 +121,11 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "a section of ours outside the block": (
         {"train": {"steps": 5}},
-        ['"train" stands beside "megatronish"; move it inside that block.'],
+        ['"train" is next to "megatronish"; move it inside that block.'],
     ),
     "gradient_clipping unsaid": (
         {"gradient_clipping": ABSENT},
-        ['"gradient_clipping" is not said', "silently clip at 1.0", 'Write "gradient_clipping": 1.0 (or 0.0 for none)'],
+        ['"gradient_clipping" is not set', "silently clip at 1.0", 'Write "gradient_clipping": 1.0 (or 0.0 for none)'],
     ),
     "no batch size": (
         {"train_micro_batch_size_per_gpu": ABSENT},
@@ -146,7 +146,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "Muon with ZeRO-3": (
         {"optimizer": MUON, "gradient_clipping": 0.0, "zero_optimization": {"stage": 3}},
-        ["Muon needs whole matrices, ZeRO-3 splits them: use ZeRO <= 2 or AdamW."],
+        ["Muon needs full matrices, ZeRO-3 shards them: use ZeRO <= 2 or AdamW."],
     ),
     "Muon with clipping": (
         {"optimizer": MUON},
@@ -205,7 +205,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
             "gradient_clipping": 0.0,
             "zero_optimization": {"stage": 1},
         },
-        ["parallel.tensor 2 with Muon, which needs whole matrices"],
+        ["parallel.tensor 2 with Muon, which needs full matrices"],
     ),
     "a pipeline with ZeRO-0": (
         {"megatronish": {"parallel": {"pipeline": 2}}, "zero_optimization": {"stage": 0}},
@@ -255,13 +255,13 @@ def test_refused(name: str) -> None:
 
 @pytest.mark.parametrize("key", OURS)
 def test_what_megatronish_has_its_own_place_for(key: str) -> None:
-    """Keys that DeepSpeed would take are told where their job is done here, also in a file that is wrong elsewhere."""
+    """DeepSpeed keys that are set elsewhere here are refused with that place, also in a file with other errors."""
     with pytest.raises(ConfigError) as error:
         RunConfig.from_dict(changed({key: {"enabled": True}, "gradient_clipping": ABSENT}), "run.json")
     assert str(error.value) == f'run.json: "{key}" is not read from here: {OURS[key]}.'
 
 
-def test_whole_floats_are_integers() -> None:
+def test_integral_floats_are_integers() -> None:
     """`5e8` and `2.0` are how people write integers in these files; what is read are integers."""
     run = read(
         zero_optimization={"stage": 2.0, "reduce_bucket_size": 5e8, "stage3_prefetch_bucket_size": 1e7},
@@ -279,7 +279,7 @@ def test_optimizer_names_in_any_case() -> None:
 
 
 BATCHES: list[tuple[dict[str, int], int, str, int, int]] = [
-    # said, data-parallel ranks, the equation, train_batch_size to set, accumulation to set
+    # given, data-parallel ranks, the equation, train_batch_size to set, accumulation to set
     ({"train_batch_size": 64, "micro": 4, "accumulation": 4}, 2, "(4 * 4 * dp 2 = 32)", 32, 8),
     ({"train_batch_size": 10, "micro": 4}, 2, "(10 / (train_micro_batch_size_per_gpu 4 * dp 2))", 8, 1),
     ({"train_batch_size": 10, "accumulation": 2}, 4, "(10 / (gradient_accumulation_steps 2 * dp 4))", 8, 2),
@@ -289,31 +289,31 @@ BATCHES: list[tuple[dict[str, int], int, str, int, int]] = [
 NAMES = {"micro": "train_micro_batch_size_per_gpu", "accumulation": "gradient_accumulation_steps"}
 
 
-def batch_run(said: dict[str, int]) -> RunConfig:
+def batch_run(given: dict[str, int]) -> RunConfig:
     """SMALLEST with these batch sizes and no others."""
-    return read(**{"train_micro_batch_size_per_gpu": ABSENT, **{NAMES.get(key, key): n for key, n in said.items()}})
+    return read(**{"train_micro_batch_size_per_gpu": ABSENT, **{NAMES.get(key, key): n for key, n in given.items()}})
 
 
-@pytest.mark.parametrize(("said", "ranks", "equation", "total", "accumulation"), BATCHES)
-def test_impossible_batch(said: dict[str, int], ranks: int, equation: str, total: int, accumulation: int) -> None:
+@pytest.mark.parametrize(("given", "ranks", "equation", "total", "accumulation"), BATCHES)
+def test_impossible_batch(given: dict[str, int], ranks: int, equation: str, total: int, accumulation: int) -> None:
     """The equation with its values and two fixes, and both fixes are true."""
     with pytest.raises(ConfigError) as error:
-        batch_run(said).batch_plan(ranks)
+        batch_run(given).batch_plan(ranks)
     message = str(error.value)
-    assert f"train_batch_size {said['train_batch_size']} != train_micro_batch_size_per_gpu * " in message
+    assert f"train_batch_size {given['train_batch_size']} != train_micro_batch_size_per_gpu * " in message
     assert equation in message
     assert f"Either set train_batch_size to {total}, or remove it and set " in message
     assert message.endswith(f"gradient_accumulation_steps to {accumulation}.")
-    assert batch_run({**said, "train_batch_size": total}).batch_plan(ranks).samples == total
-    second = {key: n for key, n in said.items() if key != "train_batch_size"} | {"accumulation": accumulation}
-    if "micro" not in said:
+    assert batch_run({**given, "train_batch_size": total}).batch_plan(ranks).samples == total
+    second = {key: n for key, n in given.items() if key != "train_batch_size"} | {"accumulation": accumulation}
+    if "micro" not in given:
         assert "set train_micro_batch_size_per_gpu to 1 and gradient_accumulation_steps" in message
         second["micro"] = 1
     assert batch_run(second).batch_plan(ranks).accumulation == accumulation
 
 
 @pytest.mark.parametrize(
-    ("said", "ranks", "plan"),
+    ("given", "ranks", "plan"),
     [
         ({"micro": 3}, 4, BatchPlan(3, 1, 4)),
         ({"micro": 3, "accumulation": 2}, 4, BatchPlan(3, 2, 4)),
@@ -323,8 +323,8 @@ def test_impossible_batch(said: dict[str, int], ranks: int, equation: str, total
         ({"train_batch_size": 24, "micro": 3, "accumulation": 2}, 4, BatchPlan(3, 2, 4)),
     ],
 )
-def test_batch_arithmetic(said: dict[str, int], ranks: int, plan: BatchPlan) -> None:
-    assert batch_run(said).batch_plan(ranks) == plan
+def test_batch_arithmetic(given: dict[str, int], ranks: int, plan: BatchPlan) -> None:
+    assert batch_run(given).batch_plan(ranks) == plan
 
 
 def test_parallel_sizes_divide_the_world() -> None:
@@ -391,7 +391,7 @@ def test_did_you_mean_keeps_quiet_when_nothing_is_near() -> None:
 def test_a_user_error_ends_the_program_without_a_traceback(
     is_first: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first rank speaks at once; another waits to be ended by the launcher, then says what it alone met with."""
+    """The first rank prints at once; other ranks wait for the launcher to stop them, then print an error that only they had."""
     waits: list[float] = []
     monkeypatch.setattr(errors.time, "sleep", waits.append)
     with pytest.raises(SystemExit) as ended, exit_on_user_error(is_first, "rank 3 (node)"):

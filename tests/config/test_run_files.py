@@ -1,4 +1,4 @@
-"""The files of ds_configs/, their JSON schema, and the resolved configuration that is saved beside a checkpoint."""
+"""The files of ds_configs/, their JSON schema, and the resolved configuration that is saved with a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_there_are_run_files() -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_run_file_loads(name: str) -> None:
-    """Every file is a whole run for one and for two ranks, says where its schema is, and saves somewhere of its own."""
+    """Every file is a complete run for one and for two ranks, names its schema, and has its own save_dir."""
     run = RunConfig.load(FOLDER / name)
     for ranks in (1, 2):
         plan = run.batch_plan(run.megatronish.parallel.data_size(ranks))
@@ -109,7 +109,7 @@ FULL: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("changes", FULL)
 def test_resolved_configuration_reads_back_as_itself(changes: dict[str, Any], tmp_path: Path) -> None:
-    """What is saved beside a checkpoint is enough to run it again, and says nothing else."""
+    """What is saved with a checkpoint is sufficient to rerun it, and contains nothing else."""
     run = read(**changes)
     again = RunConfig.from_dict(run.to_json(), run.source)
     assert again == run

@@ -76,13 +76,13 @@ def test_threads_and_processes_give_the_batches_of_neither(dataset, options, doc
 
 
 @pytest.mark.parametrize("prefetch", [0, 4])
-def test_resuming_by_the_consumed_number_goes_on_exactly(dataset, prefetch):
-    whole = take(MicroBatchLoader(dataset, MicroBatchSampler(0, 4, 2, 0, 2)), 10)
+def test_resuming_by_the_consumed_number_is_exact(dataset, prefetch):
+    uninterrupted = take(MicroBatchLoader(dataset, MicroBatchSampler(0, 4, 2, 0, 2)), 10)
     first = MicroBatchLoader(dataset, MicroBatchSampler(0, 4, 2, 0, 2), prefetch=prefetch)
     begun = take(first, 4)
     assert first.consumed_samples == 16, "what was prefetched does not count"
     rest = take(MicroBatchLoader(dataset, MicroBatchSampler(first.consumed_samples, 4, 2, 0, 2)), 6)
-    assert all(same(*pair) for pair in zip(whole, begun + rest, strict=True))
+    assert all(same(*pair) for pair in zip(uninterrupted, begun + rest, strict=True))
 
 
 def test_resuming_on_another_number_of_ranks_covers_the_same_samples(dataset):
@@ -167,11 +167,11 @@ def test_validation_has_every_held_out_token_as_a_label_once(
         for row in zip(batch["tokens"], batch["labels"], strict=True)
     ]
     labels = [int(label) for _, row in rows for label in row if label != -100]
-    whole = reader.tokens_view.tolist()
-    expected = whole if lead else whole[1:]
+    stored = reader.tokens_view.tolist()
+    expected = stored if lead else stored[1:]
     if document_mask:
         first = set(reader.document_starts[:-1].tolist()) - ({0} if lead else set())
-        expected = [token for place, token in enumerate(whole) if place not in first and (lead or place > 0)]
+        expected = [token for place, token in enumerate(stored) if place not in first and (lead or place > 0)]
     assert labels == expected
     assert loaders[0].num_labels == len(expected)
     for tokens, row in rows:  # a label is always the next input
@@ -200,7 +200,7 @@ def test_label_bytes_are_those_of_the_text(tmp_path):
     assert masked.label_bytes(tokenizer) == loader.label_bytes(tokenizer) - 2  # "z" and "t" are not predicted
 
 
-def test_nothing_held_out_is_told(tmp_path):
+def test_nothing_held_out_is_refused(tmp_path):
     with pytest.raises(DataError, match="nothing is held out for validation"):
         ValidationLoader(make(tmp_path, [5]), np.empty(0, dtype=np.int64), 4, 1)
 

@@ -1,4 +1,4 @@
-"""A run's data as the training loop opens it: one data set, several, without packing, without a manifest; what it says."""
+"""A run's data as the training loop opens it: one data set, several, without packing, without a manifest; and its description."""
 
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def test_weights_and_the_order_of_data_sets_are_part_of_what_a_run_is(sets):
         ({"test_fraction": 0.2}, "data.test_fraction", "0.2"),
         ({"split": "9,1"}, "data.split", "9,1"),
         ({"pack": False}, "samples of an optimizer step", "4"),
-        ({"order": "megatron"}, "samples of the whole run", "100"),
+        ({"order": "megatron"}, "samples of the run", "100"),
     ],
 )
 def test_settings_that_change_the_order_are_named(sets, changes, name, value):

@@ -206,7 +206,7 @@ def test_another_dataset_than_the_checkpoints(refused: Launch, data: str, tmp_pa
     [
         ('{"a": 1,\n', 3, "broken JSON at line 2, column 1"),
         ('{"train_batch_size": 1, "train_batch_size": 2}', 1, 'the key "train_batch_size" stands twice'),
-        ('{"megatronish": {}}', 1, '"gradient_clipping" is not said'),
+        ('{"megatronish": {}}', 1, '"gradient_clipping" is not set'),
     ],
 )
 def test_a_bad_file(text: str, lines: int, expected: str, refused: Launch, tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_tiktoken_rank_file(folder):
     assert texts_of(folder / "o_text_document") == TEXTS
     (folder / "gpt2.tiktoken").rename(folder / "mine.tiktoken")
     done = attempt(folder, "--input", "d.jsonl", "--output-prefix", "p", "--tokenizer-model", "mine.tiktoken")
-    assert "a rank file does not say how text is split; name it after its encoding" in done.stderr
+    assert "a rank file does not contain the split pattern; name it after its encoding" in done.stderr
 
 
 def test_back_ends_write_the_same_bytes(dataset):

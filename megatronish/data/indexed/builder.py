@@ -1,4 +1,4 @@
-"""Writing Megatron's indexed data sets (layout: indexed.py)."""
+"""Writing Megatron's indexed data sets (layout: format.py)."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 class IndexedWriter:
-    """Streams documents to `PREFIX.bin`; `finalize` writes `PREFIX.idx`. Memory: 12 bytes a sequence, 8 a document.
+    """Streams documents to `PREFIX.bin`; `finalize` writes `PREFIX.idx`. Memory: 12 bytes per sequence, 8 per document.
 
-    Files are written in place: write to a private folder and rename (see preprocess.py). `xxh3` (128 bits) and `sizes`
+    Files are written in place: write to a private folder and rename (see preprocessing/publish.py). `xxh3` (128 bits) and `sizes`
     describe the finished files by suffix.
     """
 
@@ -87,7 +87,7 @@ class IndexedWriter:
         self.end_document()
 
     def append_tokens(self, tokens: np.ndarray) -> None:
-        """Appends tokens of this dtype as they are; `append_lengths` says afterwards what sequences they are."""
+        """Appends tokens of this dtype as they are; `append_lengths` then divides them into sequences."""
         assert tokens.dtype == self.dtype
         raw = np.ascontiguousarray(tokens).tobytes()
         self._file.write(raw)
@@ -163,7 +163,8 @@ def write_index(path: Path, dtype: npt.DTypeLike, lengths: Callable[[], Iterator
                 boundary = int(ends[-1])
         file.flush()
         os.fsync(file.fileno())
-        return file.tell(), digest.hexdigest()
+        size_of_file = os.fstat(file.fileno()).st_size
+    return size_of_file, digest.hexdigest()
 
 
 def _sync_close(file: BinaryIO) -> None:

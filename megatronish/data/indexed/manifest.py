@@ -54,7 +54,7 @@ class DatasetManifest:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the tokens, index and tokenizer by content: a run that resumes on other data can tell by it."""
+        """Hash of the tokens, index and tokenizer by content: a resumed run compares it to detect other data."""
         hashes = sorted(record.get("xxh3") or record["sha256"] for record in self.files.values())
         return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
@@ -121,7 +121,7 @@ def _parse(path: Path, content: Any) -> DatasetManifest:
         values["tokenizer"] = TokenizerRecord(**content["tokenizer"])
         for count in (*(record["bytes"] for record in content["files"].values()), content["counts"]["tokens"]):
             if not isinstance(count, int):
-                raise TypeError(f"{count!r} is not a whole number")
+                raise TypeError(f"{count!r} is not an integer")
         for record in content["files"].values():
             if not isinstance(record.get("xxh3", record.get("sha256")), str):
                 raise KeyError("a file without its hash")

@@ -20,13 +20,13 @@ from megatronish.errors import DataError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-# Of a data set without hashes so many pieces of so many tokens, evenly spread, stand for its contents.
+# A data set without hashes is identified by the contents of this many pieces of this many tokens, evenly spread.
 SAMPLES, SAMPLED_TOKENS = 256, 512
 
 
 @dataclass(frozen=True)
 class IndexedDataset:
-    """What `open_dataset` gives. `prefix` is the path without suffix, such as data/default_text_document."""
+    """What `open_dataset` returns. `prefix` is the path without suffix, such as data/default_text_document."""
 
     prefix: str
     reader: IndexedReader
@@ -34,7 +34,7 @@ class IndexedDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the tokens, index and tokenizer by content: a run that resumes on other data can tell by it."""
+        """Hash of the tokens, index and tokenizer by content: a resumed run compares it to detect other data."""
         return self.manifest.fingerprint
 
     @property
@@ -44,7 +44,7 @@ class IndexedDataset:
 
     @property
     def tokenizer_file(self) -> Path | None:
-        """The tokenizer's file beside the data set; None for the byte tokenizer."""
+        """The tokenizer's file in the data set's folder; None for the byte tokenizer."""
         name = self.manifest.tokenizer.file
         return None if name is None else Path(self.prefix).parent / name
 
@@ -67,7 +67,7 @@ class IndexedDataset:
             yield tokenizer.decode_bytes(self.reader.document(number))
 
     def held_out_text(self, document_ids: npt.ArrayLike) -> bytes:
-        """The bytes of documents, one after another: what gzip and xz get to compress beside the model."""
+        """The bytes of documents, concatenated: what gzip and xz compress for comparison with the model."""
         return b"".join(self.document_bytes(document_ids))
 
 
@@ -104,7 +104,7 @@ def combined_fingerprint(fingerprints: Sequence[str]) -> str:
 def _open_foreign(
     name: str, unit: Literal["document", "sequence"], tokenizer: str | os.PathLike[str]
 ) -> IndexedDataset:
-    """A data set of another tool: what a manifest would say, as far as the files and the tokenizer tell."""
+    """A data set of another tool, with the manifest that its files and the tokenizer determine."""
     reader = IndexedReader(name, unit)
     made_with = load_tokenizer(tokenizer)
     path = Path(tokenizer)

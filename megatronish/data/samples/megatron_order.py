@@ -1,9 +1,9 @@
 """The order of samples of megatron-core's GPTDataset and BlendedDataset (0.16), sample for sample, without their cache files.
 
 GPTDataset shuffles the documents of all epochs together (the last epoch apart, if less than 80 % of it is wanted), cuts the stream
-into samples, and shuffles those; so the order depends on how many samples a run wants, and a longer run sees other data from the
-start. It takes sequences for documents: give readers of unit "sequence". Source: megatron/core/datasets/{gpt_dataset,
-blended_dataset,blended_megatron_dataset_builder}.py and helpers.cpp, as behaviour; NumPy keeps RandomState's stream for ever.
+into samples, and shuffles those; so the order depends on the number of samples that a run asks for, and a longer run sees other data from the
+start. It treats sequences as documents: pass readers of unit "sequence". Source: megatron/core/datasets/{gpt_dataset,
+blended_dataset,blended_megatron_dataset_builder}.py and helpers.cpp, as behaviour; NumPy guarantees that RandomState's stream does not change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatronish.errors import DataError
 DEFAULT_SPLIT = "969,30,1"
 # Up to this share of the last epoch, its documents are not shuffled among those of the epochs before.
 SEPARATE_SHARE = 0.80
-# mid_level_dataset_surplus: so much more than a blend needs is built of each of its data sets.
+# mid_level_dataset_surplus: each data set of a blend is built this much larger than needed.
 SURPLUS = 0.005
 
 
@@ -40,7 +40,7 @@ class MegatronDataset(SampleSource):
         self, reader: IndexedReader, sequence_ids: np.ndarray, seq_length: int, seed: int, num_samples: int | None
     ) -> None:
         if reader.unit != "sequence":
-            raise ValueError(f"{reader.prefix} is opened by {reader.unit}; this order takes sequences for documents")
+            raise ValueError(f"{reader.prefix} is opened by {reader.unit}; this order treats sequences as documents")
         self.reader = reader
         self.name = reader.prefix
         self.seq_length = seq_length
@@ -125,8 +125,8 @@ def normalized(weights: Sequence[float]) -> list[float]:
 class MegatronBlendedDataset(BlendedDataset):
     """The samples of BlendedDataset over MegatronDataset: at each step the data set that lags its weight most.
 
-    weights: as given by the user; None: in proportion to the data sets' sizes, one epoch. Memory: 10 bytes a sample, and about
-    a microsecond a data set and sample to lay out. Raises DataError if the data hold fewer samples than the run wants.
+    weights: as given by the user; None: in proportion to the data sets' sizes, one epoch. Memory: 10 bytes per sample; takes about
+    a microsecond per data set and sample. Raises DataError if the data hold fewer samples than the run wants.
     """
 
     def __init__(self, sources: Sequence[MegatronDataset], weights: Sequence[float] | None, total: int) -> None:

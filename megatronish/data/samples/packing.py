@@ -141,7 +141,7 @@ class DocumentTable:
 
 
 def samples_in(tokens: int, seq_length: int, documents: int, reader: IndexedReader) -> int:
-    """Packed samples of a split of so many tokens and documents. Raises DataError if there is none."""
+    """Packed samples in the tokens of a split. Raises DataError if there is none."""
     if tokens <= seq_length:
         raise DataError(
             f"{reader.prefix}: the {documents:,} training {reader.unit}s hold {tokens:,} tokens, but one sample of sequence "

@@ -1,4 +1,4 @@
-"""Which samples a data-parallel rank takes, from one number: how many the whole run has consumed.
+"""Which samples a data-parallel rank takes, from one number: how many the run has consumed over all ranks.
 
 Optimizer step t covers samples [t*G, (t+1)*G) of the global order; micro batches and ranks are slices of that range, so
 the order does not depend on the data-parallel size or the micro batch size.
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class MicroBatchSampler:
-    """Endless sample numbers of one rank, int64[micro_batch_size] a micro batch.
+    """Endless sample numbers of one rank, int64[micro_batch_size] per micro batch.
 
     Micro step a of an optimizer step gives rank r the samples a*b*dp + r*b ... + b of the step's range (b: micro batch
     size, dp: data-parallel size). The order of a step's samples over (a, r) is the global order.

@@ -15,7 +15,7 @@ from megatronish.errors import DataError
 
 @dataclass(frozen=True)
 class Split:
-    """Document numbers of each part, int64, rising and disjoint."""
+    """Document numbers of each part, int64, increasing and disjoint."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -27,7 +27,7 @@ def split_documents(
 ) -> Split:
     """Documents drawn for validation and test by a fixed permutation of their numbers.
 
-    Each gets the nearest whole number of documents, but at least one where its fraction is above 0, as long as
+    Each gets the nearest number of documents, but at least one where its fraction is above 0, as long as
     training keeps one. The documents for validation do not depend on the test fraction, and a smaller fraction's are
     among those of a larger one. Raises ValueError unless 0 <= validation + test < 1.
     """
@@ -53,7 +53,7 @@ def split_in_order(num_documents: int, ratios: str) -> Split:
     """Megatron's split: "969,30,1" gives the first 96.9 % of the documents to training, the next 3 % to validation.
 
     Ratios are of train, validation and test; what is not named is 0. Bounds are rounded as megatron-core rounds them
-    (`BlendedMegatronDatasetConfig.split`). Raises DataError for a text that is no such list.
+    (`BlendedMegatronDatasetConfig.split`). Raises DataError for any other text.
     """
     fields = ratios.split(",")
     numbers = [float(field) for field in fields if re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", field)]

@@ -18,12 +18,12 @@ from megatronish.errors import DataError
 class ValidationLoader:
     """The held-out documents in order, each token a label exactly once, the same batches at every pass.
 
-    Documents are laid end to end behind one end-of-document token (so that the first token is predicted too; without
+    Documents are laid end to end after one end-of-document token (so that the first token is predicted too; without
     one it is not) and cut into windows that do not overlap. The last is padded with label -100, as are batches that
-    make all ranks take equally many. Window w goes to batch w // (b*dp), rank (w // b) % dp.
+    give all ranks equal numbers of batches. Window w goes to batch w // (b*dp), rank (w // b) % dp.
     With `document_mask` a document's first token has no label, as in training.
 
-    max_windows: at most so many windows, evenly spread over the text. Attributes: `num_windows`; `num_labels`, labels
+    max_windows: at most this many windows, evenly spread over the text. Attributes: `num_windows`; `num_labels`, labels
     over all ranks. Raises DataError if there is nothing to predict.
     """
 

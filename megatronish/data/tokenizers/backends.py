@@ -1,7 +1,7 @@
-"""What turns texts into ids: the library of the tokenizer's own format, or a faster one that is checked against it.
+"""Encoders of texts: the library of the tokenizer's own format, or a faster one that is checked against it.
 
 gigatoken and tiktoken read the same tokenizer and are meant to give the same ids, many times faster. Neither is trusted:
-a sample of the input is compared before the start, more of it while the run goes on, and gigatoken also on every character
+a sample of the input is compared before the start, more of it during the run, and gigatoken also on every character
 that the input turns out to hold (its disagreements are about characters of new Unicode versions). What differs is encoded
 by the tokenizer's own library, so the ids never depend on the back end.
 """
@@ -27,16 +27,16 @@ from megatronish.errors import DataError
 BACKENDS = ("auto", "hf", "gigatoken", "tiktoken", "sentencepiece")
 NATIVE_NAMES = {"huggingface": "hf", "sentencepiece": "sentencepiece", "bytes": "bytes"}
 ASCII_BYTES = bytes(range(128))
-# gigatoken remembers every word it has seen; a worker whose memory has grown by this much starts it afresh.
+# gigatoken remembers every word it has seen; a worker whose memory has grown by this much loads it again.
 CACHE_BYTES = 64 << 20
 MEMORY_CHECK_BYTES = 1 << 20
 PROBED_AT_ONCE = 64
-# Hugging Face tokenizers take 100 bytes of memory for one of text; after a long document the C library keeps these unless told.
+# Hugging Face tokenizers take 100 bytes of memory for one of text; after a long document the C library keeps these until malloc_trim.
 LONG_TEXT = 1 << 18
 
 
 class Encoder(ABC):
-    """Encodes texts. `name` is that of --backend; `checked`: results of another library, to be compared now and then.
+    """Encodes texts. `name` is that of --backend; `checked`: results of another library, to be compared from time to time.
 
     `batch_bytes`: how much text to give at a time, so that what the library needs for it stays small.
     """
@@ -122,7 +122,7 @@ class GigatokenEncoder(Encoder):
             raise DataError(str(error).splitlines()[0][:200]) from None
         self._seen: set[str] = set()
         self._differing: set[str] = set()
-        # One byte a character, shared by the processes forked from here on: what one has compared the others need not.
+        # One byte per character, shared by the processes forked from here on: each character is compared once.
         self._agreed = mmap.mmap(-1, sys.maxunicode + 1)
         self._encoded_bytes = 0
         self._memory_limit: int | None = None
@@ -147,9 +147,9 @@ class GigatokenEncoder(Encoder):
         return found
 
     def _probe(self, characters: set[str]) -> None:
-        """Compares each new character beside letters, digits, blanks and itself, where its class decides how text is split.
+        """Compares each new character next to letters, digits, blanks and itself, where its class decides how text is split.
 
-        Many at once, as most calls would else be for a single character; one by one where those differ.
+        Many at once, as most calls would otherwise be for a single character; one by one where those differ.
         """
         self._seen |= characters
         order = sorted(character for character in characters if not self._agreed[ord(character)])
@@ -179,7 +179,7 @@ class GigatokenEncoder(Encoder):
 
 
 def release_memory() -> None:
-    """Give back to the system what malloc holds and nobody uses (glibc; elsewhere nothing happens)."""
+    """Return free memory that malloc holds to the system (glibc only)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -195,10 +195,10 @@ def _resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def choose_encoder(name: str, tokenizer: Tokenizer, sample: Sequence[str], say: Callable[[str], None]) -> Encoder:
+def choose_encoder(name: str, tokenizer: Tokenizer, sample: Sequence[str], warn: Callable[[str], None]) -> Encoder:
     """The encoder that --backend `name` means for a tokenizer; a fast one only if it gives the sample the same ids.
 
-    `auto` takes gigatoken where it can and says why where it cannot. Raises DataError where a named one cannot be had.
+    `auto` takes gigatoken if possible, and calls `warn` with the reason if not. Raises DataError if a named one is not available.
     """
     assert name in BACKENDS, name
     native = NativeEncoder(tokenizer)
@@ -221,7 +221,7 @@ def choose_encoder(name: str, tokenizer: Tokenizer, sample: Sequence[str], say: 
         problem = f"it cannot read this tokenizer: {error}"
     if name != "auto":
         raise DataError(f"--backend {name}: {problem}; use --backend {native.name}")
-    say(f"encoding with {native.name}, the slow way: gigatoken is not used, because {problem}")
+    warn(f"encoding with {native.name}, the slow way: gigatoken is not used, because {problem}")
     return native
 
 

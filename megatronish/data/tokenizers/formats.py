@@ -1,5 +1,5 @@
 """What `tokenizers` JSON holds: properties read from it, and GPT-2's vocab.json with merges.txt and .tiktoken rank files
-converted to it. Nothing here knows the Tokenizer classes."""
+converted to it. The Tokenizer classes are not used here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from megatronish.errors import DataError
 
 EOD_TOKEN = "<|endoftext|>"
-# Names under which published tokenizers keep their end-of-text token, tried in this order when no configuration says.
+# Names under which published tokenizers keep their end-of-text token, tried in this order if no configuration names it.
 KNOWN_EOD_TOKENS = (EOD_TOKEN, "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")
 # What one token may span before merges are learnt, as in GPT-4 and Llama 3 (so that fast back ends know it): an English
 # contraction, a word with one leading character, up to three digits, a run of punctuation with the line breaks after it,
@@ -74,7 +74,7 @@ def tiktoken_json(path: str | os.PathLike[str]) -> str:
     if name not in TIKTOKEN_ENCODINGS:
         known = ", ".join(f"{known}.tiktoken" for known in TIKTOKEN_ENCODINGS)
         raise DataError(
-            f"tokenizer {path}: a rank file does not say how text is split; name it after its encoding ({known}) or give a "
+            f"tokenizer {path}: a rank file does not contain the split pattern; name it after its encoding ({known}) or give a "
             "tokenizer.json"
         )
     try:

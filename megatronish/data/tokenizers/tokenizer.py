@@ -1,7 +1,7 @@
 """One interface over three kinds of tokenizer: Hugging Face `tokenizers` JSON, SentencePiece, and plain bytes.
 
 Text never becomes a special token: the characters `<|endoftext|>` in a document are encoded as text. The end-of-document
-token is appended by id, by whoever writes documents.
+token is appended by id, by the code that writes documents.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Tokenizer(ABC):
     `vocab_size` is one more than the largest id; `eod_id` is None where the tokenizer has no end-of-document token.
     `unknown_id` is the token for text that the vocabulary cannot hold, None where there is no such text or token.
     `lossless` is True where `decode_bytes(encode(text)) == text.encode()` for every text. `bos_id` is the token that an
-    imported model begins every text with; None for models trained here, whose documents begin behind the end of another.
+    imported model begins every text with; None for models trained here, whose documents follow the end-of-document token of another.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class Tokenizer(ABC):
 
     @property
     def start_id(self) -> int | None:
-        """What a text begins behind: `bos_id`, else `eod_id`."""
+        """The token that precedes a text: `bos_id`, else `eod_id`."""
         return self.eod_id if self.bos_id is None else self.bos_id
 
     @abstractmethod
@@ -77,7 +77,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def save(self, path_without_suffix: str | os.PathLike[str]) -> Path | None:
-        """Writes the tokenizer's file beside a data set (`.tokenizer.json`, `.tokenizer.model`); None if it needs none."""
+        """Writes the tokenizer's file next to a data set (`.tokenizer.json`, `.tokenizer.model`); None if it needs none."""
 
     def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         array = np.asarray(ids, dtype=np.int64)
@@ -160,12 +160,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def template_start(self) -> int | None:
         """The token that the file's own template (its post-processor) puts before a text; None unless it is one."""
         plain = self._tokenizer.encode("a", add_special_tokens=False).ids
-        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
-        begins_with_one = bool(plain) and whole[1 : 1 + len(plain)] == plain and whole[: len(plain)] != plain
-        return int(whole[0]) if begins_with_one else None
+        full = self._tokenizer.encode("a", add_special_tokens=True).ids
+        begins_with_one = bool(plain) and full[1 : 1 + len(plain)] == plain and full[: len(plain)] != plain
+        return int(full[0]) if begins_with_one else None
 
     def plain_spec(self) -> dict[str, Any]:
-        """The JSON with nothing that could turn text into a special token, for libraries that cannot be told not to."""
+        """The JSON with nothing that could turn text into a special token, for libraries that have no option for it."""
         spec = self.spec
         kept = [token for token in spec.get("added_tokens") or [] if token["id"] not in self._special_ids]
         return spec | {"added_tokens": kept, "post_processor": None, "truncation": None, "padding": None}
@@ -236,7 +236,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def own_bos_id(self) -> int | None:
-        """The token that the file names as the beginning of a text; whether a model wants it, another file says."""
+        """The token that the file names as the beginning of a text; whether a model uses it is recorded elsewhere."""
         found = int(self._processor.bos_id())
         return found if found >= 0 else None
 

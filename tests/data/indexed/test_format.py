@@ -210,7 +210,7 @@ def test_multimodal_index_is_refused_as_what_it_is(tmp_path):
 
 
 def test_a_fault_far_in_the_offsets_is_found(tmp_path):
-    """Offsets are compared in pieces; the fault lies in the second."""
+    """Offsets are compared in pieces; the fault is in the second."""
     from megatronish.data.indexed.format import CHECKED_AT_ONCE
 
     count = CHECKED_AT_ONCE + 10

@@ -71,8 +71,8 @@ def test_blocks_have_their_quotas_and_each_source_is_read_in_turn(weights, seed,
         assert mine == list(range(blend.counts(begin)[i], blend.counts(begin + 2 * size)[i]))
     some = np.array(data.draw(st.lists(st.integers(0, 2 * size - 1), min_size=1, max_size=9)))
     again = pickle.loads(pickle.dumps(BlendedDataset([Fake(str(i)) for i in range(len(weights))], weights, seed)))
-    for part, whole in zip(again.locate(begin + some), (sources, ordinals), strict=True):
-        assert part.tolist() == whole[some].tolist()
+    for part, full in zip(again.locate(begin + some), (sources, ordinals), strict=True):
+        assert part.tolist() == full[some].tolist()
     stop = int(some[0])  # counts inside a block
     assert blend.counts(begin + stop) == [
         blend.counts(begin)[i] + int((sources[:stop] == i).sum()) for i in range(len(weights))
@@ -120,7 +120,7 @@ def test_rows_are_the_sources_samples(tmp_path):
     assert blend.lengths(numbers).tolist() == [6] * 300
 
 
-def test_every_sample_of_every_source_once_an_epoch(tmp_path):
+def test_every_sample_of_every_source_once_per_epoch(tmp_path):
     """By size, sources end their epochs together: the first samples_per_epoch samples are one epoch of each, to a sample."""
     sources = [source(tmp_path, "a", 0, 40), source(tmp_path, "b", 10_000, 120)]
     blend = BlendedDataset(sources, [s.samples_per_epoch for s in sources], seed=1)

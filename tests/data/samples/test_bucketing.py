@@ -1,4 +1,4 @@
-"""Unpacked samples: every token learnt once an epoch, little padding, and an order that ranks and batches do not change."""
+"""Unpacked samples: every token a label once per epoch, little padding, and an order that does not depend on ranks and batches."""
 
 import itertools
 
@@ -103,7 +103,7 @@ def shared(tmp_path_factory):
 
 @settings(max_examples=30, deadline=None)
 @given(layout=LAYOUTS, workers=st.sampled_from([0, 0, 0, 0, 0, 2]), step=st.integers(0, 70))
-def test_any_layout_reads_the_same_samples_a_step(shared, layout, workers, step):
+def test_any_layout_reads_the_same_samples_per_step(shared, layout, workers, step):
     """In the global order, rank by rank within a micro step."""
     micro, ranks = layout
     steps = 8 // (micro * ranks)

@@ -34,7 +34,7 @@ def test_held_out_text_is_the_original_bytes(prefix):
     assert list(dataset.reader.tokens_view).count(dataset.manifest.tokenizer.eod_id) == 4
 
 
-def test_data_set_can_be_moved_as_a_whole(prefix, tmp_path):
+def test_data_set_can_be_moved(prefix, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     for path in tmp_path.glob("out_text_document.*"):
         path.rename(tmp_path / "elsewhere" / path.name)
@@ -42,7 +42,7 @@ def test_data_set_can_be_moved_as_a_whole(prefix, tmp_path):
     assert dataset.held_out_text([0]) == TEXTS[0].encode()
 
 
-def test_missing_data_tells_how_to_make_it(tmp_path):
+def test_the_error_for_missing_data_names_the_command(tmp_path):
     with pytest.raises(DataError, match=r"no data set at .*nothing.*python tools/preprocess_data\.py"):
         open_dataset(tmp_path / "nothing")
 
@@ -99,7 +99,7 @@ def test_replaced_tokenizer_of_equal_size_is_refused(prefix):
         (lambda d: [d], "not a data set's manifest"),
         (lambda d: {k: v for k, v in d.items() if k != "counts"}, "incomplete"),
         (lambda d: d | {"files": {"x": {}}}, "incomplete"),
-        (lambda d: d | {"files": {"x": {"bytes": "1"}}}, "'1' is not a whole number"),
+        (lambda d: d | {"files": {"x": {"bytes": "1"}}}, "'1' is not an integer"),
         (lambda d: d | {"counts": 5}, "incomplete"),
         (lambda d: d | {"tokenizer": {"kind": "bytes"}}, "incomplete"),
         (lambda d: d | {"tokenizer": d["tokenizer"] | {"file": "/etc/passwd"}}, "'/etc/passwd', which is outside its"),
@@ -127,7 +127,7 @@ def test_manifest_comes_back_as_written(prefix):
 
 
 def test_replacement_cut_short_between_renames_is_not_taken_for_a_data_set(prefix, tmp_path, monkeypatch):
-    """The new files have the sizes that the old manifest records, so only its absence tells."""
+    """The new files have the sizes that the old manifest records, so only its absence shows it."""
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text[::-1]}) + "\n" for text in TEXTS))
     real_replace = os.replace
     renamed: list[str] = []
@@ -150,7 +150,7 @@ def test_replacement_cut_short_between_renames_is_not_taken_for_a_data_set(prefi
     with pytest.raises(DataError, match="did not finish"):
         open_dataset(prefix)
     monkeypatch.setattr(os, "replace", real_replace)
-    # The files were whole before the first rename, so going on needs no input any more.
+    # The files were complete before the first rename, so resuming needs no input any more.
     (tmp_path / "in.jsonl").unlink()
     (result,) = preprocess(dataclasses.replace(options, overwrite=False, resume=True), lambda line: None)
     assert result.already_there and not list(tmp_path.glob(".out*"))

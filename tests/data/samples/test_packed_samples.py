@@ -1,4 +1,4 @@
-"""Packing and sampling: every sample once an epoch, whatever the ranks, batches, stops or length of the run."""
+"""Packing and sampling: every sample once per epoch, for any ranks, batches, interruptions and length of the run."""
 
 import pickle
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=25)
 @settings(max_examples=120, deadline=None)
 @given(lengths=LENGTHS, seq_length=st.integers(1, 20), seed=st.integers(0, 5), epoch=st.integers(0, 4))
 def test_an_epoch_is_a_permutation_of_one_stream(tmp_path_factory, lengths, seq_length, seed, epoch):
-    """Reconstructs the whole epoch from its samples: overlapping ends agree, each document is whole and once."""
+    """Reconstructs the epoch from its samples: overlapping ends agree, each document is complete and occurs once."""
     reader = make(tmp_path_factory.mktemp("packed"), lengths)
     total = sum(lengths)
     if total < seq_length + 1:
@@ -109,15 +109,15 @@ def test_windows_read_what_concatenation_gives(tmp_path_factory, lengths, data):
     """Copied pieces, or a gather of short ones, against plain concatenation."""
     reader = make(tmp_path_factory.mktemp("stream"), lengths)
     order = np.array(data.draw(st.permutations(range(len(lengths)))))
-    whole = np.concatenate([reader.document(int(d)) for d in order])
+    stored = np.concatenate([reader.document(int(d)) for d in order])
     starts = set(np.cumsum([0] + [lengths[d] for d in order])[:-1].tolist())
-    length = data.draw(st.integers(1, len(whole)))
-    begins = data.draw(st.lists(st.integers(0, len(whole) - length), min_size=1, max_size=4))
+    length = data.draw(st.integers(1, len(stored)))
+    begins = data.draw(st.lists(st.integers(0, len(stored) - length), min_size=1, max_size=4))
     rows = TokenStream.of(reader, order).rows(begins, length)
     assert rows.tokens.dtype == reader.dtype and rows.valid_lengths is None
     for row, begin in enumerate(begins):
         tokens, marks = rows.sample(row)
-        assert tokens.tolist() == whole[begin : begin + length].tolist()
+        assert tokens.tolist() == stored[begin : begin + length].tolist()
         assert marks.tolist() == sorted({0} | {s - begin for s in starts if begin < s < begin + length})
 
 
@@ -190,7 +190,7 @@ def test_without_the_library_the_batches_are_the_same(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mean", [5, GATHERED_TOKENS, 200])
-def test_pieces_are_joined_alike_however_long_they_are(mean):
+def test_pieces_of_any_length_are_joined(mean):
     draw = np.random.default_rng(mean)
     tokens = draw.integers(0, 60_000, size=5000).astype("<u2")
     lengths = draw.integers(0, 2 * mean, size=20)
