@@ -360,10 +360,10 @@ def test_broken_json(name: str, tmp_path: Path) -> None:
     assert caret == " " * (found + 1) + "^"
 
 
-def test_a_key_that_stands_twice(tmp_path: Path) -> None:
+def test_a_repeated_key(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text('{"zero_optimization": {"stage": 1, "stage": 2}}')
-    with pytest.raises(ConfigError, match='run.json: the key "stage" stands twice in one section; keep one.'):
+    with pytest.raises(ConfigError, match='run.json: the key "stage" occurs twice in one section; keep one.'):
         load_json(path)
 
 

@@ -9,9 +9,8 @@ import numpy.typing as npt
 
 from megatronish.data.indexed.format import IndexedReader
 from megatronish.data.loader import Batch, to_tensors
-from megatronish.data.samples.rows import IGNORED_LABEL, SampleRows
+from megatronish.data.samples.rows import SampleRows
 from megatronish.data.samples.token_stream import TokenStream
-from megatronish.data.tokenizers.tokenizer import Tokenizer
 from megatronish.errors import DataError
 
 
@@ -23,8 +22,8 @@ class ValidationLoader:
     give all ranks equal numbers of batches. Window w goes to batch w // (b*dp), rank (w // b) % dp.
     With `document_mask` a document's first token has no label, as in training.
 
-    max_windows: at most this many windows, evenly spread over the text. Attributes: `num_windows`; `num_labels`, labels
-    over all ranks. Raises DataError if there is nothing to predict.
+    max_windows: at most this many windows, evenly spread over the text. Raises DataError if there is nothing to
+    predict.
     """
 
     def __init__(
@@ -78,22 +77,6 @@ class ValidationLoader:
             numbers = self.window_numbers[first : first + self.micro_batch_size].tolist()
             rows = self._rows([*numbers, *[None] * (self.micro_batch_size - len(numbers))])
             yield to_tensors(rows.batch(self.document_mask))
-
-    @property
-    def num_labels(self) -> int:
-        """Labels to learn from over all ranks in one pass."""
-        return sum(len(self._label_tokens(int(number))) for number in self.window_numbers)
-
-    def label_bytes(self, tokenizer: Tokenizer) -> int:
-        """Bytes of text that the labels of one pass stand for, over all ranks (an end of document stands for none).
-
-        The sum of all losses in bits, divided by this, is the model's bits per byte.
-        """
-        return sum(len(tokenizer.decode_bytes(self._label_tokens(int(number)))) for number in self.window_numbers)
-
-    def _label_tokens(self, number: int) -> np.ndarray:
-        labels = self._rows([number]).batch(self.document_mask)["labels"][0]
-        return labels[labels != IGNORED_LABEL]
 
     def _rows(self, numbers: Sequence[int | None]) -> SampleRows:
         """Windows of these numbers, padded to s + 1 tokens; None is padding only."""
