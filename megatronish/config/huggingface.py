@@ -35,7 +35,7 @@ _INEXPRESSIBLE: Mapping[str, str] = MappingProxyType(
     }
 )
 _NEEDED = object()  # no default: config.json must have it
-_SIZES: dict[str, tuple[str, Any]] = {
+_COMMON: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", _NEEDED),
     "num_hidden_layers": ("num_layers", _NEEDED),
     "hidden_size": ("hidden_size", _NEEDED),
@@ -44,6 +44,7 @@ _SIZES: dict[str, tuple[str, Any]] = {
     "max_position_embeddings": ("seq_length", _NEEDED),
     "initializer_range": ("init_std", 0.02),
     "attention_dropout": ("attention_dropout", 0.0),
+    "tie_word_embeddings": ("tie_embeddings", False),
 }
 _GATED = {"silu": "swiglu", "gelu": "geglu"}
 _PLAIN = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
@@ -96,7 +97,7 @@ class Family:
     even_heads: bool = False  # transformers wants hidden_size divisible by the heads even if head_dim is set
 
 
-_RMS = {**_SIZES, "rms_norm_eps": ("norm_eps", 1e-6), "num_key_value_heads": ("num_kv_heads", None)}
+_RMS = {**_COMMON, "rms_norm_eps": ("norm_eps", 1e-6), "num_key_value_heads": ("num_kv_heads", None)}
 _BOTH_BIASES = (("attention_qkv_bias", "attention_out_bias"), False)
 
 # The order in which an export looks for an architecture that expresses the model.
@@ -107,7 +108,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             {
                 **_RMS,
                 "head_dim": ("head_dim", None),
-                "tie_word_embeddings": ("tie_embeddings", False),
                 "attention_bias": _BOTH_BIASES,
                 "mlp_bias": ("mlp_bias", False),
             },
@@ -120,7 +120,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 **_RMS,
                 "num_key_value_heads": ("num_kv_heads", 8),
                 "head_dim": ("head_dim", None),
-                "tie_word_embeddings": ("tie_embeddings", False),
             },
             windows="all",
             default_window=4096,
@@ -130,7 +129,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             {
                 **_RMS,
                 "num_key_value_heads": ("num_kv_heads", 32),
-                "tie_word_embeddings": ("tie_embeddings", False),
             },
             always={"attention_qkv_bias": True},
             only={"use_mrope": False},
@@ -142,7 +140,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 **_RMS,
                 "num_key_value_heads": ("num_kv_heads", 32),
                 "head_dim": ("head_dim", 128),
-                "tie_word_embeddings": ("tie_embeddings", False),
                 "attention_bias": _BOTH_BIASES,
             },
             always={"qk_norm": True},
@@ -153,7 +150,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             {
                 **_RMS,
                 "rms_norm_eps": ("norm_eps", 1e-5),
-                "tie_word_embeddings": ("tie_embeddings", False),
                 "resid_pdrop": ("residual_dropout", 0.0),
                 "embd_pdrop": ("embedding_dropout", 0.0),
             },
@@ -164,9 +160,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "gpt_neox": Family(
             "GPTNeoXForCausalLM",
             {
-                **_SIZES,
+                **_COMMON,
                 "layer_norm_eps": ("norm_eps", 1e-5),
-                "tie_word_embeddings": ("tie_embeddings", False),
                 "use_parallel_residual": ("parallel_block", True),
                 "hidden_dropout": (("residual_dropout", "embedding_dropout"), 0.0),
                 "attention_bias": (("attention_qkv_bias", "attention_out_bias"), True),
@@ -180,7 +175,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "starcoder2": Family(
             "Starcoder2ForCausalLM",
             {
-                **_SIZES,
+                **_COMMON,
                 "num_key_value_heads": ("num_kv_heads", 2),
                 "norm_epsilon": ("norm_eps", 1e-5),
                 "tie_word_embeddings": ("tie_embeddings", True),
@@ -197,10 +192,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "stablelm": Family(
             "StableLmForCausalLM",
             {
-                **_SIZES,
+                **_COMMON,
                 "num_key_value_heads": ("num_kv_heads", 32),
                 "layer_norm_eps": ("norm_eps", 1e-5),
-                "tie_word_embeddings": ("tie_embeddings", False),
                 "use_qkv_bias": ("attention_qkv_bias", False),
                 "use_parallel_residual": (("parallel_block", "parallel_block_shared_norm"), False),
                 "hidden_dropout": ("residual_dropout", 0.0),

@@ -205,7 +205,7 @@ def test_another_dataset_than_the_checkpoints(refused: Launch, data: str, tmp_pa
     ("text", "lines", "expected"),
     [
         ('{"a": 1,\n', 3, "broken JSON at line 2, column 1"),
-        ('{"train_batch_size": 1, "train_batch_size": 2}', 1, 'the key "train_batch_size" stands twice'),
+        ('{"train_batch_size": 1, "train_batch_size": 2}', 1, 'the key "train_batch_size" occurs twice'),
         ('{"megatronish": {}}', 1, '"gradient_clipping" is not set'),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,38 +13,26 @@ import orjson
 
 from megatronish.data.indexed.builder import IndexedWriter
 from megatronish.data.indexed.format import HEADER, MAGIC, VERSION, bin_path
+from megatronish.data.tokenizers.formats import EOD_TOKEN
+from megatronish.preprocessing.corpus import default_corpus
 
 EOD = 31_999
-EOD_TOKEN = "<|endoftext|>"
 
 
 def documents(size: int) -> Iterator[str]:
-    """About `size` bytes of text as documents of some 4 kB: sources and docs of this Python and of its packages.
+    """About `size` bytes of text in documents of about 4 kB, split between paragraphs, repeated if there is too little.
 
-    They are split between paragraphs, and repeated where there is too little text. Documents that contain the characters of
-    the end-of-document token are left out: Megatron's tools encode them as the token, ours as text.
+    The text is the default corpus. Documents that contain the characters of the end-of-document token are left out:
+    Megatron's tools encode them as the token, ours as text.
     """
-    folders = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")]
+    texts = default_corpus(lambda warning: None, enough_bytes=size)
     produced = 0
-    while True:
-        before = produced
-        for folder in folders:
-            for path in sorted(folder.rglob("*")):
-                if path.suffix not in (".py", ".rst", ".md", ".txt") or not path.is_file() or path.stat().st_size > 1e6:
-                    continue
-                try:
-                    text = path.read_text("utf-8")
-                except (UnicodeDecodeError, OSError):
-                    continue
-                for document in paragraphs(text, 4000):
-                    if EOD_TOKEN in document:
-                        continue
-                    yield document
-                    produced += len(document.encode("utf-8"))
-                    if produced >= size:
-                        return
-        if produced == before:
-            raise SystemExit(f"no text under {folders}; give --corpus FILE.jsonl")
+    for document in itertools.cycle(piece for _, text in texts for piece in paragraphs(text, 4000)):
+        if EOD_TOKEN not in document:
+            yield document
+            produced += len(document.encode("utf-8"))
+            if produced >= size:
+                return
 
 
 def growing_documents(size: int) -> Iterator[str]:
