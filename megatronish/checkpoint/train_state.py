@@ -109,7 +109,7 @@ class TrainState:
             )
         except FileNotFoundError:
             raise ConfigError(f"{folder}: no {STATE_FILE}; this is not a checkpoint of megatronish.") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: cannot be read ({error!r}); use an older checkpoint.") from None
 
     def continue_as(self, fresh: TrainState, where: Path, *, moves: bool) -> TrainState:

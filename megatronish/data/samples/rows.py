@@ -70,7 +70,9 @@ class SampleRows:
             return self
         row, offset = np.divmod(self.document_starts, own)
         valid = np.full(count, own, dtype=np.int64) if self.valid_lengths is None else self.valid_lengths
-        return SampleRows(np.pad(self.tokens, ((0, 0), (0, width - own))), row * width + offset, valid)
+        tokens = np.zeros((count, width), dtype=self.tokens.dtype)
+        tokens[:, :own] = self.tokens
+        return SampleRows(tokens, row * width + offset, valid)
 
     def sample(self, row: int) -> Sample:
         """One row: its tokens, and its document starts relative to its own first token."""
