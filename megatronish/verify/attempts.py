@@ -42,17 +42,16 @@ def run_attempt(
     Raises UserError when a rank ends in another way.
     """
     folder.mkdir(parents=True)
-    begin = time.monotonic()
+    begin, note = time.monotonic(), folder / "killed.json"
     processes = start_ranks(ranks, folder, _train, ranks, config, folder, kill, usual, log=True)
     try:
         wait_for_ranks(processes, folder, TIMEOUT_SECONDS)
-        if any(process.exitcode for process in processes):
-            time.sleep(
-                1.0 if kill is None else kill.late
-            )  # before the others are killed: their errors may be the cause
+        if kill is not None and note.exists():
+            time.sleep(kill.late)
+        elif any(process.exitcode for process in processes):
+            time.sleep(1.0)  # for the traceback of another rank, which may be the cause
     finally:
         stop_ranks(processes)
-    note = folder / "killed.json"
     killed = json.loads(note.read_text()) if note.exists() else {}
     if not killed:
         check_ranks(processes, folder)
@@ -109,9 +108,9 @@ class _Recorder:
 
         train_step, load = engine.train_step, engine.load
 
-        def load_and_count(folder: Path, tag: str) -> None:
+        def load_and_count(folder: Path, *arguments: Any) -> None:
             self._first = self._step = TrainState.load(folder).step
-            load(folder, tag)
+            load(folder, *arguments)
 
         def step_and_record(batches: list[dict[str, Any]], *arguments: Any) -> Any:
             if self._trap is not None:

@@ -101,9 +101,10 @@ def check_ranks(ranks: list[Any], folder: Path) -> None:
         raise UserError(f"rank {errors[0].stem} failed:\n{errors[0].read_text()}")
     for rank, process in enumerate(ranks):
         if process.exitcode:
-            stacks = (folder / f"{rank}.stacks").read_text()
+            log, stacks = folder / f"{rank}.log", (folder / f"{rank}.stacks").read_text()
+            output = "\n".join(log.read_text(errors="replace").splitlines()[-20:]) if log.exists() else ""
             raise UserError(
-                f"rank {rank} ended with {process.exitcode} (-N: by signal N; 9 may mean that memory ran out).\n{stacks}"
+                f"rank {rank} ended with {process.exitcode} (-N: by signal N; 9 may mean that memory ran out).\n{output}\n{stacks}"
             )
 
 
