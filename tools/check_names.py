@@ -61,6 +61,8 @@ def pieces(path: Path, text: str) -> Iterator[tuple[int, str]]:
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.STRING and skipped and token.start[0] not in docstrings:
             continue
+        if token.string == "tell":  # the method of files
+            continue
         if token.type in (tokenize.NAME, tokenize.COMMENT, tokenize.STRING) or token.type == getattr(
             tokenize, "FSTRING_MIDDLE", -1
         ):

@@ -3,7 +3,7 @@
 
 Without arguments: the source and documentation of this Python installation, with a tokenizer trained on it, at
 data/default_text_document. With --input: your own JSON lines, parquet, text or Hugging Face data sets. A first argument of
-inspect, verify, merge, split, decode or train-tokenizer does that instead; `preprocess_data.py split --help` says more.
+inspect, verify, merge, split, decode or train-tokenizer does that instead; see `preprocess_data.py split --help`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TOKENIZER_TYPES = {
 }
 COMMANDS = {
     "inspect": "What data sets hold: manifest, lengths, the beginning of the first documents.",
-    "verify": "Reads data sets whole and compares them with their manifests.",
+    "verify": "Reads data sets completely and compares them with their manifests.",
     "merge": "Puts data sets one after another into one.",
     "split": "Cuts a data set into several, by shares of its documents.",
     "decode": "Prints documents as text.",
@@ -120,7 +120,7 @@ def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
     add("--vocab-file", metavar="FILE", help="GPT-2's vocab.json, with --merge-file")
     add("--merge-file", metavar="FILE", help="GPT-2's merges.txt")
     add("--train-tokenizer", type=int, metavar="VOCAB", help=f"train a BPE on the input (bare: {DEFAULT_VOCAB_SIZE})")
-    add("--eod-token", metavar="TOKEN", help="the tokenizer's token that ends a document, where it does not say")
+    add("--eod-token", metavar="TOKEN", help="the tokenizer's token that ends a document, where it does not name one")
     add("--append-eod", action="store_true", help="end each document with that token (bare: yes)")
     add(
         "--backend", choices=BACKENDS, default="auto", help="library that encodes; auto: gigatoken if its ids are right"
@@ -131,9 +131,9 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--output-prefix", metavar="PREFIX", help=f"writes PREFIX_KEY_document.* (bare: {DEFAULT_OUTPUT_PREFIX})")
     add("--dtype", choices=TOKEN_DTYPES, default="auto", help="of a token; auto: Megatron's choice")
-    add("--overwrite", action="store_true", help="replace a data set, or an unfinished run, that is already there")
-    add("--resume", action="store_true", help="go on after the finished part of a run that was stopped")
-    add("--dry-run", action="store_true", help="encode a sample, say what the run would give, write nothing")
+    add("--overwrite", action="store_true", help="replace an existing data set, or an unfinished run")
+    add("--resume", action="store_true", help="resume after the finished part of a run that was stopped")
+    add("--dry-run", action="store_true", help="encode a sample, print what the run would write, write nothing")
 
 
 def _add_running(group: argparse._ArgumentGroup) -> None:
@@ -189,27 +189,27 @@ def options_from(arguments: argparse.Namespace) -> PreprocessOptions:
     )
 
 
-def say(line: str) -> None:
-    """Prints a line of news."""
+def report(line: str) -> None:
+    """Prints a line."""
     print(line, flush=True)
 
 
 def prepare(argv: Sequence[str]) -> None:
-    """Makes a data set, or says what it would be."""
+    """Makes a data set, or prints what a run would write."""
     arguments = build_parser().parse_args(argv)
     # Read by the Rust thread pool of `tokenizers` when it first starts; workers are processes and switch it off.
     os.environ["RAYON_NUM_THREADS"] = str(max(1, arguments.workers))
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     if arguments.partitions != 1:
-        say("--partitions: the input is cut into units of its own accord; the option changes nothing")
+        report("--partitions: the input is cut into units of its own accord; the option changes nothing")
     options = options_from(arguments)
     if arguments.dry_run:
         from megatronish.preprocessing.dry_run import dry_run
 
-        say("\n".join(dry_run(options, say)))
+        report("\n".join(dry_run(options, report)))
         return
-    for result in preprocess(options, say):
-        say("\n".join(summary(result)))
+    for result in preprocess(options, report):
+        report("\n".join(summary(result)))
 
 
 def command(argv: Sequence[str]) -> None:
@@ -221,7 +221,7 @@ def command(argv: Sequence[str]) -> None:
         prog=f"preprocess_data.py {argv[0]}", description=COMMANDS[argv[0]], allow_abbrev=False
     )
     add_command_arguments(parser, argv[0])
-    run_command(argv[0], parser.parse_args(argv[1:]), say)
+    run_command(argv[0], parser.parse_args(argv[1:]), report)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

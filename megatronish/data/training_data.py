@@ -12,7 +12,7 @@ from typing import Literal
 from megatronish.config.data import DataConfig
 from megatronish.data.indexed.manifest import TokenizerRecord
 from megatronish.data.loader import Batch
-from megatronish.data.readers.sources import is_stream
+from megatronish.data.readers.inputs import is_stream
 from megatronish.data.samples.blend import BlendedDataset, apportion
 from megatronish.data.samples.bucketing import BucketedDataset, UnpackedDataset
 from megatronish.data.samples.dataset import (

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from megatronish.checkpoint.paths import EVALUATION_FILE, RUN_FILE
 from megatronish.config.data import DataConfig
 from megatronish.config.run import RunConfig
-from megatronish.data.readers.sources import is_stream
+from megatronish.data.readers.inputs import is_stream
 from megatronish.data.samples.dataset import IndexedDataset, check_dataset_fits, combined_fingerprint, open_dataset
 from megatronish.data.training_data import split_of
 from megatronish.errors import UserError

@@ -11,14 +11,15 @@ import xxhash
 
 from megatronish.data.indexed.format import IndexedReader
 from megatronish.data.indexed.manifest import DatasetManifest, manifest_path, read_manifest
-from megatronish.data.readers.documents import DocumentReader, find_inputs
+from megatronish.data.readers.documents import DocumentReader
+from megatronish.data.readers.inputs import find_inputs
 from megatronish.data.readers.records import ON_ERROR
 from megatronish.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_unigram
 from megatronish.errors import DataError
 from megatronish.preprocessing.progress import Progress
 from megatronish.preprocessing.surgery import merge, split
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 READ_BYTES = 1 << 24
 TOKENS_AT_A_TIME = 1 << 24
 
@@ -54,25 +55,25 @@ def add_command_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         add("--overwrite", action="store_true")
 
 
-def run_command(name: str, arguments: argparse.Namespace, say: Say) -> None:
-    """Runs a subcommand. Raises DataError, after all results are told, where something is wrong."""
+def run_command(name: str, arguments: argparse.Namespace, report: Report) -> None:
+    """Runs a subcommand. Raises DataError, after all results are reported, where something is wrong."""
     if name == "inspect":
         for prefix in arguments.prefix:
-            inspect(prefix, say)
+            inspect(prefix, report)
     elif name == "verify":
-        problems = [problem for prefix in arguments.prefix for problem in verify(prefix, say)]
+        problems = [problem for prefix in arguments.prefix for problem in verify(prefix, report)]
         if problems:
             raise DataError("; ".join(problems))
     elif name == "merge":
-        say(merge(arguments.input, arguments.output_prefix, arguments.overwrite))
+        report(merge(arguments.input, arguments.output_prefix, arguments.overwrite))
     elif name == "split":
         output = arguments.output_prefix or arguments.prefix
         for line in split(arguments.prefix, output, _shares(arguments.parts), arguments.seed, arguments.overwrite):
-            say(line)
+            report(line)
     elif name == "decode":
-        decode(arguments.prefix, arguments.documents, arguments.tokens, say)
+        decode(arguments.prefix, arguments.documents, arguments.tokens, report)
     else:
-        _train(arguments, say)
+        _train(arguments, report)
 
 
 def _manifest_of(prefix: str) -> DatasetManifest | None:
@@ -80,35 +81,35 @@ def _manifest_of(prefix: str) -> DatasetManifest | None:
     return read_manifest(prefix) if manifest_path(prefix).exists() else None
 
 
-def inspect(prefix: str, say: Say) -> None:
-    """Tells what a data set holds."""
+def inspect(prefix: str, report: Report) -> None:
+    """Reports the contents of a data set."""
     manifest, reader = _manifest_of(prefix), IndexedReader(prefix)
     lengths = reader.document_lengths
-    say(
+    report(
         f"{prefix}: {reader.num_documents:,} documents in {len(reader.sequence_lengths):,} sequences, {reader.num_tokens:,} "
         f"tokens of {reader.dtype.name}, {reader.num_tokens * reader.dtype.itemsize / 1e6:,.1f} MB"
     )
     if len(lengths):
         marks = np.percentile(lengths, [0, 25, 50, 75, 100]).astype(np.int64).tolist()
-        say(f"  tokens a document: mean {lengths.mean():,.1f}; least, quartiles and most {marks}")
+        report(f"  tokens per document: mean {lengths.mean():,.1f}; minimum, quartiles and maximum {marks}")
     if manifest is None:
-        say("  no manifest: made by another tool; its tokenizer is not known")
+        report("  no manifest: made by another tool; its tokenizer is not known")
         return
     tokenizer = manifest.tokenizer
-    say(
+    report(
         f"  tokenizer: {tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}, end of document "
         f"{tokenizer.eod_id} ({'appended' if manifest.appended_eod else 'not appended'}), SHA-256 {tokenizer.sha256[:16]}"
     )
-    say(f"  counts: {', '.join(f'{name} {count:,}' for name, count in manifest.counts.items())}")
-    say(f"  made with: {', '.join(f'{name} {value!r}' for name, value in manifest.options.items() if value)}")
+    report(f"  counts: {', '.join(f'{name} {count:,}' for name, count in manifest.counts.items())}")
+    report(f"  made with: {', '.join(f'{name} {value!r}' for name, value in manifest.options.items() if value)}")
     for reject in manifest.rejects[:5]:
-        say(f"  rejected {reject['place']}: {reject['reason']}")
+        report(f"  rejected {reject['place']}: {reject['reason']}")
     own = _tokenizer_of(prefix, manifest)
     for number in range(min(3, reader.num_documents)):
-        say(f"  document {number}: {own.decode(reader.document(number)[:40])!r}")
+        report(f"  document {number}: {own.decode(reader.document(number)[:40])!r}")
 
 
-def verify(prefix: str, say: Say) -> list[str]:
+def verify(prefix: str, report: Report) -> list[str]:
     """Checks structure, hashes and token range of a data set; returns what is wrong, empty if nothing is."""
     manifest, reader = _manifest_of(prefix), IndexedReader(prefix)
     problems = []
@@ -123,7 +124,7 @@ def verify(prefix: str, say: Say) -> list[str]:
     if vocab_size is not None and largest >= vocab_size:
         problems.append(f"{prefix}: token id {largest}, but the vocabulary ends at {vocab_size - 1}")
     if manifest is None:
-        say(f"{prefix}: the index is sound; there is no manifest to compare the contents with")
+        report(f"{prefix}: the index is sound; there is no manifest to compare the contents with")
         return problems
     for name, record in manifest.files.items():
         algorithm = "xxh3" if "xxh3" in record else "sha256"
@@ -139,7 +140,7 @@ def verify(prefix: str, say: Say) -> list[str]:
         if missing:
             problems.append(f"{prefix}: {missing:,} documents do not end with the end-of-document token")
     if not problems:
-        say(f"{prefix}: as its manifest says: {reader.num_documents:,} documents, {reader.num_tokens:,} tokens")
+        report(f"{prefix}: equals its manifest: {reader.num_documents:,} documents, {reader.num_tokens:,} tokens")
     return problems
 
 
@@ -159,7 +160,7 @@ def _tokenizer_of(prefix: str, manifest: DatasetManifest) -> Tokenizer:
     return load_tokenizer(source, eod_id=record.eod_id)
 
 
-def decode(prefix: str, wanted: list[str], as_tokens: bool, say: Say) -> None:
+def decode(prefix: str, wanted: list[str], as_tokens: bool, report: Report) -> None:
     """Prints documents, each as it is and with a line end after it."""
     reader, manifest = IndexedReader(prefix), _manifest_of(prefix)
     if manifest is None and not as_tokens:
@@ -169,7 +170,7 @@ def decode(prefix: str, wanted: list[str], as_tokens: bool, say: Say) -> None:
         if number >= reader.num_documents:
             raise DataError(f"--documents {number}: {prefix} has {reader.num_documents:,} documents, from 0")
         ids = reader.document(number)
-        say(" ".join(map(str, ids.tolist())) if as_tokens or tokenizer is None else tokenizer.decode(ids))
+        report(" ".join(map(str, ids.tolist())) if as_tokens or tokenizer is None else tokenizer.decode(ids))
 
 
 def _numbers(wanted: list[str]) -> Iterator[int]:
@@ -193,10 +194,10 @@ def _shares(parts: list[str]) -> dict[str, float]:
     return shares
 
 
-def _train(arguments: argparse.Namespace, say: Say) -> None:
+def _train(arguments: argparse.Namespace, report: Report) -> None:
     output = Path(arguments.output)
     if output.exists() and not arguments.overwrite:
-        raise DataError(f"{output}: there is a file already; use --overwrite, or another --output")
+        raise DataError(f"{output}: the file exists; use --overwrite, or another --output")
     separator = (arguments.doc_separator or "").replace("\\n", "\n").replace("\\t", "\t") or None
     reader = DocumentReader(find_inputs(arguments.input), arguments.json_keys, separator, arguments.on_error)
     progress = Progress("reading for the tokenizer")
@@ -206,7 +207,7 @@ def _train(arguments: argparse.Namespace, say: Say) -> None:
     saved = tokenizer.save(output.parent / f".{output.name}.{xxhash.xxh3_64_hexdigest(str(output).encode())}")
     assert saved is not None
     saved.replace(output)
-    say(f"{output}: {arguments.model}, {tokenizer.vocab_size:,} entries, {progress.seconds:.1f} s")
+    report(f"{output}: {arguments.model}, {tokenizer.vocab_size:,} entries, {progress.seconds:.1f} s")
 
 
 def _sampled(reader: DocumentReader, sample_bytes: int, progress: Progress) -> Iterator[str]:
@@ -222,6 +223,6 @@ def _sampled(reader: DocumentReader, sample_bytes: int, progress: Progress) -> I
                 documents += 1
                 yield text
             seen += size
-        progress.update(documents, taken, None, reader.report.bytes_read / max(1, reader.total_bytes))
+        progress.update(documents, taken, None, reader.bytes_read / max(1, reader.total_bytes))
     if not taken:
         raise DataError("no document with text in the input; nothing was written")

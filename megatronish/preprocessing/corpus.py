@@ -44,11 +44,11 @@ def default_corpus_folders() -> tuple[Path, Path]:
 
 
 def default_corpus(
-    say: Callable[[str], None], folders: tuple[Path, Path] | None = None, enough_bytes: int = ENOUGH_BYTES
+    report: Callable[[str], None], folders: tuple[Path, Path] | None = None, enough_bytes: int = ENOUGH_BYTES
 ) -> Iterator[tuple[str, str]]:
     """Yields (relative name, text), one document a file or help topic.
 
-    `say` is told once if the standard library is smaller than `enough_bytes` and installed packages are added.
+    `report` is called once if the standard library is smaller than `enough_bytes` and installed packages are added.
     """
     library, packages = folders or default_corpus_folders()
     seen: set[bytes] = set()
@@ -57,7 +57,7 @@ def default_corpus(
         total += size
         yield name, text
     if total < enough_bytes:
-        say(
+        report(
             f"the standard library in {library} holds {total / 1e6:.1f} MB of text (its tests and documentation are not "
             f"installed); adding the sources of the packages in {packages}"
         )

@@ -1,4 +1,4 @@
-"""What a preprocessing run would give: the input as found, and an estimate from a sample encoded for it."""
+"""Dry runs of preprocessing: the input that was found, and an estimate from an encoded sample."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ from megatronish.preprocessing.preprocess import (
 from megatronish.preprocessing.units import Planner
 
 
-def dry_run(options: PreprocessOptions, say: Callable[[str], None]) -> list[str]:
+def dry_run(options: PreprocessOptions, report: Callable[[str], None]) -> list[str]:
     """Lines of a report; writes nothing but a temporary folder. Raises DataError for what a run would refuse at its start."""
     check_options(options)
-    sources = find_sources(options, say)
+    sources = find_sources(options, report)
     total = sum(source.size for source in sources)
-    tokenizer = open_tokenizer(options, sources, say)
+    tokenizer = open_tokenizer(options, sources, report)
     dtype = token_dtype(options.dtype, tokenizer.vocab_size)
-    separator = options.doc_separator.encode("utf-8") if options.doc_separator else None
     size = shard_bytes(options.shard_size, total)
     with tempfile.TemporaryDirectory() as folder:
-        first = next(Planner(sources, options.json_keys, separator, size, Path(folder)).units(), None)
-        sample = [] if first is None else sample_texts(sources, first, options, separator)
-    encoder = choose_encoder(options.backend, tokenizer, sample, say)
+        first = next(Planner(sources, options.json_keys, options.separator, size, Path(folder)).units(), None)
+        sample = [] if first is None else sample_texts(sources, first, options)
+    encoder = choose_encoder(options.backend, tokenizer, sample, report)
     started = time.perf_counter()
     tokens = sum(map(len, encoder.encode(sample)))
     seconds = max(time.perf_counter() - started, 1e-9)
@@ -45,9 +44,9 @@ def dry_run(options: PreprocessOptions, say: Callable[[str], None]) -> list[str]
         return [*lines, "no document with text at the beginning of the input"]
     lines.append(
         f"sample: {len(sample):,} beginnings of documents, {text_bytes:,} bytes to {tokens:,} tokens, "
-        f"{text_bytes / tokens:.2f} bytes a token, {text_bytes / seconds / 1e6:.1f} MB/s on one core, not warmed up"
+        f"{text_bytes / tokens:.2f} bytes per token, {text_bytes / seconds / 1e6:.1f} MB/s on one core, not warmed up"
     )
-    if total and not any(source.compression or source.format == "parquet" for source in sources):
+    if total and not any(source.compression or source.format in ("parquet", "rows") for source in sources):
         estimate = total * tokens / text_bytes
         lines.append(
             f"estimate, from above (JSON around the text counts): {estimate:,.0f} tokens, "

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -12,34 +11,28 @@ import numpy as np
 import xxhash
 
 from megatronish.data.indexed.format import MAX_SEQUENCE_TOKENS
-from megatronish.data.readers.documents import MAX_RECORDED_REJECTS
-from megatronish.data.readers.inputs import Source
-from megatronish.data.readers.parquet import read_rows
-from megatronish.data.readers.records import Counts, RecordReader
+from megatronish.data.readers.inputs import TextSource
+from megatronish.data.readers.parquet import read_row_groups
+from megatronish.data.readers.records import MAX_RECORDED_REJECTS, RecordCounts, RecordReader
 from megatronish.data.tokenizers.backends import Encoder, NativeEncoder
-from megatronish.preprocessing.units import Piece, Unit
+from megatronish.preprocessing.options import PreprocessOptions
+from megatronish.preprocessing.units import InputPiece, WorkUnit
 
 # A fast back end is compared with the tokenizer's own library on a little text of each stretch of this many bytes.
 CHECK_EVERY_BYTES = 8 << 20
 CHECK_CHARACTERS = 2048
 # Where a long document is cut: at the last line end or blank within this many bytes, else between two characters.
 CUT_WINDOW_BYTES = 1 << 16
-TELL_SECONDS = 0.2
 # Lines are longer than Python's own buffer of 8 KB would serve well.
 BUFFER_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every unit is done with. `dtype` is numpy's name; `eod_id` None appends nothing; `shard_size` in bytes."""
+class EncodeJob:
+    """How every unit is encoded. `dtype` is numpy's name; `eod_id` None appends nothing; `shard_size` in bytes."""
 
-    sources: tuple[Source, ...]
-    keys: tuple[str, ...]
-    separator: bytes | None
-    on_error: str
-    max_doc_bytes: int
-    long_documents: str
-    keep_empty: bool
+    options: PreprocessOptions
+    sources: tuple[TextSource, ...]
     dtype: str
     eod_id: int | None
     shard_size: int
@@ -48,7 +41,7 @@ class Job:
 
 
 @dataclass
-class Shard:
+class EncodedShard:
     """One key's part of a unit. `lengths_hash` and `hash` are xxh3 (128 bits, hexadecimal) of the two files."""
 
     documents: int = 0
@@ -62,35 +55,22 @@ class Shard:
 
 @dataclass
 class UnitResult:
-    """What became of a unit. `records`: records read by source; `rejects`: (source, number, reason) of the first ones.
+    """The result of a unit. `records`: records read by source; `rejects`: (source, number, reason) of the first ones.
 
     Numbers count from the start of this unit's part of the source, except bytes of text, which count from its beginning.
-    `fault`: (source, number, reason) that stopped the unit. `failure`: an error that a user has to mend.
-    `mismatch`: a text that the fast back end encodes differently; the unit was then done by the tokenizer's own library.
+    `fault`: (source, number, reason) that stopped the unit.
+    `mismatch`: a text that the fast back end encodes differently; the unit was then encoded by the tokenizer's own library.
     """
 
     index: int
-    shards: list[Shard] = field(default_factory=list)
+    shards: list[EncodedShard] = field(default_factory=list)
     records: dict[int, int] = field(default_factory=dict)
-    blank_lines: int = 0
-    rejected: int = 0
-    replaced: int = 0
-    duplicate_keys: int = 0
+    counts: RecordCounts = field(default_factory=RecordCounts)
     long_documents: int = 0
     rejects: list[tuple[int, int, str]] = field(default_factory=list)
     first_duplicate: tuple[int, int] | None = None
     fault: tuple[int, int, str] | None = None
     mismatch: str | None = None
-
-
-@dataclass
-class Tally:
-    """What a unit has done so far, told now and then."""
-
-    documents: int = 0
-    text_bytes: int = 0
-    tokens: int = 0
-    rejected: int = 0
 
 
 class _Stopped(Exception):
@@ -107,30 +87,24 @@ def shard_paths(folder: Path, unit: int, key: int) -> tuple[Path, Path]:
     return stem.with_suffix(".bin"), stem.with_suffix(".len")
 
 
-def encode_unit(job: Job, unit: Unit, tell: Callable[[Tally], None]) -> UnitResult:
+def encode_unit(job: EncodeJob, unit: WorkUnit) -> UnitResult:
     """Writes the shards of a unit. A fast back end found wrong on it is replaced by the tokenizer's own library."""
     try:
-        return _encode(job, unit, job.encoder, tell)
+        return _encode(job, unit, job.encoder)
     except _Mismatch as found:
-        result = _encode(job, unit, NativeEncoder(job.encoder.reference), tell)
+        result = _encode(job, unit, NativeEncoder(job.encoder.reference))
         result.mismatch = str(found)
         return result
 
 
-def _encode(job: Job, unit: Unit, encoder: Encoder, tell: Callable[[Tally], None]) -> UnitResult:
+def _encode(job: EncodeJob, unit: WorkUnit, encoder: Encoder) -> UnitResult:
     result = UnitResult(unit.index)
-    tally = Tally()
-    writers = [_ShardWriter(job, unit.index, number, encoder, tally) for number in range(len(job.keys))]
-    told = time.monotonic()
+    writers = [_ShardWriter(job, unit.index, number, encoder) for number in range(len(job.options.json_keys))]
     try:
         for piece in unit.pieces:
             for texts in _texts(job, piece, result):
                 for writer, text in zip(writers, texts, strict=True):
                     writer.add(text)
-                if time.monotonic() - told > TELL_SECONDS:
-                    told = time.monotonic()
-                    tally.rejected = result.rejected + len(result.rejects)
-                    tell(tally)
         for writer in writers:
             result.shards.append(writer.finish())
     except _Stopped:
@@ -139,35 +113,41 @@ def _encode(job: Job, unit: Unit, encoder: Encoder, tell: Callable[[Tally], None
         for writer in writers:
             writer.close()
     result.long_documents = sum(writer.long_documents for writer in writers)
-    if job.long_documents == "skip":
-        result.rejected += result.long_documents
+    if job.options.long_documents == "skip":
+        result.counts.rejected += result.long_documents
     return result
 
 
-def _texts(job: Job, piece: Piece, result: UnitResult) -> Iterator[tuple[str, ...]]:
-    """Documents of a piece, with what reading met added to `result`."""
+def _texts(job: EncodeJob, piece: InputPiece, result: UnitResult) -> Iterator[tuple[str, ...]]:
+    """Documents of a piece, with the counts of reading added to `result`."""
+    source, options = job.sources[piece.source], job.options
     before = result.records.get(piece.source, 0)
-    relative = job.sources[piece.source].format != "text"
 
     def on_fault(number: int, reason: str) -> None:
-        place = number + (before if relative else piece.offset if number >= 0 else 0)
-        if job.on_error == "fail":
-            result.fault = (piece.source, place, reason)
+        if source.format != "text":
+            number += before
+        elif number >= 0:
+            number += piece.offset
+        if options.on_error == "fail":
+            result.fault = (piece.source, number, reason)
             raise _Stopped
         if len(result.rejects) < MAX_RECORDED_REJECTS:
-            result.rejects.append((piece.source, place, reason))
+            result.rejects.append((piece.source, number, reason))
 
-    reader = RecordReader(job.keys, on_fault, repair=job.on_error == "replace")
-    yield from read_piece(job.sources[piece.source], piece, reader, job.separator)
-    _add_counts(result, reader.counts, piece.source, before)
+    reader = RecordReader(options.json_keys, on_fault, repair=options.on_error == "replace")
+    yield from read_piece(source, piece, reader, options.separator)
+    result.records[piece.source] = before + reader.counts.records
+    result.counts.add(reader.counts)
+    if reader.counts.duplicate_keys and result.first_duplicate is None:
+        result.first_duplicate = (piece.source, before + reader.counts.first_duplicate)
 
 
 def read_piece(
-    source: Source, piece: Piece, reader: RecordReader, separator: bytes | None
+    source: TextSource, piece: InputPiece, reader: RecordReader, separator: bytes | None
 ) -> Iterator[tuple[str, ...]]:
     """Texts of the documents of a piece of a source."""
-    if source.format == "parquet":
-        yield from reader.rows(read_rows(piece.path, piece.start, piece.end, reader.keys))
+    if source.format == "parquet" and not piece.spooled:
+        yield from reader.rows(read_row_groups(piece.path, piece.start, piece.end, reader.keys))
         return
     with open(piece.path, "rb", buffering=BUFFER_BYTES) as stream:
         stream.seek(piece.start)
@@ -178,36 +158,26 @@ def read_piece(
             yield from reader.json_lines(source.name, stream, size, piece.offset == 0)
 
 
-def _add_counts(result: UnitResult, counts: Counts, source: int, before: int) -> None:
-    result.records[source] = before + counts.records
-    result.blank_lines += counts.blank_lines
-    result.rejected += counts.rejected
-    result.replaced += counts.replaced
-    result.duplicate_keys += counts.duplicate_keys
-    if counts.duplicate_keys and result.first_duplicate is None:
-        result.first_duplicate = (source, before + counts.first_duplicate)
-
-
 class _ShardWriter:
     """Gathers the texts of one key into batches, encodes them and writes tokens and lengths."""
 
-    def __init__(self, job: Job, unit: int, key: int, encoder: Encoder, tally: Tally) -> None:
-        self._job, self._encoder, self._tally = job, encoder, tally
+    def __init__(self, job: EncodeJob, unit: int, key: int, encoder: Encoder) -> None:
+        self._options, self._encoder = job.options, encoder
         self._texts: list[str] = []
         self._pending = 0
         paths = shard_paths(job.folder, unit, key)
         self._bin, self._len = (_HashedFile(path) for path in paths)
-        self._shard = Shard()
+        self._shard = EncodedShard()
         self._dtype = np.dtype(job.dtype)
         self._eod_id = job.eod_id
         self.long_documents = 0
-        # Which stretches of the input are compared is a matter of where the unit lies, not of who does it.
+        # Which stretches of the input are compared depends on the position of the unit, not on its worker.
         first = unit * job.shard_size
         crossed = first // CHECK_EVERY_BYTES != (first - job.shard_size) // CHECK_EVERY_BYTES
         self._check_at = 0 if crossed else CHECK_EVERY_BYTES - first % CHECK_EVERY_BYTES
 
     def add(self, text: str) -> None:
-        limit = self._job.max_doc_bytes
+        limit = self._options.max_doc_bytes
         if limit and len(text) * 4 > limit and _size(text) > limit:
             self._add_long(text)
             return
@@ -218,10 +188,10 @@ class _ShardWriter:
 
     def _add_long(self, text: str) -> None:
         self.long_documents += 1
-        if self._job.long_documents == "skip":
+        if self._options.long_documents == "skip":
             return
         self._flush()
-        parts = [self._encoder.encode([part])[0] for part in split_text(text, self._job.max_doc_bytes)]
+        parts = [self._encoder.encode([part])[0] for part in split_text(text, self._options.max_doc_bytes)]
         self._write([np.concatenate(parts)], _size(text))
 
     def _flush(self) -> None:
@@ -258,7 +228,7 @@ class _ShardWriter:
                 self._shard.unknown -= int(full.sum())
         tokens = ids.astype(self._dtype)
         empty = len(lengths) - int(full.sum())
-        if not self._job.keep_empty:
+        if not self._options.keep_empty:
             lengths = lengths[full]
         self._shard.empty += empty
         self._shard.documents += len(lengths)
@@ -266,11 +236,8 @@ class _ShardWriter:
         self._shard.text_bytes += size
         self._bin.write(tokens.data)
         self._len.write(lengths.astype("<i4").data)
-        self._tally.documents += len(arrays)
-        self._tally.text_bytes += size
-        self._tally.tokens += tokens.size
 
-    def finish(self) -> Shard:
+    def finish(self) -> EncodedShard:
         self._flush()
         self._shard.hash, self._shard.lengths_hash = self._bin.finish(), self._len.finish()
         return self._shard

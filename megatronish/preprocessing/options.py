@@ -54,6 +54,11 @@ class PreprocessOptions:
     resume: bool = False
     log_interval: int = 0
 
+    @property
+    def separator(self) -> bytes | None:
+        """`doc_separator` in UTF-8."""
+        return self.doc_separator.encode("utf-8") if self.doc_separator else None
+
     def recorded(self, key: str) -> dict[str, Any]:
         """The options that shape the result, as the manifest keeps them (not workers, back end, overwriting or logging)."""
         source = {"inputs": list(self.inputs)} if self.inputs else default_corpus_description()

@@ -1,157 +1,102 @@
-"""Processes that do units and hand back the results in order, however many there are.
+"""Worker processes that encode units; results come back in order, however many workers there are.
 
-Workers are forked, so the tokenizer is loaded once and its memory shared. One that dies ends the run with an error; when
-the parent is killed, the workers see it within a batch and go too.
+Workers are forked, so the tokenizer is loaded once and its memory shared. A worker that dies ends the run with an error; when
+the parent is killed, its workers exit within a fraction of a second.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import os
 import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
-from typing import Any
 
 from megatronish.errors import DataError
-from megatronish.preprocessing.encoding import Job, Tally, UnitResult, encode_unit
-from megatronish.preprocessing.units import Unit
+from megatronish.preprocessing.encoding import EncodeJob, UnitResult, encode_unit
+from megatronish.preprocessing.units import WorkUnit
 
-# Units that a worker holds at a time: the next one waits in its pipe while the present one is done.
-DEPTH = 2
-# Units begun but not yet taken over, for each worker: bounds the shards that wait on the disk for an earlier one.
+# Units submitted and not yet committed, per worker: bounds the shards on disk that wait for an earlier one.
 WINDOW = 4
+PARENT_CHECK_SECONDS = 0.1
 
 
 class WorkerDied(RuntimeError):
     """A worker ended without a result."""
 
 
-@dataclass
-class _Worker:
-    process: BaseProcess
-    pipe: Connection
-    held: set[int] = field(default_factory=set)
-
-
-def results(
-    job: Job, units: Iterator[Unit], workers: int, tell: Callable[[int, Tally], None]
-) -> Iterator[tuple[Unit, UnitResult]]:
-    """Each unit with its result, in order. `tell(unit, tally)` is called while units are being done.
+def results(job: EncodeJob, units: Iterator[WorkUnit], workers: int) -> Iterator[tuple[WorkUnit, UnitResult]]:
+    """Each unit with its result, in order; a result with a `fault` is the last.
 
     An error of making the units is raised after the results of the units before it; one of a worker (DataError, OSError)
-    in place of its unit's result.
+    instead of its unit's result.
     """
     gc.enable()  # tools/preprocess_data.py starts without it
-    if workers == 1 or "fork" not in multiprocessing.get_all_start_methods():
+    first = list(itertools.islice(units, 2))
+    units = itertools.chain(first, units)
+    if workers == 1 or len(first) < 2 or "fork" not in multiprocessing.get_all_start_methods():
         for unit in units:
-            yield unit, encode_unit(job, unit, lambda tally, index=unit.index: tell(index, tally))  # type: ignore[misc]
+            yield unit, encode_unit(job, unit)
         return
-    gc.freeze()  # a collection in a worker would else write to, and so copy, every page of objects that it shares
-    pool = _Pool(job, workers, tell)
+    gc.freeze()  # a collection in a worker would otherwise write to, and so copy, every page of shared objects
+    sys.stdout.flush()
+    sys.stderr.flush()
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job, os.getpid()))
+    pool.submit(os.getpid)  # the first task starts all workers
+    processes = list(pool._processes.values())  # not active_children(), which forgets a worker that has died already
     try:
-        yield from pool.run(units)
+        yield from _in_order(pool, units, WINDOW * workers)
+    except BrokenProcessPool:
+        raise _death(processes) from None
     finally:
-        pool.close()
+        for process in processes:
+            process.terminate()
+        pool.shutdown(cancel_futures=True)
         gc.unfreeze()
 
 
-class _Pool:
-    def __init__(self, job: Job, workers: int, tell: Callable[[int, Tally], None]) -> None:
-        self._job, self._count, self._tell = job, workers, tell
-        self._workers: list[_Worker] = []
-        self._finished: dict[int, UnitResult | BaseException] = {}
-        self._units: dict[int, Unit] = {}
-
-    def run(self, units: Iterator[Unit]) -> Iterator[tuple[Unit, UnitResult]]:
-        following: int | None = None
-        stop: BaseException | None = None
-        while True:
-            while stop is None and len(self._units) < WINDOW * self._count and (worker := self._free()):
-                try:
-                    unit = next(units)
-                except StopIteration:
-                    stop = StopIteration()
-                except (DataError, OSError) as error:
-                    stop = error
-                else:
-                    following = unit.index if following is None else following
-                    self._units[unit.index] = unit
-                    worker.held.add(unit.index)
-                    _send(worker, unit)
-            while following is not None and following in self._finished:
-                result = self._finished.pop(following)
-                unit = self._units.pop(following)
-                following += 1
-                if isinstance(result, BaseException):
-                    raise result
-                yield unit, result
-                if result.fault is not None:
-                    return
-            if self._units:
-                self._receive()
-            elif stop is not None:
-                if not isinstance(stop, StopIteration):
-                    raise stop
-                return
-
-    def _free(self) -> _Worker | None:
-        """The worker with the least to do, a new one if all have something and there may be more; None if all are full."""
-        idle = min(self._workers, key=lambda worker: len(worker.held), default=None)
-        if idle is not None and not idle.held:
-            return idle
-        if len(self._workers) < self._count:
-            self._workers.append(self._start())
-            return self._workers[-1]
-        return idle if idle is not None and len(idle.held) < DEPTH else None
-
-    def _start(self) -> _Worker:
-        context = multiprocessing.get_context("fork")
-        ours, theirs = context.Pipe()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        process = context.Process(target=_serve, args=(self._job, theirs, ours, os.getpid()), daemon=True)
-        process.start()
-        theirs.close()
-        return _Worker(process, ours)
-
-    def _receive(self) -> None:
-        busy = {worker.pipe: worker for worker in self._workers if worker.held}
-        for pipe in wait(list(busy)):
-            worker = busy[pipe]  # type: ignore[index]
+def _in_order(
+    pool: ProcessPoolExecutor, units: Iterator[WorkUnit], window: int
+) -> Iterator[tuple[WorkUnit, UnitResult]]:
+    submitted: deque[tuple[WorkUnit, Future[UnitResult]]] = deque()
+    error: Exception | None = None
+    exhausted = False
+    while True:
+        while not exhausted and len(submitted) < window:
             try:
-                index, message = worker.pipe.recv()
-            except (EOFError, ConnectionResetError):
-                raise _death(worker) from None
-            if isinstance(message, Tally):
-                self._tell(index, message)
-                continue
-            worker.held.discard(index)
-            self._finished[index] = message
-
-    def close(self) -> None:
-        for worker in self._workers:
-            worker.pipe.close()
-            worker.process.terminate()
-        for worker in self._workers:
-            worker.process.join()
-
-
-def _send(worker: _Worker, unit: Unit) -> None:
-    try:
-        worker.pipe.send(unit)
-    except (BrokenPipeError, ConnectionResetError):
-        raise _death(worker) from None
+                unit = next(units)
+            except StopIteration:
+                exhausted = True
+            except (DataError, OSError) as found:
+                error, exhausted = found, True
+            else:
+                submitted.append((unit, pool.submit(_encode_in_worker, unit)))
+        if not submitted:
+            break
+        unit, future = submitted.popleft()
+        result = future.result()
+        yield unit, result
+        if result.fault is not None:
+            return
+    if error is not None:
+        raise error
 
 
-def _death(worker: _Worker) -> WorkerDied:
-    worker.process.join(5)
-    code = worker.process.exitcode
+def _death(processes: Sequence[BaseProcess]) -> WorkerDied:
+    """Which signal ended a worker; the others are then terminated by the pool."""
+    for process in processes:
+        process.join(5)
+    codes = [process.exitcode for process in processes]
+    code = next((code for code in codes if code not in (0, None, -signal.SIGTERM)), codes[0])
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         memory = " (out of memory? try fewer --workers)" if -code == signal.SIGKILL else ""
@@ -159,31 +104,25 @@ def _death(worker: _Worker) -> WorkerDied:
     return WorkerDied(f"a worker ended with status {code}")
 
 
-def _serve(job: Job, pipe: Connection, parents_end: Connection, parent: int) -> None:
-    """The life of a worker: a unit in, its result out, until the pipe closes."""
-    parents_end.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+_job: EncodeJob  # of a worker, set once by its initializer
+
+
+def _start_worker(job: EncodeJob, parent: int) -> None:
+    global _job
+    _job = job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # One thread a worker: the workers share the cores, and a thread pool of the parent does not live on here.
+    # One thread per worker: the workers share the cores, and a thread pool of the parent does not survive a fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
 
-    def send(index: int, message: Any) -> None:
-        if os.getppid() != parent:
-            os._exit(1)
-        pipe.send((index, message))
 
-    while True:
-        try:
-            unit = pipe.recv()
-        except (EOFError, OSError):
-            os._exit(0)
-        try:
-            result: Any = encode_unit(job, unit, lambda tally, index=unit.index: send(index, tally))  # type: ignore[misc]
-        except (DataError, OSError) as error:
-            result = error
-        except BaseException:
-            result = RuntimeError(f"in a worker:\n{traceback.format_exc()}")
-        try:
-            send(unit.index, result)
-        except BrokenPipeError:
-            os._exit(0)
+def _exit_with(parent: int) -> None:
+    """Ends this worker when the parent is gone: it would wait for units, holding the lock of the output, for ever."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_SECONDS)
+    os._exit(1)
+
+
+def _encode_in_worker(unit: WorkUnit) -> UnitResult:
+    return encode_unit(_job, unit)

@@ -1,14 +1,16 @@
-"""Text in, a committed data set out: cut into units, encode them in workers, append in order, rename, the manifest last.
+"""Text to a committed data set: cut into units, encode them in workers, append in order, rename, the manifest last.
 
-A run that is killed leaves nothing under the final name (or, between the renames, files without a manifest, which no
-reader accepts), and its finished units where `resume` finds them. Memory does not grow with the input.
+A killed run leaves nothing under the final name (or, between the renames, files without a manifest, which no reader accepts),
+and its finished units for `resume`. Memory does not grow with the input.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,17 @@ import numpy as np
 from megatronish.data.indexed.builder import write_index
 from megatronish.data.indexed.format import best_dtype, bin_path, idx_path
 from megatronish.data.indexed.manifest import DatasetManifest, manifest_path, read_manifest
-from megatronish.data.readers.documents import SKIP_HINT, DocumentReader
-from megatronish.data.readers.inputs import Source, check_keys, file_source, find_inputs, is_remote, mapping_of
-from megatronish.data.readers.records import RecordReader
+from megatronish.data.readers.documents import DocumentReader
+from megatronish.data.readers.inputs import Row, TextSource, check_keys, find_inputs, is_remote
+from megatronish.data.readers.locations import TextLocation, resolve
+from megatronish.data.readers.records import SKIP_HINT, RecordReader
 from megatronish.data.tokenizers.backends import choose_encoder
 from megatronish.data.tokenizers.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe
 from megatronish.errors import DataError
 from megatronish.files import write_atomic
 from megatronish.preprocessing.corpus import default_corpus, default_corpus_description
-from megatronish.preprocessing.encoding import Job, Tally, UnitResult, read_piece
-from megatronish.preprocessing.journal import Staging, read_plan
+from megatronish.preprocessing.encoding import EncodeJob, UnitResult, read_piece
+from megatronish.preprocessing.journal import UnfinishedOutput, read_plan
 from megatronish.preprocessing.options import (
     DEFAULT_OUTPUT_PREFIX,
     DEFAULT_VOCAB_SIZE,
@@ -44,7 +47,7 @@ from megatronish.preprocessing.publish import (
     summary,
     tokenizer_record,
 )
-from megatronish.preprocessing.units import Planner, Unit
+from megatronish.preprocessing.units import Planner, WorkUnit
 
 __all__ = [
     "DEFAULT_OUTPUT_PREFIX",
@@ -61,38 +64,38 @@ SAMPLE_DOCUMENT_CHARACTERS = 1 << 12
 LENGTHS_AT_A_TIME = 1 << 20
 
 
-def preprocess(options: PreprocessOptions, say: Callable[[str], None]) -> list[PreprocessResult]:
-    """Prepares one data set a JSON key at `OUTPUT_PREFIX_KEY_document`. `say` takes one line of news at a time.
+def preprocess(options: PreprocessOptions, report: Callable[[str], None]) -> list[PreprocessResult]:
+    """Prepares one data set a JSON key at `OUTPUT_PREFIX_KEY_document`. `report` is called with each line to print.
 
     Raises DataError for anything the user can put right, OSError when the disk does not serve.
     """
     check_options(options)
     prefixes = output_prefixes(options)
-    folder = Staging.folder_of(options.output_prefix)
-    _meet_unfinished(folder, options)
+    folder = UnfinishedOutput.folder_of(options.output_prefix)
+    _check_unfinished(folder, options)
     if not options.overwrite:
         reuse = not options.inputs or options.resume
         done = [_existing(prefix, options.recorded(key), refuse=not reuse) for key, prefix in prefixes.items()]
         if all(result is not None for result in done):
             return [result for result in done if result is not None]
-    sources = find_sources(options, say)
+    sources = find_sources(options, report)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         where = folder.parent
         raise DataError(f"--output-prefix {options.output_prefix}: cannot write in {where}: {error.strerror}") from None
-    staging = Staging(folder, len(prefixes), sources)
+    output = UnfinishedOutput(folder, len(prefixes), sources)
     finished = False
     try:
-        finished_sets = _Run(options, sources, staging, say).run(prefixes)
+        results = _Run(options, sources, output, report).run(prefixes)
         finished = True
-        return finished_sets
+        return results
     except (DataError, OSError, WorkerDied, KeyboardInterrupt):
-        if staging.state.units:
-            say(f"{staging.state.units:,} finished units are kept in {folder}; --resume goes on after them")
+        if output.state.units:
+            report(f"{output.state.units:,} finished units are kept in {folder}; --resume resumes after them")
         raise
     finally:
-        staging.close(keep=not finished and staging.state.units > 0)
+        output.close(keep=not finished and output.state.units > 0)
 
 
 def output_prefixes(options: PreprocessOptions) -> dict[str, str]:
@@ -100,36 +103,54 @@ def output_prefixes(options: PreprocessOptions) -> dict[str, str]:
     return {key: f"{options.output_prefix}_{key}_document" for key in options.json_keys}
 
 
-def find_sources(options: PreprocessOptions, say: Callable[[str], None]) -> list[Source]:
-    """The inputs, in order. Raises DataError for what cannot be read; empty files are told and left out."""
+def find_sources(options: PreprocessOptions, report: Callable[[str], None]) -> list[TextSource]:
+    """The inputs, in order. Raises DataError for what cannot be read; empty files are reported and left out."""
     if not options.inputs:
-        told: set[str] = set()
+        notes: set[str] = set()
 
-        def say_once(line: str) -> None:
-            if line not in told:  # the corpus is read twice: for the tokenizer, and to be encoded
-                told.add(line)
-                say(line)
+        def report_once(line: str) -> None:
+            if line not in notes:  # the corpus is read twice: for the tokenizer, and to be encoded
+                notes.add(line)
+                report(line)
 
         description = default_corpus_description()
-        return [Source(" ".join(description.values()), "rows", rows=lambda: _default_rows(say_once))]
-    sources: list[Source] = []
-    for elsewhere, patterns in itertools.groupby(options.inputs, is_remote):
-        if elsewhere:
-            from megatronish.data.readers.hub import remote_source  # and with it what speaks HTTP
-
-            sources += [remote_source(spec, options.json_keys, say) for spec in patterns]
+        return [TextSource(" ".join(description.values()), "rows", rows=partial(_default_rows, report_once))]
+    sources: list[TextSource] = []
+    for remote, patterns in itertools.groupby(options.inputs, is_remote):
+        if remote:
+            sources += [source for spec in patterns for source in _remote_sources(spec, options.json_keys, report)]
         else:
-            sources += map(file_source, find_inputs(list(patterns)))
+            sources += find_inputs(list(patterns))
     check_keys(sources, options.json_keys)
-    empty = [source.name for source in sources if source.format != "rows" and source.size == 0]
+    empty = [source.name for source in sources if not source.remote and source.rows is None and source.size == 0]
     if empty:
-        say(f"{len(empty):,} empty files left out, such as {empty[0]}")
+        report(f"{len(empty):,} empty files left out, such as {empty[0]}")
     return [source for source in sources if source.name not in set(empty)]
 
 
-def _default_rows(say: Callable[[str], None]) -> Iterator[Mapping[str, Any]]:
-    for _, text in default_corpus(say):
-        yield {"text": text}
+def _default_rows(report: Callable[[str], None], keys: Sequence[str], start: int) -> Iterator[Row]:
+    return ({"text": text} for _, text in default_corpus(report))
+
+
+def _remote_sources(spec: str, keys: Sequence[str], report: Callable[[str], None]) -> list[TextSource]:
+    """The shards of an `hf://` or http(s) input. With --json-keys left out, the fields of a known data set are joined."""
+    try:
+        location = resolve(spec)
+    except DataError as error:
+        raise DataError(f"--input {error}") from None
+    name = f"{spec} at {location.revision[:12]}" if location.revision else spec
+    report(f"{name}: {len(location.sources):,} shards{f'; licence: {location.licence}' if location.licence else ''}")
+    if tuple(keys) != PreprocessOptions.json_keys or location.keys == PreprocessOptions.json_keys:
+        return list(location.sources)
+    return [replace(source, rows=partial(_joined_rows, source, location)) for source in location.sources]
+
+
+def _joined_rows(source: TextSource, location: TextLocation, keys: Sequence[str], start: int) -> Iterator[Row]:
+    assert source.rows is not None
+    for row in source.rows(location.keys, start):
+        texts = [row[key] for key in location.keys]
+        complete = all(isinstance(text, str) for text in texts)
+        yield {"text": "\n\n".join(filter(None, texts)) if complete else None}
 
 
 def _existing(prefix: str, recorded: dict[str, Any], refuse: bool) -> PreprocessResult | None:
@@ -141,33 +162,31 @@ def _existing(prefix: str, recorded: dict[str, Any], refuse: bool) -> Preprocess
     if manifest_path(prefix) not in there:
         raise DataError(f"{there[0]} exists without a manifest (unfinished, or made by another tool); {again}")
     if refuse:
-        raise DataError(f"{prefix}: a data set is already there; {again}")
+        raise DataError(f"{prefix}: a data set exists already; {again}")
     manifest = read_manifest(prefix)
     changed = [key for key in sorted({*recorded, *manifest.options}) if recorded.get(key) != manifest.options.get(key)]
     if changed:
         was = ", ".join(f"{key} {manifest.options.get(key)!r} (now {recorded.get(key)!r})" for key in changed)
-        raise DataError(f"{prefix}: a data set is already there, made with other options: {was}; {again}")
+        raise DataError(f"{prefix}: a data set exists already, made with other options: {was}; {again}")
     return PreprocessResult(prefix, manifest, already_there=True)
 
 
-def _meet_unfinished(folder: Path, options: PreprocessOptions) -> None:
-    """The work of a killed run is not thrown away unasked; the bare command goes on with it.
+def _check_unfinished(folder: Path, options: PreprocessOptions) -> None:
+    """Keeps the units of a killed run unless --overwrite is given; the bare command resumes by itself.
 
-    A run that was killed between the renames that end it is taken to its end first.
+    A run that was killed between the renames that end it is completed first. Raises DataError.
     """
     if options.overwrite or read_plan(folder) is None:
         return
     if options.inputs and not options.resume:
-        raise DataError(
-            f"{folder}: an unfinished run of this output is there; --resume goes on with it, --overwrite starts anew"
-        )
+        raise DataError(f"{folder}: an unfinished run of this output; --resume resumes it, --overwrite starts again")
     if (folder / READY).exists():
-        staging = Staging(folder, 0, ())
+        output = UnfinishedOutput(folder, 0, ())
         commit(folder)
-        staging.close(keep=False)
+        output.close(keep=False)
 
 
-def open_tokenizer(options: PreprocessOptions, sources: list[Source], say: Callable[[str], None]) -> Tokenizer:
+def open_tokenizer(options: PreprocessOptions, sources: list[TextSource], report: Callable[[str], None]) -> Tokenizer:
     """The tokenizer that the options name or train."""
     if options.tokenizer_model is not None:
         tokenizer = load_tokenizer(options.tokenizer_model, eod_token=options.eod_token)
@@ -179,7 +198,7 @@ def open_tokenizer(options: PreprocessOptions, sources: list[Source], say: Calla
     elif options.vocab_file is not None and options.merge_file is not None:
         tokenizer = gpt2_tokenizer(options.vocab_file, options.merge_file, options.eod_token)
     else:
-        tokenizer = _trained(options, sources, say)
+        tokenizer = _trained(options, sources, report)
     if options.append_eod and tokenizer.eod_id is None:
         raise DataError(
             f"--append-eod: the tokenizer {options.tokenizer_model} names no end-of-document token; name one with --eod-token"
@@ -187,61 +206,56 @@ def open_tokenizer(options: PreprocessOptions, sources: list[Source], say: Calla
     return tokenizer
 
 
-def _trained(options: PreprocessOptions, sources: list[Source], say: Callable[[str], None]) -> Tokenizer:
+def _trained(options: PreprocessOptions, sources: list[TextSource], report: Callable[[str], None]) -> Tokenizer:
     assert options.train_tokenizer is not None
-    say(f"training a byte-level BPE tokenizer with a vocabulary of {options.train_tokenizer:,}")
+    report(f"training a byte-level BPE tokenizer with a vocabulary of {options.train_tokenizer:,}")
     progress = Progress("reading for the tokenizer", options.log_interval)
     tokenizer = train_bpe(_training_texts(options, sources, progress), options.train_tokenizer)
-    say(f"tokenizer trained: {tokenizer.vocab_size:,} tokens, {progress.seconds:.1f} s")
+    report(f"tokenizer trained: {tokenizer.vocab_size:,} tokens, {progress.seconds:.1f} s")
     return tokenizer
 
 
-def _training_texts(options: PreprocessOptions, sources: list[Source], progress: Progress) -> Iterator[str]:
+def _training_texts(options: PreprocessOptions, sources: list[TextSource], progress: Progress) -> Iterator[str]:
     """Every text of the input, for training a tokenizer. Raises DataError if there is none."""
+    reader = DocumentReader(sources, options.json_keys, options.doc_separator, options.on_error)
     text_bytes = documents = 0
-    total = sum(source.size for source in sources)
-    before = 0
-    for source in sources:
-        if source.rows is not None:
-            values = (mapping_of(row).get(key) for row in source.rows() for key in options.json_keys)
-            texts = (value for value in values if isinstance(value, str))
-            reader = None
-        else:
-            reader = DocumentReader([Path(source.name)], options.json_keys, options.doc_separator, options.on_error)
-            texts = (text for document in reader for text in document.texts)
-        for text in texts:
+    for document in reader:
+        for text in document.texts:
             documents += 1
-            text_bytes += len(text.encode("utf-8", "replace"))
+            text_bytes += len(text.encode("utf-8"))
             yield text
-            read = before + (reader.report.bytes_read if reader is not None else 0)
-            progress.update(documents, text_bytes, None, read / total if total else None)
-        before += source.size
+        progress.update(
+            documents, text_bytes, None, reader.bytes_read / reader.total_bytes if reader.total_bytes else None
+        )
     if text_bytes == 0:
         raise DataError("no document with text in the input; nothing was written")
 
 
 class _Run:
-    """One run of `preprocess` into a staging folder."""
+    """One run of `preprocess` into the folder of an unfinished output."""
 
     def __init__(
-        self, options: PreprocessOptions, sources: list[Source], staging: Staging, say: Callable[[str], None]
+        self,
+        options: PreprocessOptions,
+        sources: list[TextSource],
+        output: UnfinishedOutput,
+        report: Callable[[str], None],
     ) -> None:
-        self._options, self._sources, self._staging, self._say = options, sources, staging, say
+        self._options, self._sources, self._output, self._report = options, sources, output, report
         self._total = sum(source.size for source in sources)
         self._progress = Progress("tokenising", options.log_interval)
-        self._running: dict[int, Tally] = {}
 
     def run(self, prefixes: dict[str, str]) -> list[PreprocessResult]:
-        options, staging = self._options, self._staging
+        options, output = self._options, self._output
         if not self._sources:
             raise DataError("no document with text in the input; nothing was written")
         resuming = options.resume or not options.inputs
-        there = read_plan(staging.folder) if resuming and not options.overwrite else None
-        kept = staging.folder / "trained.tokenizer.json"
+        there = read_plan(output.folder) if resuming and not options.overwrite else None
+        kept = output.folder / "trained.tokenizer.json"
         if there is not None and options.train_tokenizer is not None and kept.exists():
             tokenizer: Tokenizer = load_tokenizer(kept)
         else:
-            tokenizer = open_tokenizer(options, self._sources, self._say)
+            tokenizer = open_tokenizer(options, self._sources, self._report)
         size = shard_bytes(options.shard_size or (there or {}).get("shard_size"), self._total)
         dtype = token_dtype(options.dtype, tokenizer.vocab_size)
         plan = {
@@ -254,103 +268,92 @@ class _Run:
             "inputs": [source.signature for source in self._sources],
         }
         if there is not None:
-            staging.resume(plan)
-            if staging.state.units:
-                self._say(f"going on after {staging.state.units:,} finished units")
+            output.resume(plan)
+            if output.state.units:
+                self._report(f"resuming after {output.state.units:,} finished units")
         else:
-            staging.begin(plan)
+            output.begin(plan)
             if options.train_tokenizer is not None:
-                tokenizer.save(staging.folder / "trained")
+                tokenizer.save(output.folder / "trained")
         job = self._encode(tokenizer, size, dtype)
         return self._finish(prefixes, tokenizer, job)
 
-    def _encode(self, tokenizer: Tokenizer, size: int, dtype: np.dtype[Any]) -> Job:
-        options, staging = self._options, self._staging
-        separator = options.doc_separator.encode("utf-8") if options.doc_separator else None
-        planner = Planner(self._sources, options.json_keys, separator, size, staging.folder)
-        units = planner.units(staging.state.units, staging.state.pieces)
+    def _encode(self, tokenizer: Tokenizer, size: int, dtype: np.dtype[Any]) -> EncodeJob:
+        options, output = self._options, self._output
+        planner = Planner(self._sources, options.json_keys, options.separator, size, output.folder)
+        units = planner.units(output.state.units, output.state.pieces)
         first = next(units, None)
-        sample = [] if first is None else sample_texts(self._sources, first, options, separator)
-        job = Job(
-            sources=tuple(self._sources),
-            keys=options.json_keys,
-            separator=separator,
-            on_error=options.on_error,
-            max_doc_bytes=options.max_doc_bytes,
-            long_documents=options.long_documents,
-            keep_empty=options.keep_empty,
+        sample = [] if first is None else sample_texts(self._sources, first, options)
+        job = EncodeJob(
+            options,
+            tuple(self._sources),
             dtype=dtype.str,
             eod_id=tokenizer.eod_id if options.append_eod else None,
             shard_size=size,
-            folder=staging.folder,
-            encoder=choose_encoder(options.backend, tokenizer, sample, self._say),
+            folder=output.folder,
+            encoder=choose_encoder(options.backend, tokenizer, sample, self._report),
         )
         if first is not None:
             all_units = itertools.chain([first], units)
-            for unit, result in results(job, all_units, options.workers, self._tell):
+            for unit, result in results(job, all_units, options.workers):
                 self._take(unit, result)
-        self._show(None, finish=True)
+        self._show(finish=True)
         return job
 
-    def _take(self, unit: Unit, result: UnitResult) -> None:
+    def _take(self, unit: WorkUnit, result: UnitResult) -> None:
         """Commits a unit, or raises the fault that stopped it."""
-        self._running.pop(unit.index, None)
-        staging = self._staging
+        output = self._output
         if result.fault is not None:
             source, number, reason = result.fault
-            raise DataError(f"{staging.place(source, number)}: {reason} ({SKIP_HINT})")
+            raise DataError(f"{output.place(source, number)}: {reason} ({SKIP_HINT})")
         if result.mismatch is not None:
-            self._say(
+            self._report(
                 f"unit {unit.index}: the fast back end differs from the tokenizer's own library for a text like "
                 f"{result.mismatch!r}; the unit was encoded by the latter. Please report it to the back end's authors"
             )
-        if result.first_duplicate is not None and not staging.state.counts["duplicate_keys"]:
-            self._say(f"{staging.place(*result.first_duplicate)}: a key comes twice in one object; the last one counts")
-        staging.commit(unit, result)
-        self._show(None)
+        if result.first_duplicate is not None and not output.state.counts["duplicate_keys"]:
+            self._report(
+                f"{output.place(*result.first_duplicate)}: a key comes twice in one object; the last one counts"
+            )
+        output.commit(unit, result)
+        self._show()
 
-    def _tell(self, index: int, tally: Tally) -> None:
-        self._running[index] = tally
-        self._show(tally)
-
-    def _show(self, tally: Tally | None, finish: bool = False) -> None:
-        state, running = self._staging.state, list(self._running.values())
-        documents = state.totals[0].documents + sum(t.documents for t in running)
-        text_bytes = sum(t.text_bytes for t in state.totals) + sum(t.text_bytes for t in running)
-        tokens = sum(t.tokens for t in state.totals) + sum(t.tokens for t in running)
-        errors = state.counts["rejected"] + sum(t.rejected for t in running)
+    def _show(self, finish: bool = False) -> None:
+        state = self._output.state
+        documents, errors = state.totals[0].documents, state.counts["rejected"]
+        text_bytes, tokens = sum(t.text_bytes for t in state.totals), sum(t.tokens for t in state.totals)
         if finish:
             self._progress.finish(documents, text_bytes, tokens, errors)
-            return
-        done = state.stored / self._total if self._total else None
-        self._progress.update(documents, text_bytes, tokens, min(1.0, done) if done is not None else None, errors)
+        else:
+            share = min(1.0, state.stored / self._total) if self._total else None
+            self._progress.update(documents, text_bytes, tokens, share, errors)
 
-    def _finish(self, prefixes: dict[str, str], tokenizer: Tokenizer, job: Job) -> list[PreprocessResult]:
-        staging, state = self._staging, self._staging.state
+    def _finish(self, prefixes: dict[str, str], tokenizer: Tokenizer, job: EncodeJob) -> list[PreprocessResult]:
+        output, state = self._output, self._output.state
         for key, total in zip(prefixes, state.totals, strict=True):
             if total.tokens == 0:
                 which = f"key {key!r}: " if len(prefixes) > 1 else ""
-                raise DataError(which + _no_documents(staging))
+                raise DataError(which + _no_documents(output))
         manifests, steps = {}, []
         for number, ((key, prefix), (tokens, lengths)) in enumerate(
-            zip(prefixes.items(), staging.finish(), strict=True)
+            zip(prefixes.items(), output.finish(), strict=True)
         ):
-            aside = staging.folder / Path(prefix).name
+            aside = output.folder / Path(prefix).name
             size, digest = write_index(idx_path(aside), job.dtype, lambda path=lengths: _lengths(path))  # type: ignore[misc]
             files = {
-                bin_path(aside).name: {"bytes": tokens.stat().st_size, "xxh3": staging.whole[number].hexdigest()},
+                bin_path(aside).name: {"bytes": tokens.stat().st_size, "xxh3": output.digests[number].hexdigest()},
                 idx_path(aside).name: {"bytes": size, "xxh3": digest},
             }
             manifests[prefix] = self._manifest(key, number, tokenizer, job, aside, files)
-            steps += steps_to_commit(staging.folder, prefix, manifests[prefix], {bin_path(aside).name: tokens.name})
-        write_atomic(staging.folder / READY, json.dumps(steps))
-        commit(staging.folder)
+            steps += steps_to_commit(output.folder, prefix, manifests[prefix], {bin_path(aside).name: tokens.name})
+        write_atomic(output.folder / READY, json.dumps(steps))
+        commit(output.folder)
         return [PreprocessResult(prefix, manifest, already_there=False) for prefix, manifest in manifests.items()]
 
     def _manifest(
-        self, key: str, number: int, tokenizer: Tokenizer, job: Job, aside: Path, files: dict[str, dict[str, Any]]
+        self, key: str, number: int, tokenizer: Tokenizer, job: EncodeJob, aside: Path, files: dict[str, dict[str, Any]]
     ) -> DatasetManifest:
-        state = self._staging.state
+        state = self._output.state
         total = state.totals[number]
         record, added = tokenizer_record(tokenizer, aside)
         return DatasetManifest(
@@ -377,13 +380,13 @@ class _Run:
         )
 
 
-def sample_texts(sources: list[Source], unit: Unit, options: PreprocessOptions, separator: bytes | None) -> list[str]:
+def sample_texts(sources: list[TextSource], unit: WorkUnit, options: PreprocessOptions) -> list[str]:
     """The beginnings of the first documents of a unit, faulty ones left out."""
     found: list[str] = []
     left = SAMPLE_CHARACTERS
     for piece in unit.pieces:
         reader = RecordReader(options.json_keys, lambda number, reason: None, repair=True)
-        for texts in read_piece(sources[piece.source], piece, reader, separator):
+        for texts in read_piece(sources[piece.source], piece, reader, options.separator):
             for text in texts:
                 found.append(text[:SAMPLE_DOCUMENT_CHARACTERS])
                 left -= len(found[-1]) + 64
@@ -411,8 +414,8 @@ def _lengths(path: Path) -> Iterator[np.ndarray]:
             yield np.frombuffer(raw, dtype="<i4")
 
 
-def _no_documents(staging: Staging) -> str:
-    counts, rejects = staging.state.counts, staging.state.rejects
+def _no_documents(output: UnfinishedOutput) -> str:
+    counts, rejects = output.state.counts, output.state.rejects
     return (
         f"no document with text in the input ({counts['rejected']} rejected, {counts['blank_lines']} blank lines"
         + (f"; first rejected: {rejects[0]['place']}: {rejects[0]['reason']}" if rejects else "")

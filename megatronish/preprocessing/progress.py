@@ -31,7 +31,7 @@ class Progress:
     def update(
         self, documents: int, text_bytes: int, tokens: int | None, fraction: float | None, errors: int = 0
     ) -> None:
-        """Tells the state; prints at most five times a second on a terminal, every ten seconds in a log."""
+        """Prints the state, at most every 0.2 s on a terminal and every 10 s in a log."""
         now = time.monotonic()
         due = self.log_interval > 0 and documents >= self._next_documents
         if due:

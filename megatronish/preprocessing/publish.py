@@ -1,4 +1,4 @@
-"""Bringing finished data sets to their names, so that they appear whole or not at all, and telling what they hold."""
+"""Renaming finished data sets into place, so that they appear completely or not at all, and their summary."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from megatronish.data.indexed.manifest import DatasetManifest, TokenizerRecord, 
 from megatronish.data.tokenizers.tokenizer import Tokenizer
 from megatronish.files import sync
 
-# Lists the renames that end a run; its presence means that everything to be renamed is whole and on the disk.
+# Lists the renames that end a run; its presence means that everything to be renamed is complete and on the disk.
 READY = "ready.json"
 TOKENIZER_SUFFIXES = (".tokenizer.json", ".tokenizer.model")
 
 
 @dataclass(frozen=True)
 class PreprocessResult:
-    """One finished data set: the path to give as `data.path`, its manifest, and whether it was already there."""
+    """One finished data set: the path to give as `data.path`, its manifest, and whether it existed before."""
 
     prefix: str
     manifest: DatasetManifest
@@ -30,7 +30,7 @@ class PreprocessResult:
 
 
 def tokenizer_record(tokenizer: Tokenizer, aside: Path) -> tuple[TokenizerRecord, dict[str, dict[str, Any]]]:
-    """Saves a tokenizer beside a data set; its record, and the entry of its file in the manifest."""
+    """Saves a tokenizer next to a data set; its record, and the entry of its file in the manifest."""
     file = tokenizer.save(aside)
     files = {}
     if file is not None:
@@ -86,16 +86,16 @@ def commit(folder: Path) -> None:
 
 
 def summary(result: PreprocessResult) -> list[str]:
-    """Lines that tell a user what a data set holds."""
+    """A summary of a data set, in lines."""
     counts, tokenizer = result.manifest.counts, result.manifest.tokenizer
     text_bytes = counts.get("text_bytes")
     text = (
         ""
         if text_bytes is None
-        else (f"{text_bytes / 1e6:.1f} MB of text, {text_bytes / max(counts['tokens'], 1):.2f} bytes a token, ")
+        else (f"{text_bytes / 1e6:.1f} MB of text, {text_bytes / max(counts['tokens'], 1):.2f} bytes per token, ")
     )
     lines = [
-        f"{result.prefix}: {'already there' if result.already_there else 'written'}: {counts['documents']:,} documents, "
+        f"{result.prefix}: {'exists already' if result.already_there else 'written'}: {counts['documents']:,} documents, "
         f"{counts['tokens']:,} tokens of {result.manifest.dtype}, {text}{tokenizer.kind} vocabulary {tokenizer.vocab_size:,}"
         + (f", encoded by {result.manifest.encoder}" if result.manifest.encoder else "")
     ]
@@ -108,9 +108,9 @@ def summary(result: PreprocessResult) -> list[str]:
         "documents above --max-doc-bytes": "long_documents",
         "unknown tokens (text that this tokenizer cannot hold is lost)": "unknown_tokens",
     }
-    told = [f"{counts[name]:,} {what}" for what, name in passed.items() if counts.get(name)]
-    if told:
-        lines.append(f"  {', '.join(told)}")
+    notes = [f"{counts[name]:,} {what}" for what, name in passed.items() if counts.get(name)]
+    if notes:
+        lines.append(f"  {', '.join(notes)}")
     lines += [f"  skipped {reject['place']}: {reject['reason']}" for reject in result.manifest.rejects[:3]]
     if counts["documents"] == 1:
         lines.append(

@@ -86,7 +86,7 @@ def split(
         record = None
         if manifest is not None:
             options = {"split_of": Path(prefix).name, "part": name, "shares": shares, "seed": seed}
-            # What was counted while reading cannot be told apart by document.
+            # What was counted while reading cannot be attributed to documents.
             record = replace(manifest, counts={}, options=options, rejects=[], shards=[])
         jobs.append((path, record, iter([(reader, chosen)])))
         start = end
@@ -97,7 +97,7 @@ def _refuse_existing(outputs: Sequence[str], overwrite: bool) -> None:
     for output in outputs:
         there = [path for path in (bin_path(output), idx_path(output), manifest_path(output)) if path.exists()]
         if there and not overwrite:
-            raise DataError(f"{there[0]} is already there; use --overwrite, or another --output-prefix")
+            raise DataError(f"{there[0]} exists already; use --overwrite, or another --output-prefix")
 
 
 def _write(

@@ -2,7 +2,7 @@
 
 A plain file is cut at the first line end (or document separator) at or after each multiple of the shard size, a parquet
 file between row groups; small files share a unit. Compressed files and streams of rows are unpacked once, in order, into
-files beside the output ("spooled"), cut at the same places.
+files next to the output ("spooled"), cut at the same places.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from megatronish.data.readers.inputs import READ_BYTES, Source, open_stream, reading
-from megatronish.data.readers.parquet import row_groups
+from megatronish.data.readers.compression import decompressed, naming_damage
+from megatronish.data.readers.inputs import TextSource
+from megatronish.data.readers.parquet import read_rows, row_groups
+from megatronish.data.readers.records import READ_BYTES
 
 WINDOW_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class InputPiece:
     """Bytes (row groups of parquet) start..end-1 of the file `path`, which holds input `source` from byte `offset` on.
 
     weight: unpacked bytes; stored: bytes of the input as stored, for progress; spooled: delete the file after use.
@@ -39,11 +41,11 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class WorkUnit:
     """One work unit. `pieces_before` counts the pieces of all earlier units."""
 
     index: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[InputPiece, ...]
     pieces_before: int
 
     @property
@@ -59,7 +61,7 @@ class Planner:
     """
 
     def __init__(
-        self, sources: Sequence[Source], keys: Sequence[str], separator: bytes | None, shard_size: int, spool: Path
+        self, sources: Sequence[TextSource], keys: Sequence[str], separator: bytes | None, shard_size: int, spool: Path
     ) -> None:
         self.sources = list(sources)
         self.keys = tuple(keys)
@@ -69,27 +71,27 @@ class Planner:
         self._ordinal = 0
         self._skip = 0
 
-    def units(self, skip_units: int = 0, skip_pieces: int = 0) -> Iterator[Unit]:
+    def units(self, skip_units: int = 0, skip_pieces: int = 0) -> Iterator[WorkUnit]:
         """Units in order from number `skip_units` on; the pieces before `skip_pieces` are not unpacked."""
         self._ordinal, self._skip = 0, skip_pieces
-        gathered: list[Piece] = []
+        gathered: list[InputPiece] = []
         index = before = 0
         for piece in self._pieces():
             if gathered and sum(p.weight for p in gathered) + piece.weight > self.shard_size:
                 if index >= skip_units:
-                    yield Unit(index, tuple(gathered), before)
+                    yield WorkUnit(index, tuple(gathered), before)
                 index, before, gathered = index + 1, before + len(gathered), []
             gathered.append(piece)
         if gathered and index >= skip_units:
-            yield Unit(index, tuple(gathered), before)
+            yield WorkUnit(index, tuple(gathered), before)
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _pieces(self) -> Iterator[InputPiece]:
         for number, source in enumerate(self.sources):
-            if source.format == "parquet":
-                found = self._row_groups(number, source)
-            elif source.format == "rows":
+            if source.format == "rows" or (source.format == "parquet" and source.remote):
                 found = self._spooled(number, source, _row_lines(source, self.keys))
-            elif source.compression:
+            elif source.format == "parquet":
+                found = self._row_groups(number, source)
+            elif source.compression or source.remote:
                 found = self._spooled(number, source, _blocks(source))
             else:
                 found = self._ranges(number, source)
@@ -97,10 +99,10 @@ class Planner:
                 self._ordinal += 1
                 yield piece
 
-    def _cut_at(self, source: Source) -> bytes | None:
+    def _cut_at(self, source: TextSource) -> bytes | None:
         return self.separator if source.format == "text" else b"\n"
 
-    def _ranges(self, number: int, source: Source) -> Iterator[Piece]:
+    def _ranges(self, number: int, source: TextSource) -> Iterator[InputPiece]:
         separator = self._cut_at(source)
         with open(source.name, "rb") as file:
             start = 0
@@ -109,10 +111,10 @@ class Planner:
                 if separator is not None:
                     nominal = (start // self.shard_size + 1) * self.shard_size
                     end = next_cut(file, nominal, source.size, separator)
-                yield Piece(number, source.name, start, end, start, end - start, end - start)
+                yield InputPiece(number, source.name, start, end, start, end - start, end - start)
                 start = end
 
-    def _row_groups(self, number: int, source: Source) -> Iterator[Piece]:
+    def _row_groups(self, number: int, source: TextSource) -> Iterator[InputPiece]:
         groups = row_groups(source.name, self.keys)
         total = max(1, sum(groups.sizes))
         row = start = 0
@@ -120,34 +122,34 @@ class Planner:
             end, weight, rows = start, 0, 0
             while end < len(groups.sizes) and (end == start or weight + groups.sizes[end] <= self.shard_size):
                 weight, rows, end = weight + groups.sizes[end], rows + groups.rows[end], end + 1
-            yield Piece(number, source.name, start, end, row, weight, source.size * weight // total)
+            yield InputPiece(number, source.name, start, end, row, weight, source.size * weight // total)
             row, start = row + rows, end
 
-    def _spooled(self, number: int, source: Source, blocks: Iterator[tuple[bytes, int]]) -> Iterator[Piece]:
+    def _spooled(self, number: int, source: TextSource, blocks: Iterator[tuple[bytes, int]]) -> Iterator[InputPiece]:
         separator = self._cut_at(source)
         cutter = StreamCutter(separator, self.shard_size)
         file: BinaryIO | None = None
-        path, offset, size, told, stored = self.spool, 0, 0, 0, 0
+        path, offset, size, counted, stored = self.spool, 0, 0, 0, 0
         for block, stored in blocks:
             for part, cut in cutter.feed(block):
                 if size == 0 and self._ordinal >= self._skip:
                     path = self.spool / f"spool-{self._ordinal:07d}"
-                    file = open(path, "wb")  # noqa: SIM115  # closed when the part is whole
+                    file = open(path, "wb")  # noqa: SIM115  # closed when the part is complete
                 if file is not None:
                     file.write(part)
                 size += len(part)
                 if cut:
-                    yield self._spooled_piece(number, path, file, size, offset, stored - told)
-                    offset, size, told, file = offset + size, 0, stored, None
+                    yield self._spooled_piece(number, path, file, size, offset, stored - counted)
+                    offset, size, counted, file = offset + size, 0, stored, None
         if size:
-            yield self._spooled_piece(number, path, file, size, offset, stored - told)
+            yield self._spooled_piece(number, path, file, size, offset, stored - counted)
 
     def _spooled_piece(
         self, source: int, path: Path, file: BinaryIO | None, size: int, offset: int, stored: int
-    ) -> Piece:
+    ) -> InputPiece:
         if file is not None:
             file.close()
-        return Piece(source, str(path), 0, size, offset, size, stored, spooled=True)
+        return InputPiece(source, str(path), 0, size, offset, size, stored, spooled=True)
 
 
 def find_clean(data: bytes, separator: bytes, start: int) -> int:
@@ -214,35 +216,44 @@ class StreamCutter:
         self._carry = data[len(data) - kept :]
 
 
-def _blocks(source: Source) -> Iterator[tuple[bytes, int]]:
-    """(unpacked bytes, stored bytes read so far)."""
-    with open(source.name, "rb") as stored, reading(source):
-        stream = open_stream(source, stored)
+def _blocks(source: TextSource) -> Iterator[tuple[bytes, int]]:
+    """(decompressed bytes, stored bytes read so far)."""
+    with source.open() as stored, naming_damage(source.name, source.compression):
+        stream = decompressed(stored, source.compression)
         while block := stream.read(READ_BYTES):
             yield block, stored.tell()
 
 
+def _row_lines(source: TextSource, keys: Sequence[str]) -> Iterator[tuple[bytes, int]]:
+    """Rows as JSON lines, gathered in blocks."""
+    lines: list[bytes] = []
+    size = 0
+    with source.open() as stored:
+        rows: Iterator[Any] = (
+            source.rows(keys, 0)
+            if source.rows is not None
+            else (dict(zip(keys, map(_text, row))) for row in read_rows(stored, source.name, keys, 0))
+        )
+        for row in rows:
+            lines.append(_row_line(row, keys))
+            size += len(lines[-1])
+            if size >= READ_BYTES:
+                yield b"".join(lines), 0
+                lines, size = [], 0
+    if lines:
+        yield b"".join(lines), 0
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("utf-8", "surrogateescape")
+
+
 def _row_line(row: Mapping[str, Any], keys: Sequence[str]) -> bytes:
+    """The wanted keys only; a row without one of them keeps its names, for the message."""
     wanted: dict[str, Any] = {key: row[key] for key in keys if key in row}
     if len(wanted) < len(keys):
         wanted = dict.fromkeys(row)
     try:
-        return orjson.dumps(wanted)
+        return orjson.dumps(wanted, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:
-        return json.dumps(wanted, default=repr).encode()  # lone surrogates, values that JSON does not know
-
-
-def _row_lines(source: Source, keys: Sequence[str]) -> Iterator[tuple[bytes, int]]:
-    """Rows as JSON lines with the wanted keys only; a row without one keeps its names, for the message."""
-    assert source.rows is not None
-    lines: list[bytes] = []
-    size = 0
-    for row in source.rows():
-        line = row if isinstance(row, bytes) else _row_line(row, keys)
-        lines.append(line + b"\n")
-        size += len(line)
-        if size >= READ_BYTES:
-            yield b"".join(lines), 0
-            lines, size = [], 0
-    if lines:
-        yield b"".join(lines), 0
+        return json.dumps(wanted, default=repr).encode() + b"\n"  # lone surrogates, values that JSON does not have

@@ -1,4 +1,4 @@
-"""Every kind of bad input in every format it can occur in: what comes out, what is refused and in which words.
+"""Every kind of bad input in every format it can occur in: the result, or the error and its message.
 
 The formats are JSON lines and separated text (plain, .gz, .zst) and Parquet; a kind that a format cannot hold is not in its
 table. Disk faults and kills: tests/tools/test_preprocess_faults.py.
@@ -30,7 +30,7 @@ SEPARATOR = ";"
 
 
 class Fault(NamedTuple):
-    """A record, what is said of it under `fail`, and its text under `replace` (None: it is skipped then too)."""
+    """A record, its error under `fail`, and its text under `replace` (None: it is skipped then too)."""
 
     record: Any
     message: str
@@ -68,8 +68,8 @@ def record(kind: str, text: str) -> bytes:
     return json.dumps({"text": text}).encode() if family(kind) == "jsonl" else text.encode()
 
 
-def write(folder: Path, kind: str, records: list[Any], whole: bytes | None = None) -> Path:
-    """A file of raw records; `whole` instead gives the unpacked bytes themselves."""
+def write(folder: Path, kind: str, records: list[Any], complete: bytes | None = None) -> Path:
+    """A file of raw records; `complete` instead gives the unpacked bytes themselves."""
     path = folder / f"d.{kind}"
     if kind == "parquet":
         pyarrow = pytest.importorskip("pyarrow")
@@ -79,20 +79,20 @@ def write(folder: Path, kind: str, records: list[Any], whole: bytes | None = Non
         parquet.write_table(table, path, row_group_size=2)
         return path
     end = b"\n" if family(kind) == "jsonl" else SEPARATOR.encode()
-    raw = b"".join(r + end for r in records) if whole is None else whole
+    raw = b"".join(r + end for r in records) if complete is None else complete
     path.write_bytes(PACK[path.suffix if path.suffix in PACK else ""](raw))
     return path
 
 
-def made(path: Path, said: list[str] | None = None, **options: Any) -> IndexedDataset:
-    """The data set of one file, in units of a few records. `said` gathers what the tool says."""
+def made(path: Path, reported: list[str] | None = None, **options: Any) -> IndexedDataset:
+    """The data set of one file, in units of a few records. `reported` collects the lines that the tool prints."""
     settings: dict[str, Any] = {"tokenizer_model": "bytes", "shard_size": 40, "workers": 1, "overwrite": True}
     separator = SEPARATOR if family(path.name.split(".", 1)[1]) == "txt" else None
     settings |= {"doc_separator": separator, **options}
     prefix = str(path.parent / "o")
     preprocess(
         PreprocessOptions(inputs=(str(path),), output_prefix=prefix, **settings),
-        [].append if said is None else said.append,
+        [].append if reported is None else reported.append,
     )
     return open_dataset(f"{prefix}_text_document")
 
@@ -164,9 +164,9 @@ def test_byte_order_mark_is_no_text(tmp_path, kind):
 @pytest.mark.parametrize("on_error", ["fail", "skip"])
 @pytest.mark.parametrize("kind", JSON_LINES)
 def test_json_array_is_refused(tmp_path, kind, on_error):
-    for whole in (b'[{"text": "a"}]', b'\xef\xbb\xbf\n [\n{"text": "a"}\n]\n'):
+    for complete in (b'[{"text": "a"}]', b'\xef\xbb\xbf\n [\n{"text": "a"}\n]\n'):
         with pytest.raises(DataError, match=r"a JSON array; .*jq -c"):
-            made(write(tmp_path, kind, [], whole), on_error=on_error)
+            made(write(tmp_path, kind, [], complete), on_error=on_error)
         assert nothing_written(tmp_path)
 
 
@@ -191,12 +191,12 @@ def test_empty_input_is_refused(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", JSON_LINES)
-def test_of_a_key_that_comes_twice_the_last_counts_and_it_is_told(tmp_path, kind):
-    said: list[str] = []
+def test_the_last_of_duplicate_keys_counts_and_is_reported(tmp_path, kind):
+    reported: list[str] = []
     path = write(tmp_path, kind, [record(kind, "a"), b'{"text": "x", "text": "b"}'])
-    dataset = made(path, said)
+    dataset = made(path, reported)
     assert texts(dataset) == ["a", "b"] and dataset.manifest.counts["duplicate_keys"] == 1
-    assert f"{path}, line 2: a key comes twice in one object; the last one counts" in said
+    assert f"{path}, line 2: a key comes twice in one object; the last one counts" in reported
 
 
 @pytest.fixture(scope="module")
@@ -220,16 +220,16 @@ def test_literal_special_token_stays_text_and_a_document_ends_by_id(tmp_path, bp
 
 @pytest.mark.parametrize("on_error", ["fail", "skip", "replace"])
 @pytest.mark.parametrize("kind", [k for k in FORMATS if k.endswith((".gz", ".zst", "parquet"))])
-def test_cut_file_is_refused_by_name_and_the_whole_one_goes_on_to_the_same(tmp_path, kind, on_error):
+def test_truncated_file_is_refused_by_name_and_the_complete_one_resumes_to_the_same(tmp_path, kind, on_error):
     lines = [f"{i} {'word ' * (i % 50)}" for i in range(400)]
     path = write(tmp_path, kind, [record(kind, text) for text in lines])
-    whole = path.read_bytes()
-    for left in (len(whole) // 2, len(whole) - 3):
-        path.write_bytes(whole[:left])
+    complete = path.read_bytes()
+    for left in (len(complete) // 2, len(complete) - 3):
+        path.write_bytes(complete[:left])
         with pytest.raises(DataError, match=f"{path}: truncated or corrupt"):
             made(path, on_error=on_error, shard_size=2000)
         assert not list(tmp_path.glob("o_*")), "nothing under the final name"
-    path.write_bytes(whole)
+    path.write_bytes(complete)
     assert texts(made(path, on_error=on_error, shard_size=2000, overwrite=False, resume=True)) == lines
 
 
@@ -237,7 +237,7 @@ def test_cut_file_is_refused_by_name_and_the_whole_one_goes_on_to_the_same(tmp_p
 def test_existing_output_is_refused_without_overwrite_and_left_as_it_is(tmp_path, kind):
     path = write(tmp_path, kind, [record(kind, "a")])
     made(path)
-    with pytest.raises(DataError, match="already there; use --overwrite"):
+    with pytest.raises(DataError, match="exists already; use --overwrite"):
         made(write(tmp_path, kind, [record(kind, "b")]), overwrite=False)
     assert texts(open_dataset(tmp_path / "o_text_document")) == ["a"]
     assert texts(made(path)) == ["b"]

@@ -32,8 +32,8 @@ def folders(tmp_path):
 
 
 def test_takes_text_once_in_sorted_order_and_help_topics_one_by_one(folders):
-    said: list[str] = []
-    found = list(default_corpus(said.append, folders, enough_bytes=0))
+    reported: list[str] = []
+    found = list(default_corpus(reported.append, folders, enough_bytes=0))
     # Files of a folder come before its subfolders, so z.py is the first of the two equal files.
     assert found == [
         ("z.py", "print('the same text')\n"),
@@ -41,14 +41,14 @@ def test_takes_text_once_in_sorted_order_and_help_topics_one_by_one(folders):
         ("pydoc_data/topics/del", "gone\n"),
         ("pydoc_data/topics/for", "loops\n"),
     ]
-    assert said == []
+    assert reported == []
 
 
-def test_small_library_says_so_and_adds_installed_packages(folders):
-    said: list[str] = []
-    names = [name for name, _ in default_corpus(said.append, folders)]
+def test_installed_packages_are_added_to_a_small_library(folders):
+    reported: list[str] = []
+    names = [name for name, _ in default_corpus(reported.append, folders)]
     assert names[-1] == "site-packages/pkg/p.py"
-    assert len(said) == 1 and "holds 0.0 MB" in said[0] and str(folders[1]) in said[0]
+    assert len(reported) == 1 and "holds 0.0 MB" in reported[0] and str(folders[1]) in reported[0]
 
 
 def test_the_running_installation_has_text_and_the_order_repeats():

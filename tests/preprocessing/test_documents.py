@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 import zstandard
@@ -9,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatronish.data.readers import records
-from megatronish.data.readers.documents import DocumentReader, find_inputs
-from megatronish.data.readers.inputs import READ_BYTES
+from megatronish.data.readers.documents import DocumentReader
+from megatronish.data.readers.inputs import file_source, find_inputs
+from megatronish.data.readers.records import READ_BYTES
 from megatronish.errors import DataError
 
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -27,10 +29,10 @@ def test_json_lines_come_back(tmp_path_factory, documents, packed, ascii_only):
     path = tmp_path_factory.mktemp("jsonl") / f"d.jsonl{packed}"
     raw = "".join(json.dumps({"text": text}, ensure_ascii=ascii_only) + "\n" for text in documents).encode("utf-8")
     path.write_bytes(PACK[packed](raw))
-    reader = DocumentReader([path])
+    reader = DocumentReader([file_source(path)])
     assert texts(reader) == documents
     assert texts(reader) == documents, "a reader can be read again"
-    assert reader.report.bytes_read == path.stat().st_size == reader.total_bytes
+    assert reader.bytes_read == path.stat().st_size == reader.total_bytes
 
 
 @settings(max_examples=60, deadline=None)
@@ -39,7 +41,9 @@ def test_text_file_is_one_document_unchanged(tmp_path_factory, text, packed):
     raw = text.removeprefix("\ufeff").encode("utf-8")
     path = tmp_path_factory.mktemp("text") / f"d.txt{packed}"
     path.write_bytes(PACK[packed](raw))
-    assert [t.encode("utf-8") for t in texts(DocumentReader([path]))] == [raw.removeprefix(b"\xef\xbb\xbf")]
+    assert [t.encode("utf-8") for t in texts(DocumentReader([file_source(path)]))] == [
+        raw.removeprefix(b"\xef\xbb\xbf")
+    ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -50,29 +54,32 @@ def test_separator_cuts_as_str_split_does(tmp_path_factory, pieces):
     path.write_bytes(text.encode())
     # As in lines, nothing after the last separator is no document.
     expected = text.split("\n\n")
-    assert texts(DocumentReader([path], separator="\n\n")) == (expected if expected[-1] else expected[:-1])
+    assert texts(DocumentReader([file_source(path)], separator="\n\n")) == (expected if expected[-1] else expected[:-1])
 
 
 def test_separator_across_a_read_boundary(tmp_path):
     path = tmp_path / "d.txt"
     path.write_bytes(b"a" * (READ_BYTES - 1) + b"<>" + b"b" * READ_BYTES)
-    assert [len(text) for text in texts(DocumentReader([path], separator="<>"))] == [READ_BYTES - 1, READ_BYTES]
+    assert [len(text) for text in texts(DocumentReader([file_source(path)], separator="<>"))] == [
+        READ_BYTES - 1,
+        READ_BYTES,
+    ]
 
 
 def test_byte_order_mark_blank_lines_and_missing_last_newline(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\n   \n{"text": "b"}')
-    reader = DocumentReader([path])
+    reader = DocumentReader([file_source(path)])
     assert texts(reader) == ["a", "b"]
-    assert reader.report.blank_lines == 2
+    assert reader.counts.blank_lines == 2
     (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbfa\r\n")
-    assert texts(DocumentReader([tmp_path / "d.txt"])) == ["a\r\n"]
+    assert texts(DocumentReader([file_source(tmp_path / "d.txt")])) == ["a\r\n"]
 
 
 def test_several_keys(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text('{"title": "t", "body": "b", "more": 1}\n')
-    assert [document.texts for document in DocumentReader([path], keys=("body", "title"))] == [("b", "t")]
+    assert [document.texts for document in DocumentReader([file_source(path)], keys=("body", "title"))] == [("b", "t")]
 
 
 GOOD = b'{"text": "good"}\n'
@@ -97,12 +104,12 @@ def test_faulty_line_is_named_or_skipped_and_counted(tmp_path, fault, packed):
     path = tmp_path / f"d.jsonl{packed}"
     path.write_bytes(PACK[packed](GOOD + line + GOOD))
     with pytest.raises(DataError, match=message) as caught:
-        texts(DocumentReader([path]))
+        texts(DocumentReader([file_source(path)]))
     assert str(path) in str(caught.value) and "--on-error skip" in str(caught.value)
-    reader = DocumentReader([path], on_error="skip")
+    reader = DocumentReader([file_source(path)], on_error="skip")
     assert texts(reader) == ["good", "good"]
-    assert reader.report.rejected == 1
-    assert reader.report.rejects[0]["place"] == f"{path}, line 2"
+    assert reader.counts.rejected == 1
+    assert reader.rejects[0]["place"] == f"{path}, line 2"
 
 
 REPAIRED = {"raw NUL": "a\x00b", "lone surrogate": "ab\ufffd", "not UTF-8": "\ufffd"}
@@ -112,26 +119,26 @@ REPAIRED = {"raw NUL": "a\x00b", "lone surrogate": "ab\ufffd", "not UTF-8": "\uf
 def test_replace_repairs_what_is_text_and_skips_the_rest(tmp_path, fault):
     path = tmp_path / "d.jsonl"
     path.write_bytes(GOOD + FAULTS[fault][0] + GOOD)
-    reader = DocumentReader([path], on_error="replace")
+    reader = DocumentReader([file_source(path)], on_error="replace")
     repaired = [REPAIRED[fault]] if fault in REPAIRED else []
     assert texts(reader) == ["good", *repaired, "good"]
-    assert reader.report.rejected == 1 - len(repaired)
+    assert reader.counts.rejected == 1 - len(repaired)
     # A raw control character needs no replacement: it is kept.
-    assert reader.report.replaced == (fault in ("lone surrogate", "not UTF-8"))
+    assert reader.counts.replaced == (fault in ("lone surrogate", "not UTF-8"))
 
 
 def test_key_that_comes_twice_counts_last_and_is_counted(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "first", "text": "last"}\n{"type": "text", "text": "t", "in": {"text": "x"}}\n')
-    reader = DocumentReader([path])
+    reader = DocumentReader([file_source(path)])
     assert texts(reader) == ["last", "t"]
-    assert reader.report.duplicate_keys == 1, "the same word as a value, or as a key further in, is no duplicate"
+    assert reader.counts.duplicate_keys == 1, "the same word as a value, or as a key further in, is no duplicate"
 
 
 def test_nan_is_accepted_as_python_does(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "a", "score": NaN}\n')
-    assert texts(DocumentReader([path])) == ["a"]
+    assert texts(DocumentReader([file_source(path)])) == ["a"]
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.txt"])
@@ -141,25 +148,25 @@ def test_record_that_is_too_long_is_a_fault_and_is_not_kept_in_memory(tmp_path, 
     path = tmp_path / name
     long = b"x" * 5000
     path.write_bytes(GOOD + (b'{"text": "%s"}\n' % long if name == "d.jsonl" else long + b"\n") + GOOD)
-    reader = DocumentReader([path], separator="\n", on_error="skip")
+    reader = DocumentReader([file_source(path)], separator="\n", on_error="skip")
     good = "good" if name == "d.jsonl" else GOOD.decode().strip()
     assert texts(reader) == [good, good]
-    assert reader.report.rejected == 1 and "longer than" in reader.report.rejects[0]["reason"]
+    assert reader.counts.rejected == 1 and "longer than" in reader.rejects[0]["reason"]
 
 
 def test_json_array_is_refused_with_the_way_to_convert_it(tmp_path):
     path = tmp_path / "d.json"
     path.write_text('[{"text": "a"}]')
     with pytest.raises(DataError, match=r"JSON array.*jq -c"):
-        texts(DocumentReader([path], on_error="skip"))
+        texts(DocumentReader([file_source(path)], on_error="skip"))
 
 
 def test_text_that_is_not_utf8_is_named_by_byte(tmp_path):
     path = tmp_path / "d.txt"
     path.write_bytes(b"good;bad\xff;good")
     with pytest.raises(DataError, match=r"byte 5: not UTF-8 at byte 3 \(0xff\)"):
-        texts(DocumentReader([path], separator=";"))
-    assert texts(DocumentReader([path], separator=";", on_error="skip")) == ["good", "good"]
+        texts(DocumentReader([file_source(path)], separator=";"))
+    assert texts(DocumentReader([file_source(path)], separator=";", on_error="skip")) == ["good", "good"]
 
 
 @pytest.mark.parametrize("on_error", ["fail", "skip", "replace"])
@@ -169,17 +176,19 @@ def test_truncated_or_corrupt_file_is_never_taken_for_the_end(tmp_path, name, on
     raw = b"".join(b'{"text": "%d"}\n' % i for i in range(5000))
     kind = path.suffix
     # A checksum in zstd is an option, in gzip a part of the format.
-    whole = gzip.compress(raw) if kind == ".gz" else zstandard.ZstdCompressor(write_checksum=True).compress(raw)
-    middle = len(whole) // 2
-    flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
-    bad_block = whole[:10] + b"\xff" * 40 + whole[50:]
-    for damaged in (whole[:middle], whole[:-4], flipped, bad_block, b"not packed", whole + whole[:middle]):
+    complete = gzip.compress(raw) if kind == ".gz" else zstandard.ZstdCompressor(write_checksum=True).compress(raw)
+    middle = len(complete) // 2
+    flipped = complete[:middle] + bytes([complete[middle] ^ 255]) + complete[middle + 1 :]
+    bad_block = complete[:10] + b"\xff" * 40 + complete[50:]
+    for damaged in (complete[:middle], complete[:-4], flipped, bad_block, b"not packed", complete + complete[:middle]):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match="truncated or corrupt (gzip|zstd)") as caught:
-            texts(DocumentReader([path], on_error=on_error))
+            texts(DocumentReader([file_source(path)], on_error=on_error))
         assert str(path) in str(caught.value)
-    path.write_bytes(whole + whole)
-    assert "".join(texts(DocumentReader([path], on_error=on_error))).count("4999") == 2, "members follow each other"
+    path.write_bytes(complete + complete)
+    assert "".join(texts(DocumentReader([file_source(path)], on_error=on_error))).count("4999") == 2, (
+        "members follow each other"
+    )
 
 
 def test_globs_are_sorted_and_files_taken_once(tmp_path):
@@ -187,7 +196,7 @@ def test_globs_are_sorted_and_files_taken_once(tmp_path):
     for name in ("b.txt", "a.txt", "sub/c.txt", "x[1].txt"):
         (tmp_path / name).write_text("x")
     found = find_inputs([f"{tmp_path}/b.txt", f"{tmp_path}/**/*.txt", f"{tmp_path}/x[1].txt"])
-    assert [path.name for path in found] == ["b.txt", "a.txt", "c.txt", "x[1].txt"]
+    assert [Path(source.name).name for source in found] == ["b.txt", "a.txt", "c.txt", "x[1].txt"]
 
 
 def test_inputs_that_cannot_be_used(tmp_path):
@@ -205,4 +214,4 @@ def test_inputs_that_cannot_be_used(tmp_path):
 def test_two_keys_of_a_text_file_are_refused(tmp_path):
     (tmp_path / "d.txt").write_text("x")
     with pytest.raises(DataError, match="not JSON lines"):
-        DocumentReader([tmp_path / "d.txt"], keys=("a", "b"))
+        DocumentReader([file_source(tmp_path / "d.txt")], keys=("a", "b"))

@@ -3,6 +3,7 @@
 import pytest
 
 from megatronish.data.readers.documents import DocumentReader
+from megatronish.data.readers.inputs import file_source
 from megatronish.errors import DataError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -21,9 +22,9 @@ def test_values_come_back_from_every_row_group(tmp_path, kind):
     array = pyarrow.array(values * 5, types.get(kind))
     table = pyarrow.table({"n": range(20), "text": array.dictionary_encode() if kind == "dictionary" else array})
     parquet.write_table(table, tmp_path / "d.parquet", row_group_size=3)
-    reader = DocumentReader([tmp_path / "d.parquet"])
+    reader = DocumentReader([file_source(tmp_path / "d.parquet")])
     assert texts(reader) == TEXTS * 5
-    assert reader.report.bytes_read == reader.total_bytes
+    assert reader.bytes_read == reader.total_bytes
 
 
 def test_nulls_and_bytes_that_are_not_text_are_faults_of_their_row(tmp_path):
@@ -31,11 +32,11 @@ def test_nulls_and_bytes_that_are_not_text_are_faults_of_their_row(tmp_path):
     values = pyarrow.array([b"good", None, b"bad\xff", b"good"], pyarrow.binary())
     parquet.write_table(pyarrow.table({"text": values}), path, row_group_size=2)
     with pytest.raises(DataError, match="row 2: the value of 'text' is null"):
-        texts(DocumentReader([path]))
-    reader = DocumentReader([path], on_error="skip")
+        texts(DocumentReader([file_source(path)]))
+    reader = DocumentReader([file_source(path)], on_error="skip")
     assert texts(reader) == ["good", "good"]
-    assert [reject["place"] for reject in reader.report.rejects] == [f"{path}, row 2", f"{path}, row 3"]
-    assert texts(DocumentReader([path], on_error="replace")) == ["good", "bad\ufffd", "good"]
+    assert [reject["place"] for reject in reader.rejects] == [f"{path}, row 2", f"{path}, row 3"]
+    assert texts(DocumentReader([file_source(path)], on_error="replace")) == ["good", "bad\ufffd", "good"]
 
 
 def test_wrong_columns_and_damaged_files_are_named(tmp_path):
@@ -43,17 +44,17 @@ def test_wrong_columns_and_damaged_files_are_named(tmp_path):
     columns = {"n": [1], "body": ["text " * 50]}
     parquet.write_table(pyarrow.table(columns), path, write_page_checksum=True, compression="none")
     with pytest.raises(DataError, match=r"no column 'text'; columns are \['body', 'n'\]"):
-        texts(DocumentReader([path]))
+        texts(DocumentReader([file_source(path)]))
     with pytest.raises(DataError, match="column 'n' holds int64, not text"):
-        texts(DocumentReader([path], keys=("n",)))
-    whole = path.read_bytes()
+        texts(DocumentReader([file_source(path)], keys=("n",)))
+    complete = path.read_bytes()
     for damaged in (
-        whole[: len(whole) // 2],
+        complete[: len(complete) // 2],
         b"PAR1",
         b"nothing of the kind",
-        whole.replace(b"text text", b"text\x00text"),
+        complete.replace(b"text text", b"text\x00text"),
     ):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match="truncated or corrupt parquet") as caught:
-            texts(DocumentReader([path], keys=("body",), on_error="skip"))
+            texts(DocumentReader([file_source(path)], keys=("body",), on_error="skip"))
         assert str(path) in str(caught.value)

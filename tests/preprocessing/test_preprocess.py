@@ -1,4 +1,4 @@
-"""Units, workers, shard sizes, back ends: whatever they are, the same token stream comes out."""
+"""Units, workers, shard sizes, back ends: the token stream does not depend on them."""
 
 import gzip
 import json
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatronish.data.indexed.builder import IndexedWriter, write_index
 from megatronish.data.indexed.format import IndexedReader
-from megatronish.data.readers.inputs import Source
+from megatronish.data.readers.inputs import TextSource
 from megatronish.data.samples.dataset import open_dataset
 from megatronish.data.tokenizers import backends
 from megatronish.data.tokenizers.backends import GigatokenEncoder, NativeEncoder, TiktokenEncoder, choose_encoder
@@ -139,7 +139,7 @@ def test_streams_are_cut_where_files_are(tmp_path_factory, raw, separator, size,
 def test_small_files_share_a_unit_and_large_ones_are_cut(tmp_path):
     for index, size in enumerate((10, 10, 10, 95, 10)):
         (tmp_path / f"{index}.txt").write_text("x" * (size - 1) + "\n" if size < 50 else "word\n" * (size // 5))
-    sources = [Source(str(p), "text", size=p.stat().st_size) for p in sorted(tmp_path.glob("*.txt"))]
+    sources = [TextSource(str(p), "text", size=p.stat().st_size) for p in sorted(tmp_path.glob("*.txt"))]
     units = list(Planner(sources, ("text",), b"\n", 30, tmp_path).units())
     assert [[(p.source, p.start, p.end) for p in unit.pieces] for unit in units] == [
         [(0, 0, 10), (1, 0, 10), (2, 0, 10)],
@@ -163,9 +163,9 @@ def test_long_documents_are_cut_at_lines_and_stay_one_document(tmp_path, bpe_fil
     text = "".join(f"line {i} of it, don't worry\n" for i in range(300))
     (tmp_path / "d.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": "b"}) + "\n")
     options = {"inputs": (str(tmp_path / "d.jsonl"),), "tokenizer_model": str(bpe_file)}
-    whole = make(tmp_path, "whole", **options)
+    complete = make(tmp_path, "complete", **options)
     cut = make(tmp_path, "cut", max_doc_bytes=200, **options)
-    assert (cut["bin"], cut["idx"]) == (whole["bin"], whole["idx"])
+    assert (cut["bin"], cut["idx"]) == (complete["bin"], complete["idx"])
     assert json.loads(cut["counts"])["long_documents"] == 1
 
 
@@ -280,23 +280,23 @@ def test_gigatoken_starts_afresh_when_it_has_grown(bpe_file, monkeypatch):
 
 def test_choice_of_a_back_end(bpe_file, monkeypatch):
     pytest.importorskip("gigatoken")
-    tokenizer, said = load_tokenizer(bpe_file), []
-    assert choose_encoder("auto", tokenizer, SAMPLE[:3], said.append).name == "gigatoken"
-    assert choose_encoder("hf", tokenizer, SAMPLE[:3], said.append).name == "hf" and said == []
+    tokenizer, reported = load_tokenizer(bpe_file), []
+    assert choose_encoder("auto", tokenizer, SAMPLE[:3], reported.append).name == "gigatoken"
+    assert choose_encoder("hf", tokenizer, SAMPLE[:3], reported.append).name == "hf" and reported == []
     with pytest.raises(DataError, match="which it does not read"):
-        choose_encoder("sentencepiece", tokenizer, [], said.append)
+        choose_encoder("sentencepiece", tokenizer, [], reported.append)
     monkeypatch.setattr(GigatokenEncoder, "agrees", lambda self, text: "2026" not in text)
-    assert isinstance(choose_encoder("auto", tokenizer, SAMPLE[:3], said.append), NativeEncoder)
-    assert len(said) == 1 and "its ids differ from those of hf for the text 'def main" in said[0]
+    assert isinstance(choose_encoder("auto", tokenizer, SAMPLE[:3], reported.append), NativeEncoder)
+    assert len(reported) == 1 and "its ids differ from those of hf for the text 'def main" in reported[0]
     with pytest.raises(DataError, match="--backend gigatoken: its ids differ"):
-        choose_encoder("gigatoken", tokenizer, SAMPLE[:3], said.append)
+        choose_encoder("gigatoken", tokenizer, SAMPLE[:3], reported.append)
     monkeypatch.setitem(__import__("sys").modules, "gigatoken", None)
-    assert choose_encoder("auto", tokenizer, SAMPLE[:3], said.append).name == "hf"
-    assert "it is not installed" in said[1]
+    assert choose_encoder("auto", tokenizer, SAMPLE[:3], reported.append).name == "hf"
+    assert "it is not installed" in reported[1]
 
 
 def test_back_end_found_wrong_on_the_way_is_replaced_for_that_unit(tmp_path, bpe_file, monkeypatch):
-    """The sample at the start is right, a later unit is not: its tokens still come out right, and it is told."""
+    """The sample at the start is right, a later unit is not: its tokens are still right, and the difference is reported."""
     pytest.importorskip("gigatoken")
     texts = [f"text {i} of some words" for i in range(60)] + ["POISON"] + [f"more {i}" for i in range(60)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -314,13 +314,13 @@ def test_back_end_found_wrong_on_the_way_is_replaced_for_that_unit(tmp_path, bpe
     monkeypatch.setattr(GigatokenEncoder, "batch_bytes", 1)
     monkeypatch.setattr(backends, "MEMORY_CHECK_BYTES", 1 << 30)
     monkeypatch.setattr("megatronish.preprocessing.preprocess.SAMPLE_CHARACTERS", 300)
-    said: list[str] = []
+    reported: list[str] = []
     (result,) = preprocess(
-        PreprocessOptions(output_prefix=str(tmp_path / "g"), append_eod=True, **options), said.append
+        PreprocessOptions(output_prefix=str(tmp_path / "g"), append_eod=True, **options), reported.append
     )
     assert result.manifest.encoder == "gigatoken"
     assert (tmp_path / "g_text_document.bin").read_bytes() == expected["bin"]
-    assert sum("the fast back end differs" in line for line in said) == 1
+    assert sum("the fast back end differs" in line for line in reported) == 1
 
 
 def test_sentencepiece_by_gigatoken(tmp_path):

@@ -16,7 +16,6 @@ from megatronish.data.samples.dataset import open_dataset
 from megatronish.data.tokenizers.formats import byte_alphabet
 from megatronish.data.tokenizers.tokenizer import load_tokenizer, train_bpe
 from tests.data.streams.shard_server import shard_server
-from tests.data.streams.text_shards import hub_answers
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 TEXTS = [f"Document {i}: {'word ' * (i % 7)}straße {i * i}" for i in range(100)]
@@ -54,8 +53,12 @@ def texts_of(prefix: Path) -> list[str]:
 
 
 def test_inspect_and_decode(dataset):
-    told = run(dataset, "inspect", "o_text_document")
-    assert "100 documents in 100 sequences" in told and "documents 100" in told and repr(TEXTS[0][:5])[:-1] in told
+    printed = run(dataset, "inspect", "o_text_document")
+    assert (
+        "100 documents in 100 sequences" in printed
+        and "documents 100" in printed
+        and repr(TEXTS[0][:5])[:-1] in printed
+    )
     assert (
         run(dataset, "decode", "o_text_document", "--documents", 3, "7-8") == "\n".join([TEXTS[3], *TEXTS[7:9]]) + "\n"
     )
@@ -65,7 +68,7 @@ def test_inspect_and_decode(dataset):
 
 
 def test_verify_finds_a_changed_byte_and_a_missing_end(dataset):
-    assert "as its manifest says: 100 documents" in run(dataset, "verify", "o_text_document")
+    assert "equals its manifest: 100 documents" in run(dataset, "verify", "o_text_document")
     path = dataset / "o_text_document.bin"
     raw = bytearray(path.read_bytes())
     raw[-2:] = b"\x01\x00"
@@ -88,7 +91,7 @@ def test_split_then_merge(dataset, seed):
     assert sorted(joined) == sorted(TEXTS) and (joined == TEXTS) is (seed is None)
     assert all(part == [text for text in TEXTS if text in set(part)] for part in parts), "in their order"
     for name in ("train", "valid", "test"):
-        assert "as its manifest says" in run(dataset, "verify", f"o_text_document_{name}")
+        assert "equals its manifest" in run(dataset, "verify", f"o_text_document_{name}")
     names = [f"o_text_document_{name}" for name in ("train", "valid", "test")]
     run(dataset, "merge", "--input", *names, "--output-prefix", "again")
     assert texts_of(dataset / "again") == joined
@@ -96,7 +99,7 @@ def test_split_then_merge(dataset, seed):
         for suffix in ("bin", "idx"):
             original = (dataset / f"o_text_document.{suffix}").read_bytes()
             assert (dataset / f"again.{suffix}").read_bytes() == original
-    assert "already there" in attempt(dataset, "merge", "--input", *names, "--output-prefix", "again").stderr
+    assert "exists already" in attempt(dataset, "merge", "--input", *names, "--output-prefix", "again").stderr
     assert "add up to 1" in attempt(dataset, "split", "o_text_document", "--parts", "a=0.8", "b=0.3").stderr
 
 
@@ -122,7 +125,7 @@ def test_merge_keeps_sequences_and_empty_documents_and_refuses_other_tokenizers(
 
 @pytest.mark.parametrize("model", ["bpe", "unigram"])
 def test_train_tokenizer(folder, model):
-    told = run(
+    printed = run(
         folder,
         "train-tokenizer",
         "--input",
@@ -134,53 +137,53 @@ def test_train_tokenizer(folder, model):
         "--model",
         model,
     )
-    assert f"{model}, " in told
+    assert f"{model}, " in printed
     tokenizer = load_tokenizer(folder / "t" / "mine.json")
     assert 257 < tokenizer.vocab_size <= 320 and tokenizer.lossless
     assert tokenizer.decode(tokenizer.encode(TEXTS[9])) == TEXTS[9]
     again = ["train-tokenizer", "--input", "d.jsonl", "--output", "t/mine.json", "--vocab-size", 320]
-    assert "there is a file already" in attempt(folder, *again).stderr
+    assert "the file exists" in attempt(folder, *again).stderr
     assert [path.name for path in (folder / "t").iterdir()] == ["mine.json"]
 
 
 def test_dry_run_writes_nothing(folder):
     before = sorted(path.name for path in folder.rglob("*"))
-    told = run(folder, "--input", "d.jsonl", "--output-prefix", "o", "--tokenizer-model", "bytes", "--dry-run")
-    assert "would write o_text_document" in told and "257, uint16 tokens" in told and "sample: 100" in told
+    printed = run(folder, "--input", "d.jsonl", "--output-prefix", "o", "--tokenizer-model", "bytes", "--dry-run")
+    assert "would write o_text_document" in printed and "257, uint16 tokens" in printed and "sample: 100" in printed
     assert sorted(path.name for path in folder.rglob("*")) == before
 
 
-def test_inputs_from_elsewhere(folder):
-    """The hub and a web server, both on this machine and faulty: named fields joined, bad lines named, splits chosen."""
-    pytest.importorskip("huggingface_hub")
+def test_remote_inputs(folder):
+    """The hub by `datasets`, a web server with faults: named fields joined, bad lines located, splits chosen."""
+    pytest.importorskip("datasets")
     sha = "0123456789abcdef0123456789abcdef01234567"
-    files = folder / "datasets/databricks/databricks-dolly-15k/resolve" / sha
-    files.mkdir(parents=True)
     records = [
         {"instruction": "Add.", "context": "", "response": "2"},
         {"instruction": "A", "context": "B", "response": "C"},
     ]
-    (files / "databricks-dolly-15k.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    bad = folder / "datasets/some/corpus/resolve" / sha / "test.jsonl"
-    bad.parent.mkdir(parents=True)
-    bad.write_text('{"text": "held out"}\n\n{"text": \n{"text": null}\n')
+    dolly, other = folder / "databricks/databricks-dolly-15k", folder / "some/corpus"
+    for path, rows in ((dolly / "a.jsonl", records), (other / "test.jsonl", [{"text": "held out"}, {"text": None}])):
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "bad.jsonl").write_text('{"text": "good"}\n\n{"text": \n{"text": null}\n')
     given = ["--tokenizer-model", "bytes", "--shard-size", 500, "--output-prefix"]
-    with shard_server(folder, faults=0.3, kinds=("500", "reset", "truncate")) as (url, served):
-        served.answers = hub_answers("databricks/databricks-dolly-15k", sha, ["databricks-dolly-15k.jsonl"])
-        served.answers |= hub_answers("some/corpus", sha, ["train.jsonl", "test.jsonl"])
-        there = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0"}
-        told = run(folder, "--input", "hf://dolly", *given, "o", **there)
+    with shard_server(folder, commit=sha) as (url, served):
+        there = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "cache")}
+        lines = run(folder, "--input", "hf://dolly", *given, "o", **there)
         assert texts_of(folder / "o_text_document") == ["Add.\n\n2", "A\n\nB\n\nC"]
-        assert "hf://dolly at 0123456789ab: 1 shards; licence: CC BY-SA 3.0" in told
+        assert "hf://dolly at 0123456789ab: 1 shards; licence: CC BY-SA 3.0" in lines
         run(folder, "--input", "hf://dolly", "--json-keys", "response", *given, "r", **there)
         assert texts_of(folder / "r_response_document") == ["2", "C"]
         done = attempt(folder, "--input", "hf://some/corpus:test", *given, "p", **there)
-        assert done.returncode == 2 and "hf://some/corpus:test at 0123456789ab, row 3: not JSON" in done.stderr
+        assert done.returncode == 2 and f"corpus@{sha}/test.jsonl, row 2: the value of 'text' is null" in done.stderr
         run(folder, "--input", "hf://some/corpus:test", *given, "p", "--on-error", "skip", **there)
         assert texts_of(folder / "p_text_document") == ["held out"]
-        assert open_dataset(folder / "p_text_document").manifest.counts["rejected_documents"] == 2
+        assert open_dataset(folder / "p_text_document").manifest.counts["rejected_documents"] == 1
+        served.faults, served.kinds = 0.3, ("500", "reset", "truncate")
         run(folder, "--input", f"{url}/d.jsonl", *given, "w", **there)
         assert texts_of(folder / "w_text_document") == TEXTS
+        done = attempt(folder, "--input", f"{url}/bad.jsonl", *given, "q", **there)
+        assert done.returncode == 2 and f"{url}/bad.jsonl, line 3: not JSON" in done.stderr
         done = attempt(folder, "--input", f"hf://{folder}/set", *given, "q", **there)
         assert done.returncode == 2 and "expected hf://OWNER/NAME" in done.stderr
 
@@ -212,11 +215,11 @@ def _gpt2_files(folder: Path) -> tuple[dict[str, int], list[str]]:
 
 def test_gpt2_files_by_megatrons_command_line(folder):
     vocabulary, _ = _gpt2_files(folder)
-    told = run(
+    printed = run(
         folder, "--input", "d.jsonl", "--output-prefix", "o", "--tokenizer-type", "GPT2BPETokenizer", "--vocab-file",
         "vocab.json", "--merge-file", "merges.txt", "--append-eod", "--workers", 2, "--partitions", 2, "--log-interval", 50,
     )  # fmt: skip
-    assert "--partitions: the input is cut into units of its own accord" in told
+    assert "--partitions: the input is cut into units of its own accord" in printed
     first = IndexedReader(folder / "o_text_document").document(1).tolist()
     assert first[0] == vocabulary["Do"] and vocabulary["Ġword"] in first and first[-1] == vocabulary["<|endoftext|>"]
     assert texts_of(folder / "o_text_document") == TEXTS
@@ -225,7 +228,7 @@ def test_gpt2_files_by_megatrons_command_line(folder):
 
 
 def test_tiktoken_rank_file(folder):
-    """Named after the encoding that says how text is split; its ranks are the ids."""
+    """Named after its encoding, which defines how text is split; its ranks are the ids."""
     tokens = [bytes([b]) for b in range(256)] + [b"wo", b"wor", b" wor", b" word"]
     lines = [base64.b64encode(token) + b" %d" % i for i, token in enumerate(tokens)]
     (folder / "gpt2.tiktoken").write_bytes(b"\n".join(lines) + b"\n")
@@ -242,10 +245,10 @@ def test_back_ends_write_the_same_bytes(dataset):
     written = {}
     for backend in ("hf", "gigatoken", "tiktoken"):
         pytest.importorskip({"hf": "tokenizers"}.get(backend, backend))
-        told = run(
+        printed = run(
             dataset, "--input", "d.jsonl", "--output-prefix", backend, "--tokenizer-model", "t.tokenizer.json", "--append-eod",
             "--backend", backend,
         )  # fmt: skip
-        assert f"encoded by {backend}" in told
+        assert f"encoded by {backend}" in printed
         written[backend] = np.fromfile(dataset / f"{backend}_text_document.bin", dtype=np.uint16)
     assert all(np.array_equal(tokens, written["hf"]) for tokens in written.values())

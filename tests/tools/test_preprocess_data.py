@@ -1,4 +1,4 @@
-"""The preprocessing tool as a user runs it: results, refusals with exit status 2 and one line, nothing left behind."""
+"""The preprocessing tool as a user runs it: results, refusals with exit status 2 and one line, no files left."""
 
 import gzip
 import json
@@ -135,7 +135,7 @@ def test_sentencepiece_by_megatrons_command_line(corpus):
     assert dataset.held_out_text(range(300)).decode() == "".join(TEXTS)
 
 
-def test_text_that_the_tokenizer_cannot_hold_is_told(corpus):
+def test_text_that_the_tokenizer_cannot_represent_is_reported(corpus):
     import sentencepiece
 
     with open(corpus / "m.model", "wb") as model:
@@ -170,8 +170,8 @@ def test_existing_output_is_kept_unless_asked(corpus):
     arguments = ["--input", "in.jsonl", "--output-prefix", "o", "--tokenizer-model", "bytes"]
     assert run(corpus, *arguments).returncode == 0
     before = (corpus / "o_text_document.bin").read_bytes()
-    assert "already there; use --overwrite" in refused(run(corpus, *arguments))
-    # A failed replacement leaves the old data set whole.
+    assert "exists already; use --overwrite" in refused(run(corpus, *arguments))
+    # A failed replacement leaves the old data set complete.
     (corpus / "in.jsonl").write_text('{"text": "new"}\n{"text": ')
     assert "line 2: not JSON" in refused(run(corpus, *arguments, "--overwrite"))
     assert (corpus / "o_text_document.bin").read_bytes() == before
@@ -269,7 +269,7 @@ def test_bare_command_prepares_the_default_corpus_once(tmp_path):
     assert dataset.held_out_text([0]) == (library / "m0.py").read_bytes()
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()}
     again = bare()
-    assert again.returncode == 0 and "already there" in again.stdout and "training" not in again.stdout
+    assert again.returncode == 0 and "exists already" in again.stdout and "training" not in again.stdout
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()}
     other = bare("--train-tokenizer", "300")
     assert "made with other options: train_tokenizer 4096 (now 300)" in refused(other)

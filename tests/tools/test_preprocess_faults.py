@@ -1,4 +1,4 @@
-"""Each kind of bad input in each format, a full disk, kill -9 at random moments: nothing lost, nothing half done."""
+"""Each kind of bad input in each format, a full disk, kill -9 at random moments: nothing is lost or left half done."""
 
 import gzip
 import json
@@ -126,25 +126,25 @@ def test_parquet_faults(tmp_path):
     manifest = open_dataset(tmp_path / "o_text_document").manifest
     assert [reject["place"] for reject in manifest.rejects] == ["d.parquet, row 41", "d.parquet, row 42"]
     assert manifest.counts["empty_documents"] == 1 and len(manifest.shards) > 3
-    whole = (tmp_path / "d.parquet").read_bytes()
-    (tmp_path / "d.parquet").write_bytes(whole[:-30])
+    complete = (tmp_path / "d.parquet").read_bytes()
+    (tmp_path / "d.parquet").write_bytes(complete[:-30])
     assert "d.parquet: truncated or corrupt parquet" in run(tmp_path, *given, "--overwrite").stderr
 
 
 @pytest.mark.parametrize("packed", [".gz", ".zst"])
-def test_truncated_file_is_named_finished_units_are_kept_and_the_mended_one_gives_the_same(tmp_path, packed):
+def test_truncated_file_is_named_and_resuming_with_the_complete_one_gives_the_same(tmp_path, packed):
     lines = b"".join(line(f"{i} " + "word " * 20) for i in range(2000))
     (tmp_path / "a.jsonl").write_bytes(lines)
-    whole = PACK[packed](lines)
-    (tmp_path / f"b.jsonl{packed}").write_bytes(whole[: len(whole) // 2])
+    complete = PACK[packed](lines)
+    (tmp_path / f"b.jsonl{packed}").write_bytes(complete[: len(complete) // 2])
     given = ["--input", "a.jsonl", f"b.jsonl{packed}", "--tokenizer-model", "bytes", "--shard-size", 20000]
     done = run(tmp_path, *given, "--on-error", "skip")
     assert done.returncode == 2 and f"b.jsonl{packed}: truncated or corrupt" in done.stderr
     assert "finished units are kept" in done.stdout and not list(tmp_path.glob("o_*"))
-    assert "--resume goes on with it" in run(tmp_path, *given, "--on-error", "skip").stderr
-    (tmp_path / f"b.jsonl{packed}").write_bytes(whole)
+    assert "--resume resumes it" in run(tmp_path, *given, "--on-error", "skip").stderr
+    (tmp_path / f"b.jsonl{packed}").write_bytes(complete)
     done = run(tmp_path, *given, "--on-error", "skip", "--resume")
-    assert done.returncode == 0 and "going on after" in done.stdout, done.stderr
+    assert done.returncode == 0 and "resuming after" in done.stdout, done.stderr
     texts = [json.loads(raw)["text"] for raw in lines.splitlines()]
     assert contents(tmp_path) == texts * 2 and not list(tmp_path.glob(".o*"))
 
@@ -156,7 +156,7 @@ LONG_LINES = [("auto", 30, "1M", 400, kind) for kind in ("jsonl", "jsonl.gz", "t
     ("backend", "megabytes", "longest", "limit", "kind"), [*LONG_LINES, ("hf", 6, "128K", 200, "jsonl")]
 )
 def test_long_document_in_bounded_memory(tmp_path, backend, megabytes, longest, limit, kind):
-    """`tokenizers` given a text whole takes 140 bytes for each of its bytes, 600 with a vocabulary as small as this."""
+    """`tokenizers` given an entire text takes 140 bytes for each of its bytes, 600 with a vocabulary as small as this."""
     tokenizer = train_bpe(["some words to merge " * 50], 280).save(tmp_path / "t")
     words = "some words to merge " * (megabytes * 50_000)
     write(tmp_path / f"d.{kind}", ["before", words, "after"])
@@ -175,7 +175,7 @@ def test_long_document_in_bounded_memory(tmp_path, backend, megabytes, longest, 
     assert done.returncode == 0, done.stderr
     assert "1 documents above --max-doc-bytes" in done.stdout
     assert contents(tmp_path) == ["before", words, "after"]
-    # Program and tokenizer 100 MB; line, text, parts and ids 10 bytes a byte; a part in `tokenizers` 80 MB.
+    # Program and tokenizer 100 MB; line, text, parts and ids 10 bytes for each byte; a part in `tokenizers` 80 MB.
     assert int(done.stdout.split("PEAK")[1]) < limit
     write(tmp_path / f"d.{kind}", ["before", "x" * 5000, "after"])
     more = ["--input", f"d.{kind}", "--tokenizer-model", "bytes", "--overwrite", "--max-doc-bytes", "4K"]
@@ -184,7 +184,7 @@ def test_long_document_in_bounded_memory(tmp_path, backend, megabytes, longest, 
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "txt.zst", "parquet"])
-def test_full_disk_is_told_and_resuming_with_room_gives_the_same(tmp_path, kind):
+def test_full_disk_is_reported_and_resuming_with_room_gives_the_same(tmp_path, kind):
     """A file-size limit stands in for a full disk: the write fails in the same way."""
     texts = [f"{i} {'x' * 990}" for i in range(1000)]
     write(tmp_path / f"d.{kind}", texts)
@@ -208,12 +208,12 @@ def test_resuming_another_run_is_refused(tmp_path):
     given = ["--input", "d.jsonl", "--tokenizer-model", "bytes", "--shard-size", 50]
     assert run(tmp_path, *given).returncode == 2
     done = run(tmp_path, *given, "--resume", "--append-eod")
-    assert done.returncode == 2 and "--resume: the unfinished run was another one" in done.stderr
-    # Resuming what is whole tells so, and what has not begun starts it: a script may always ask for it.
+    assert done.returncode == 2 and "--resume: the unfinished run had other options" in done.stderr
+    # Resuming a complete data set reports it, and resuming without one starts it: a script may always pass --resume.
     (tmp_path / "d.jsonl").write_bytes(b"".join(map(line, GOOD)))
     assert run(tmp_path, *given, "--resume").returncode == 0
     assert contents(tmp_path) == GOOD
-    assert "already there" in run(tmp_path, *given, "--resume").stdout
+    assert "exists already" in run(tmp_path, *given, "--resume").stdout
 
 
 def test_worker_that_is_killed_ends_the_run_with_its_signal(tmp_path):
@@ -244,7 +244,7 @@ def test_killed_twenty_times_and_resumed_gives_the_same_bytes(tmp_path):
     given += ["--shard-size", "4K", "--doc-separator", ";"]
     started = time.monotonic()
     assert run(tmp_path, *given).returncode == 0
-    whole = time.monotonic() - started
+    complete = time.monotonic() - started
     expected = {path.name: path.read_bytes() for path in tmp_path.glob("o_*")}
     for path in tmp_path.glob("o_*"):
         path.unlink()
@@ -254,8 +254,8 @@ def test_killed_twenty_times_and_resumed_gives_the_same_bytes(tmp_path):
             arguments(*given, "--resume"), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            # From while it starts to while it ends; each run goes on from where the one before was killed.
-            status = process.wait(draw.uniform(0.15, 0.35) * whole + 0.2)
+            # From while it starts to while it ends; each run resumes where the one before was killed.
+            status = process.wait(draw.uniform(0.15, 0.35) * complete + 0.2)
         except subprocess.TimeoutExpired:
             process.kill()
             status = process.wait()

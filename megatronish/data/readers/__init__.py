@@ -1,1 +1,1 @@
-"""Files of text and where they are stored: JSON lines, Parquet, plain text; local, compressed, remote."""
+"""Readers of text: JSON lines, Parquet, plain text and tables; local, compressed, on the web or on the Hugging Face hub."""

@@ -1,54 +1,61 @@
-"""What there is to read: files by suffix, Hugging Face data sets by name, streams of rows; and how to open each."""
+"""Inputs: files by suffix, local or on the web, and tables that the package `datasets` reads."""
 
 from __future__ import annotations
 
+import contextlib
 import glob
-import gzip
-import io
 import os
-import zlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import orjson
-
+from megatronish.data.readers.compression import COMPRESSED_SUFFIXES
 from megatronish.errors import DataError
 
-JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
-COMPRESSED_SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
-UNREADABLE_SUFFIXES = (".bz2", ".xz", ".zip", ".tar", ".tgz", ".bin", ".idx", ".npy", ".arrow")
-READ_BYTES = 1 << 20
-# Frames written with `zstd --long=31` need this much.
-ZSTD_WINDOW_BYTES = 1 << 31
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+TABLE_SUFFIXES = (".csv", ".tsv", ".arrow", ".tar")  # read by `datasets`, .csv and .tsv also compressed
+UNREADABLE_SUFFIXES = (".bz2", ".xz", ".zip", ".tgz", ".bin", ".idx", ".npy")
+# What can be streamed; of URLs the JSON lines and Parquet.
+SHARD_SUFFIXES = (
+    *(f"{suffix}{packed}" for suffix in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")),
+    ".parquet",
+)
+STREAMED_SUFFIXES = (*SHARD_SUFFIXES, *TABLE_SUFFIXES, ".csv.gz", ".tsv.gz", ".csv.zst", ".tsv.zst")
 
-# Inputs that are no paths on this machine.
-SCHEMES = ("hf://", "http://", "https://")
+HUB = "hf://"
+WEB = ("http://", "https://")
 
-Row = Mapping[str, Any] | bytes  # values by name, or a line of JSON that nobody has read yet
-Rows = Callable[[], Iterator[Row]]
+Row = Mapping[str, Any]
+Rows = Callable[[Sequence[str], int], Iterator[Row]]  # (keys, start): the rows from number `start` on, with these keys
 
 
 @dataclass(frozen=True)
-class Source:
-    """One input. `format` is jsonl, text, parquet or rows; `compression` is "", gzip or zstd.
+class TextSource:
+    """One input: a file, local or on the web, or a table of `rows`.
 
-    `size` (bytes as stored, 0 where not known) and `mtime_ns` tell a resumed run whether the input is still the same.
-    `rows` makes the rows of a `rows` source, from the first.
+    format: jsonl, text, parquet or rows. compression: "", gzip or zstd. size (bytes as stored, 0 where not known) and
+    mtime_ns show a resumed run whether the input is still the same.
     """
 
-    name: str
+    location: str
     format: str
     compression: str = ""
     size: int = 0
     mtime_ns: int = 0
-    rows: Rows | None = None
+    rows: Rows | None = field(default=None, repr=False)
 
     @property
-    def seekable(self) -> bool:
-        """Whether a worker can read a part of it without what comes before."""
-        return self.format == "parquet" or (self.format != "rows" and not self.compression)
+    def remote(self) -> bool:
+        """Whether it is read over http(s)."""
+        return self.location.startswith(WEB)
+
+    @property
+    def name(self) -> str:
+        """The location without a query, which may hold a signature."""
+        return self.location.split("?")[0] if self.remote else self.location
 
     @property
     def signature(self) -> list[Any]:
@@ -56,18 +63,49 @@ class Source:
         return [self.name, self.size, self.mtime_ns]
 
     def place(self, number: int) -> str:
-        """Where record `number` is (line or row from 1; for text the byte where it begins, -1 for a whole file)."""
+        """Where record `number` is (line or row from 1; for text the byte where it begins, -1 for the entire file)."""
         if self.format == "text":
             return self.name if number < 0 else f"{self.name}, byte {number}"
         return f"{self.name}, {'line' if self.format == 'jsonl' else 'row'} {number}"
 
+    @contextlib.contextmanager
+    def open(self, retry: Any = None) -> Iterator[Any]:
+        """The stored bytes (None for rows, which are not opened here). retry: a `Retry` for remote files. Raises DataError."""
+        if self.format == "rows":
+            yield None
+        elif self.remote:
+            from megatronish.data.readers.remote import RemoteFile, Retry
+
+            with RemoteFile(self.location, retry or Retry(), ranged=self.format == "parquet") as remote:
+                yield remote
+        else:
+            with _open_local(self.location) as local:
+                yield local
+
+
+def _open_local(path: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
 
 def is_remote(spec: str) -> bool:
-    """Whether an input is no path on this machine."""
-    return spec.startswith(SCHEMES)
+    """Whether an input is not a path on this machine."""
+    return spec.startswith((HUB, *WEB))
 
 
-def find_inputs(patterns: Sequence[str]) -> list[Path]:
+def is_saved_dataset(path: str | Path) -> bool:
+    """Whether a folder was written by `datasets`' save_to_disk."""
+    return Path(path, "dataset_info.json").is_file() and Path(path, "state.json").is_file()
+
+
+def is_stream(location: str) -> bool:
+    """Whether a location is streamed text rather than the prefix of an indexed dataset."""
+    return is_remote(location) or location.lower().endswith(STREAMED_SUFFIXES) or is_saved_dataset(location)
+
+
+def find_inputs(patterns: Sequence[str]) -> list[TextSource]:
     """Files of the given paths and globs (`**` is recursive), globs sorted, each file once. Raises DataError."""
     found: dict[Path, Path] = {}
     for pattern in patterns:
@@ -75,122 +113,75 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
         if path.exists():
             matches = [path]
         else:
-            matches = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if not os.path.isdir(name)]
+            names = sorted(glob.glob(pattern, recursive=True))
+            matches = [Path(name) for name in names if not os.path.isdir(name) or is_saved_dataset(name)]
             if not matches:
                 kind = "no file matches" if glob.has_magic(pattern) else "no such file:"
                 raise DataError(f"--input: {kind} {pattern}")
         for match in matches:
-            if match.is_dir():
-                raise DataError(f"--input {match} is a folder; give a pattern such as '{match}/**/*.txt' (quoted)")
-            suffix = match.suffix.lower()
-            if suffix in UNREADABLE_SUFFIXES:
-                raise DataError(
-                    f"--input {match}: {suffix} files are not read; convert to parquet, text or JSON lines (plain, .gz or .zst)"
-                )
-            if not os.access(match, os.R_OK):
-                raise DataError(f"--input {match}: no permission to read it")
+            if match.is_dir() and not is_saved_dataset(match):
+                raise DataError(f"--input {_refused_folder(match)}")
             found.setdefault(match.resolve(), match)
-    return list(found.values())
+    return [file_source(match) for match in found.values()]
 
 
-def file_source(path: Path) -> Source:
-    """The source that a file's name and metadata describe. Raises DataError for what cannot be combined."""
-    compression = COMPRESSED_SUFFIXES.get(path.suffix.lower(), "")
-    inner = path.with_suffix("") if compression else path
-    suffix = inner.suffix.lower()
-    kind = "jsonl" if suffix in JSON_LINES_SUFFIXES else "parquet" if suffix == ".parquet" else "text"
-    if kind == "parquet" and compression:
-        raise DataError(f"--input {path}: parquet is compressed inside; unpack the {path.suffix} first")
+def _refused_folder(path: Path) -> str:
+    if (path / "dataset_dict.json").is_file():
+        return f"{path} holds several splits; give one of {sorted(map(str, path.glob('*/')))}"
+    return f"{path} is a folder; give a pattern such as '{path}/**/*.txt' (quoted)"
+
+
+def file_source(path: Path | str) -> TextSource:
+    """The source that a path describes. Raises DataError for what is not read."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    compression = COMPRESSED_SUFFIXES.get(suffix, "")
+    inner = path.with_suffix("").suffix.lower() if compression else suffix
+    if suffix in UNREADABLE_SUFFIXES or (inner == ".tar" and compression):
+        raise DataError(
+            f"--input {path}: {suffix} files are not read; convert to parquet, text or JSON lines (plain, .gz or .zst)"
+        )
+    if not os.access(path, os.R_OK):
+        raise DataError(f"--input {path}: no permission to read it")
+    if compression and inner in (".parquet", ".arrow"):
+        raise DataError(f"--input {path}: {inner} is compressed inside; unpack the {suffix} first")
     state = path.stat()
-    return Source(str(path), kind, compression, state.st_size, state.st_mtime_ns)
+    if inner in TABLE_SUFFIXES or path.is_dir():
+        return TextSource(str(path), "rows", "", state.st_size, state.st_mtime_ns, partial(_table_rows, str(path)))
+    return TextSource(str(path), FORMATS.get(inner, "text"), compression, state.st_size, state.st_mtime_ns)
 
 
-def check_keys(sources: Sequence[Source], keys: Sequence[str]) -> None:
+def _table_rows(path: str, keys: Sequence[str], start: int) -> Iterator[Row]:
+    from megatronish.data.readers import tables  # imports `datasets`, which takes seconds
+
+    return tables.read_rows(path, tables.open_table(path), keys, start)
+
+
+def url_sources(location: str) -> list[TextSource]:
+    """The shards of an http(s) location, whose `{a..b}` count up. Raises DataError for another kind of file."""
+    lower = location.split("?")[0].lower()
+    if not lower.endswith(SHARD_SUFFIXES):
+        raise DataError(f"{location}: a shard ends in one of {', '.join(SHARD_SUFFIXES)}")
+    compression = COMPRESSED_SUFFIXES.get(Path(lower).suffix, "")
+    kind = "parquet" if lower.endswith(".parquet") else "jsonl"
+    return [TextSource(url, kind, compression) for url in expand_counts(location)]
+
+
+def expand_counts(location: str) -> list[str]:
+    """`x{08..10}` as x08, x09, x10; several braces multiply. Raises DataError for a range that decreases."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", location)
+    if found is None:
+        return [location]
+    first, last = int(found[1]), int(found[2])
+    if last < first:
+        raise DataError(f"{location}: {found[0]} decreases")
+    before, after = location[: found.start()], location[found.end() :]
+    numbers = [f"{number:0{len(found[1])}d}" for number in range(first, last + 1)]
+    return [expanded for number in numbers for expanded in expand_counts(f"{before}{number}{after}")]
+
+
+def check_keys(sources: Sequence[TextSource], keys: Sequence[str]) -> None:
     """Refuses several keys for text, which has one. Raises DataError."""
     for source in sources:
         if len(keys) > 1 and source.format == "text":
             raise DataError(f"--json-keys {' '.join(keys)}: {source.name} is not JSON lines, so has a single text")
-
-
-def open_stream(source: Source, stored: BinaryIO) -> BinaryIO:
-    """The unpacked bytes of an open file, buffered; errors are raised as DataError by `reading`."""
-    if source.compression == "gzip":
-        return gzip.GzipFile(fileobj=stored)  # type: ignore[return-value]
-    if source.compression == "zstd":
-        return io.BufferedReader(_ZstdStream(stored), READ_BYTES)
-    return stored
-
-
-class reading:  # a context manager, used as a verb
-    """Turns the errors of a damaged compressed file into a DataError that names it."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, EOFError | gzip.BadGzipFile | zlib.error | _ZstdDamage):
-            name = self._source.compression or "file"
-            raise DataError(f"{self._source.name}: truncated or corrupt {name} file: {error}") from None
-
-
-class _ZstdDamage(ValueError):
-    """A zstd file that ends within a frame or does not decode."""
-
-
-class _ZstdStream(io.RawIOBase):
-    """Unpacked bytes of consecutive zstd frames. Unlike the library's own reader it does not take a cut frame for the end."""
-
-    def __init__(self, stored: BinaryIO) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise DataError("reading .zst needs the package zstandard: pip install zstandard") from None
-        self._library: Any = zstandard
-        self._stored = stored
-        self._frame: Any = None
-        self._ready = b""
-        self._pending = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: Any) -> int:
-        while not self._ready:
-            if not self._decode():
-                return 0
-        count = min(len(target), len(self._ready))
-        target[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-    def _decode(self) -> bool:
-        raw = self._pending or self._stored.read(1 << 17)
-        self._pending = b""
-        if not raw:
-            if self._frame is not None:
-                raise _ZstdDamage("the last frame is cut short")
-            return False
-        if self._frame is None:
-            self._frame = self._library.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES).decompressobj()
-        try:
-            self._ready = self._frame.decompress(raw)
-        except self._library.ZstdError as error:
-            raise _ZstdDamage(str(error)) from None
-        if self._frame.eof:
-            self._pending = self._frame.unused_data
-            self._frame = None
-        return True
-
-
-def mapping_of(row: Row) -> Mapping[str, Any]:
-    """The values of a row, none of a faulty one."""
-    if not isinstance(row, bytes):
-        return row
-    try:
-        record = orjson.loads(row)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}

@@ -1,7 +1,7 @@
-"""Files behind http(s), read through faults: what breaks is retried from the byte it broke at.
+"""Files read over http(s): after a fault, reading is retried from the byte where it stopped.
 
 Retried with exponential back-off and jitter: refused, reset and timed-out connections, 408, 425, 429 (its Retry-After is
-kept) and 5xx, and bodies that end before their announced length. Anything else is the user's to mend and raises DataError.
+kept) and 5xx, and bodies that end before their announced length. Anything else raises DataError.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Retry:
-    """How long to insist. Waits double from `first_wait` to `longest_wait` seconds, each shortened at random by up to half.
+    """How often to retry. Waits double from `first_wait` to `longest_wait` seconds, each shortened at random by up to half.
 
     attempts: in a row without one byte of progress. timeout: seconds without an answer.
     """
@@ -45,14 +45,14 @@ class Retry:
 
 
 class _Fault(Exception):
-    """A fault that trying again may mend."""
+    """A fault that a retry may overcome."""
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
         self.wait = wait
 
 
-def insist(place: str, call: Callable[[], T], retry: Retry) -> T:
+def retried(place: str, call: Callable[[], T], retry: Retry) -> T:
     """The result of `call`, tried again while it raises network faults. Raises DataError when they do not end."""
     for attempt in range(1, retry.attempts + 1):
         try:
@@ -64,7 +64,7 @@ def insist(place: str, call: Callable[[], T], retry: Retry) -> T:
             log.warning("%s: %s; trying again in %.1f s", place, _words(fault), seconds)
             time.sleep(seconds)
     raise DataError(
-        f"{place}: {_words(fault)}, {retry.attempts} times in a row; check the network and start again to go on"
+        f"{place}: {_words(fault)}, {retry.attempts} times in a row; check the network and restart to resume"
     )
 
 
@@ -75,29 +75,23 @@ def _words(error: BaseException) -> str:
 class RemoteFile(io.RawIOBase):
     """A file at a URL, readable from any place; `tag` and `size` are known once something was read.
 
-    ranged: each `read(n)` asks for these n bytes alone (for Parquet, which jumps about); otherwise one response is read on
-    and on. token: sent as a bearer to the URL's own host, never to where it redirects. pinned: the URL names its content (a
-    commit), so that a changed ETag, which mirrors may differ in, says nothing.
-    Raises DataError for what retrying cannot mend, a changed file among it.
+    ranged: each `read(n)` requests these n bytes alone (for Parquet, which is not read in order); otherwise one response is
+    read to its end. Raises DataError for what retrying cannot fix, a changed file among it.
     """
 
-    def __init__(
-        self, url: str, retry: Retry, *, token: str | None = None, ranged: bool = False, pinned: bool = False
-    ) -> None:
+    def __init__(self, url: str, retry: Retry, *, ranged: bool = False) -> None:
         self.url = url
         self.size: int | None = None
         self.etag: str | None = None
         self._retry = retry
-        self._token = token
         self._ranged = ranged
-        self._pinned = pinned
         self._position = 0
         self._response: Any = None
 
     @property
     def tag(self) -> str:
-        """Tells this content from another that may come to lie at the same URL."""
-        return f"{self.size}" if self._pinned or self.etag is None else f"{self.size} {self.etag}"
+        """Size and ETag: differs when another file is stored at the same URL."""
+        return f"{self.size}" if self.etag is None else f"{self.size} {self.etag}"
 
     def readable(self) -> bool:
         return True
@@ -105,12 +99,9 @@ class RemoteFile(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self._position
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_END and self.size is None:
-            insist(self.url, lambda: self._connect(0, 1), self._retry).close()
+            retried(self.url, lambda: self._connect(0, 1), self._retry).close()
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size or 0}[whence]
         if base + offset != self._position:
             self._drop()
@@ -140,7 +131,7 @@ class RemoteFile(io.RawIOBase):
         return b"".join(parts)
 
     def _read_on(self, size: int, end: int | None = None) -> bytes:
-        """The next bytes, at least one but at the end of the file. Every retry begins behind the last byte received."""
+        """The next bytes, at least one but at the end of the file. Every retry begins after the last byte received."""
 
         def receive() -> bytes:
             if self._response is None:
@@ -159,7 +150,7 @@ class RemoteFile(io.RawIOBase):
                 self._drop()
                 raise
 
-        data = insist(self.url, receive_or_drop, self._retry) if size else b""
+        data = retried(self.url, receive_or_drop, self._retry) if size else b""
         self._position += len(data)
         return data
 
@@ -173,8 +164,6 @@ class RemoteFile(io.RawIOBase):
         request = urllib.request.Request(self.url, headers={"User-Agent": "megatronish", "Accept-Encoding": "identity"})
         if offset or end is not None:
             request.add_header("Range", f"bytes={offset}-{'' if end is None else end - 1}")
-        if self._token:
-            request.add_unredirected_header("Authorization", f"Bearer {self._token}")
         try:
             response = urllib.request.urlopen(request, timeout=self._retry.timeout)
         except urllib.error.HTTPError as error:
@@ -200,10 +189,7 @@ class RemoteFile(io.RawIOBase):
             asked = error.headers.get("Retry-After", "")
             return _Fault(f"HTTP {error.code} {error.reason}", float(asked) if asked.isdigit() else 0.0)
         if error.code in (401, 403):
-            return DataError(
-                f"{self.url}: HTTP {error.code} {error.reason}: access is not granted. A gated dataset needs its terms accepted "
-                "on its page and a token: hf auth login, or HF_TOKEN"
-            )
+            return DataError(f"{self.url}: HTTP {error.code} {error.reason}: access is not granted; download the file")
         return DataError(f"{self.url}: HTTP {error.code} {error.reason}; check the location")
 
     def _check_same(self, response: Any) -> None:
@@ -214,17 +200,17 @@ class RemoteFile(io.RawIOBase):
         etag = response.headers.get("ETag")
         if self.size is not None and size is not None and size != self.size:
             raise DataError(
-                f"{self.url}: {size:,} bytes now, {self.size:,} before: it changed while it was read; begin afresh"
+                f"{self.url}: {size:,} bytes now, {self.size:,} before: it changed while it was read; start again"
             )
-        if not self._pinned and None not in (self.etag, etag) and etag != self.etag:
+        if None not in (self.etag, etag) and etag != self.etag:
             raise DataError(
-                f"{self.url}: its ETag was {self.etag}, is {etag}: it changed while it was read; begin afresh"
+                f"{self.url}: its ETag was {self.etag}, is {etag}: it changed while it was read; start again"
             )
         self.size = size if size is not None else self.size
         self.etag = etag or self.etag
 
     def _skip(self, response: Any, count: int) -> None:
-        """Passes over bytes of a server that ignores ranges."""
+        """Skips bytes of a server that ignores ranges."""
         if self._ranged:
             raise DataError(
                 f"{self.url}: the server does not honour byte ranges, without which Parquet cannot be streamed; download the file"
@@ -232,5 +218,5 @@ class RemoteFile(io.RawIOBase):
         while count:
             passed = len(response.read(min(count, SKIP_BYTES)))
             if not passed:
-                raise _Fault(f"the body ended {count:,} bytes before the place to go on from")
+                raise _Fault(f"the body ended {count:,} bytes before the position to resume from")
             count -= passed

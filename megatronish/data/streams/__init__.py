@@ -1,1 +1,1 @@
-"""Text that is read while training runs: where it lies, its shards, and their documents in order."""
+"""Text that is read, shuffled, tokenised and packed while training runs."""

@@ -1,17 +1,17 @@
-"""Training samples straight from text: shards are read, shuffled, tokenised and packed as training goes on.
+"""Training samples straight from text: shards are read, shuffled, tokenised and packed while training runs.
 
-The order. Shards are permuted by the seed. With at least as many shards as parts (ranks x loader processes), part p of P owns
-shards p, p+P, p+2P, ... of that order; with fewer, shard s is shared by the parts p = s (mod S), document by document. What a
-part owns never changes, so parts stay disjoint in every epoch; each goes through its own shards in an order of its own for
-each epoch, and begins the next epoch when it is through. Documents are shuffled in windows of `buffer_documents` (or
-BUFFER_BYTES of text, if that is less): a window is read whole, permuted by (seed, place), and given out. Tokens with an
-end-of-document token behind each document are cut into samples as packing.py does it.
+Order. Shards are permuted by the seed. With at least as many shards as parts (ranks x loader processes), part p of P owns
+shards p, p+P, p+2P, ... of that order; with fewer, shard s is shared by the parts p = s (mod S), document by document. The
+shards of a part never change, so parts stay disjoint in every epoch; each reads its own shards in an order drawn for each
+epoch, and begins the next epoch when it has read them all. Documents are shuffled in windows of `buffer_documents` (or
+BUFFER_BYTES of text, if that is less): a window is read completely, permuted by (seed, position), and emitted. Tokens with an
+end-of-document token after each document are cut into samples as in packing.py.
 
-Going on. All of this is a function of (seed, locations, part, parts, place), so the state is the place where the open window
-begins, the documents given out of it, and the tokens of the next one: some hundred bytes, no buffer. A reader that is opened
-with a state reads that window again and gives exactly the samples that the first would have given, from local files and from
-hub datasets (fixed to a commit) always, from other servers as long as size and ETag of the shard are what they were, which is
-checked. The parts must be the same.
+Resuming. All of this is a function of (seed, locations, part, parts, position), so the state is the position where the open
+window begins, the number of documents emitted from it, and of tokens of the next one: a few hundred bytes, no buffer. A reader
+that is opened with a state reads that window again and gives exactly the samples that the first would have given: always from
+local files and hub data sets (fixed to a commit), from other servers as long as size and ETag of the shard are unchanged,
+which is checked. The parts must be the same.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ from typing import Any
 import numpy as np
 
 from megatronish.data.indexed.manifest import TokenizerRecord
+from megatronish.data.readers.documents import START, StreamPosition
+from megatronish.data.readers.inputs import HUB, TextSource
+from megatronish.data.readers.locations import TextLocation, resolve
 from megatronish.data.readers.remote import Retry
-from megatronish.data.readers.shards import Fields, Place, Shard, ShardReader
-from megatronish.data.readers.sources import Location, resolve
 from megatronish.data.samples.permutation import keyed_permutation
 from megatronish.data.samples.rows import Sample, SampleRows
 from megatronish.data.samples.source import SampleSource
+from megatronish.data.streams.shards import ShardReader
 from megatronish.data.tokenizers.backends import Encoder, choose_encoder
 from megatronish.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_at
 from megatronish.errors import DataError
@@ -45,10 +47,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """How text becomes samples. tokenizer: as `load_tokenizer` takes it; text_key: in place of the source's own fields.
+    """How text becomes samples. tokenizer: as `load_tokenizer` takes it; text_key: instead of the source's own fields.
 
-    eod_id: the end-of-document token, where the tokenizer's file does not say. on_error: "fail" or "skip" for documents
-    without text. Raises DataError for values that cannot be.
+    eod_id: the end-of-document token, where the tokenizer's file does not name one. on_error: "fail" or "skip" for documents
+    without text. Raises DataError for invalid values.
     """
 
     tokenizer: str
@@ -78,7 +80,7 @@ class DocumentStream(SampleSource):
 
     streamed = True
 
-    def __init__(self, location: Location, options: StreamOptions) -> None:
+    def __init__(self, location: TextLocation, options: StreamOptions) -> None:
         tokenizer = load_tokenizer(options.tokenizer, eod_id=options.eod_id)
         if tokenizer.eod_id is None:
             raise DataError(
@@ -94,33 +96,33 @@ class DocumentStream(SampleSource):
         self.tokenizer_record = TokenizerRecord(
             tokenizer.kind, name, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id
         )
-        self.fields = Fields((options.text_key,) if options.text_key else location.keys, options.on_error)
-        order = keyed_permutation(len(location.shards), "shards", options.seed, self.identity)
-        self.shards = tuple(location.shards[number] for number in order)
+        self.keys = (options.text_key,) if options.text_key else location.keys
+        order = keyed_permutation(len(location.sources), "shards", options.seed, self.identity)
+        self.shards = tuple(location.sources[number] for number in order)
 
     @cached_property
     def identity(self) -> str:
         """See SampleSource."""
         options, location = self.options, self.location
         digest = hashlib.sha256()
-        for shard in location.shards:  # a folder may be moved: of local shards names and sizes count
-            path = Path(shard.location)
-            what = (shard.name, "") if shard.remote else (path.name, path.stat().st_size)
+        for source in location.sources:  # a folder may be moved: of local shards names and sizes count
+            elsewhere = source.remote or source.location.startswith(HUB)
+            what = (source.name, "") if elsewhere else (Path(source.location).name, source.size)
             digest.update(repr(what).encode())
-        how = (options.seq_length, options.seed, options.buffer_documents, options.on_error, *self.fields.keys)
+        how = (options.seq_length, options.seed, options.buffer_documents, options.on_error, *self.keys)
         digest.update(repr((how, location.revision, self.tokenizer_record.sha256)).encode())
         return digest.hexdigest()
 
     def describe(self) -> list[str]:
-        """What to tell before the start: shards, commit and licence."""
+        """Lines to print before the start: shards, commit and licence."""
         revision = f" at commit {self.location.revision[:12]}" if self.location.revision else ""
-        lines = [f"{self.name}: {len(self.shards):,} shards{revision}, streamed; fields {', '.join(self.fields.keys)}"]
+        lines = [f"{self.name}: {len(self.shards):,} shards{revision}, streamed; fields {', '.join(self.keys)}"]
         if self.location.licence:
             lines.append(f"{self.name}: licence: {self.location.licence}")
         return lines
 
     def rows(self, numbers: np.ndarray) -> SampleRows:
-        """Not for a stream: its samples have no numbers. `open` returns a reader of them."""
+        """Not for a stream: its samples are not numbered. `open` returns a reader of them."""
         raise TypeError(f"{self.name}: streamed samples are read from a part that `open` returns")
 
     def documents(self, number: int) -> tuple[str, list[int] | None]:
@@ -128,15 +130,15 @@ class DocumentStream(SampleSource):
         return self.name, None
 
     def open(self, part: int, parts: int, state: dict[str, Any] | None = None) -> PackedReader:
-        """The reader of one part, behind the last sample of the reader that `state` is of. Raises DataError."""
+        """The reader of one part, after the last sample of the reader that gave `state`. Raises DataError."""
         if not 0 <= part < parts:
             raise ValueError(f"part {part} is outside 0..{parts - 1}")
         return PackedReader(self, part, parts, state)
 
 
-def open_stream(location: str, options: StreamOptions, endpoint: str | None = None) -> DocumentStream:
-    """The stream at a location of `data.path` (see sources.py). Raises DataError."""
-    return DocumentStream(resolve(location, options.retry, endpoint), options)
+def open_stream(location: str, options: StreamOptions) -> DocumentStream:
+    """The stream at a location of `data.path` (see readers/locations.py). Raises DataError."""
+    return DocumentStream(resolve(location), options)
 
 
 @dataclass(frozen=True)
@@ -145,12 +147,18 @@ class _Start:
 
     epoch: int = 0
     shard: int = 0
-    place: Place = Place()  # noqa: RUF009  # immutable
+    position: StreamPosition = START
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What the window's permutation is drawn by; fixed, as saved states depend on it."""
+        position = f"Place(document={self.position.document}, byte={self.position.byte})"
+        return repr(self.epoch), repr(self.shard), position
 
 
 @dataclass(frozen=True)
 class _Window:
-    """Texts in the order they are given out, where they begin and where the next window does."""
+    """Texts in the order they are emitted, where they begin and where the next window does."""
 
     start: _Start
     texts: list[str]
@@ -184,7 +192,7 @@ class PackedReader(SampleSource):
             shared = part % count
             self._owned, self._number = (stream.shards[shared],), part // count
             self._of = len(range(shared, parts, count))
-        self._open: tuple[_Start, ShardReader, Iterator[tuple[str, Place]]] | None = None
+        self._open: tuple[_Start, ShardReader, Iterator[tuple[str, StreamPosition]]] | None = None
         self._queue: deque[_Tokens] = deque()
         self._offset = 0
         start, skip = _Start(), 0
@@ -198,15 +206,15 @@ class PackedReader(SampleSource):
         if state.get("identity") != stream.identity:
             raise DataError(
                 f"{stream.name}: its shards, tokenizer or options are not those of the saved state "
-                f"({str(state.get('identity'))[:12]}..., now {stream.identity[:12]}...); put them back to go on, or begin afresh"
+                f"({str(state.get('identity'))[:12]}..., now {stream.identity[:12]}...); restore them to resume, or start again without it"
             )
         if (state["part"], state["parts"]) != (self._part, self._parts):
             raise DataError(
                 f"{stream.name}: the saved state is of part {state['part']} of {state['parts']}, this is part {self._part} of "
-                f"{self._parts}; a stream goes on with the same data-parallel ranks x data.num_workers"
+                f"{self._parts}; a stream resumes with the same data-parallel ranks x data.num_workers"
             )
-        place = Place(state["document"], state["byte"])
-        return _Start(state["epoch"], state["shard"], place), state["given"], state["token"]
+        position = StreamPosition(state["document"], state["byte"])
+        return _Start(state["epoch"], state["shard"], position), state["given"], state["token"]
 
     @property
     def identity(self) -> str:
@@ -224,7 +232,7 @@ class PackedReader(SampleSource):
     def next_sample(self) -> Sample:
         """Tokens int64[s + 1] and where documents begin in them, int64[k], as `PackedDataset.sample` gives them.
 
-        The last token is the first of the next sample. Raises DataError for faults that retrying did not mend.
+        The last token is the first of the next sample. Raises DataError for faults that retrying did not fix.
         """
         length = self._stream.seq_length + 1
         tokens = np.empty(length, dtype=np.int64)
@@ -248,7 +256,7 @@ class PackedReader(SampleSource):
         return tokens, np.array(starts, dtype=np.int64)
 
     def state(self) -> dict[str, Any]:
-        """What `open` needs to go on behind the last sample: a few hundred bytes of JSON. Empty before the first."""
+        """What `open` needs to resume after the last sample: a few hundred bytes of JSON. Empty before the first."""
         if not self._queue:
             return {}
         document = self._queue[0]
@@ -259,21 +267,21 @@ class PackedReader(SampleSource):
             "parts": self._parts,
             "epoch": start.epoch,
             "shard": start.shard,
-            "document": start.place.document,
-            "byte": start.place.byte,
+            "document": start.position.document,
+            "byte": start.position.byte,
             "tag": document.window.tag,
             "given": document.index,
             "token": self._offset,
         }
 
     def close(self) -> None:
-        """Ends the connection or file that is open."""
+        """Closes the connection or file that is open."""
         self._documents = iter(())
         self._queue.clear()
         self._close_shard()
 
     def _tokenised(self, start: _Start, skip: int) -> Iterator[_Tokens]:
-        """Documents from the `skip`-th of the window at `start` on, without end."""
+        """Documents from number `skip` of the window at `start` on, without end."""
         tokenizer: Tokenizer = load_tokenizer(self._stream.options.tokenizer, eod_id=self._stream.eod_id)
         eod = np.array([self._stream.eod_id], dtype=np.uint32)
         encoder: Encoder | None = None
@@ -288,7 +296,7 @@ class PackedReader(SampleSource):
             start, skip = window.following, 0
 
     def _read_window(self, start: _Start) -> _Window:
-        """The window at `start`; one that would be empty, at the end of an epoch, is that of the next epoch's begin."""
+        """The window at `start`; where that would be empty, at the end of an epoch, the first of the next epoch."""
         texts: list[str] = []
         size, here, tag = 0, start, ""
         while len(texts) < self._stream.options.buffer_documents and size < BUFFER_BYTES:
@@ -312,37 +320,38 @@ class PackedReader(SampleSource):
             else:
                 start = here = _Start(here.epoch + 1)
                 tag = ""
-        key = (self._stream.options.seed, self._stream.identity, self._part, self._parts, *vars(start).values())
-        order = keyed_permutation(len(texts), "window", *map(repr, key))
+        key = (self._stream.options.seed, self._stream.identity, self._part, self._parts)
+        order = keyed_permutation(len(texts), "window", *map(repr, key), *start.key)
         return _Window(start, [texts[i] for i in order], here, tag)
 
     def _checked_tag(self, reader: ShardReader) -> str:
         expected, self._expected_tag = self._expected_tag, None
         if expected not in (None, "", reader.tag):
             raise DataError(
-                f"{reader.shard.name}: it was {expected!r} (size, ETag) when the state was saved and is {reader.tag!r}: another "
-                "file lies there now; put it back to go on, or begin afresh"
+                f"{reader.source.name}: it was {expected!r} (size, ETag) when the state was saved and is {reader.tag!r}: another "
+                "file is stored there now; restore it to resume, or start again without the saved state"
             )
         return reader.tag
 
     def _next_text(self, here: _Start) -> tuple[str, _Start] | None:
-        """The next document at or behind a place and the place behind it; None at the end of the shard."""
+        """The next document at or after a position and the position after it; None at the end of the shard."""
         if self._open is None or self._open[0] != here:
             self._close_shard()
+            stream, options = self._stream, self._stream.options
             reader = ShardReader(
-                self._shard(here), self._stream.fields, self._stream.options.retry, here.place, self._number, self._of
+                self._shard(here), stream.keys, options.on_error, options.retry, here.position, self._number, self._of
             )
             self._open = (here, reader, iter(reader))
         _, reader, documents = self._open
         found = next(documents, None)
         if found is None:
             return None
-        text, place = found
-        behind = _Start(here.epoch, here.shard, place)
-        self._open = (behind, reader, documents)
-        return text, behind
+        text, position = found
+        following = _Start(here.epoch, here.shard, position)
+        self._open = (following, reader, documents)
+        return text, following
 
-    def _shard(self, here: _Start) -> Shard:
+    def _shard(self, here: _Start) -> TextSource:
         order = keyed_permutation(
             len(self._owned), "epoch", self._stream.options.seed, self._stream.identity, self._part, here.epoch
         )

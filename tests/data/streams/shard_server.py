@@ -1,7 +1,8 @@
-"""A web server on the loopback interface that serves a folder of shards and misbehaves as told."""
+"""A web server on the loopback interface that serves a folder of shards, with faults, and as the Hugging Face hub."""
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import socket
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
 
 STALL_SECONDS = 0.5
 
@@ -29,10 +32,9 @@ class Behaviour:
     kinds: tuple[str, ...] = ("500", "503", "reset", "truncate", "reset later")
     ranges: bool = True
     etags: bool = True
-    redirect_to: str | None = None
+    commit: str | None = None  # the folder holds the data sets OWNER/NAME of a hub, at this commit
     random: random.Random = field(default_factory=lambda: random.Random(0))
     requests: list[tuple[str, str | None, str | None]] = field(default_factory=list)
-    answers: dict[str, bytes] = field(default_factory=dict)  # fixed JSON answers by path
     refuse: int | None = None  # a status for every file
 
 
@@ -74,21 +76,50 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
         elif fault == "reset":
             self._reset()
-        elif path in served.answers:
-            self._body(200, served.answers[path], [("Content-Type", "application/json")], None)
-        elif served.redirect_to is not None:
-            self.send_response(302)
-            self.send_header("Location", served.redirect_to + path)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+        elif served.commit is not None and path.startswith(("/api/", "/datasets/")):
+            self._hub(path, fault)
         elif served.refuse is not None or not (served.folder / path.lstrip("/")).is_file():
             self.send_error(served.refuse or 404)
         else:
             self._file(path, fault)
 
-    def _file(self, path: str, fault: str | None) -> None:
+    def do_POST(self) -> None:
+        self.do_GET()
+
+    def _hub(self, path: str, fault: str | None) -> None:
+        """What `huggingface_hub` requests of a data set: description, tree, information about paths, files."""
+        served = self.served
+        found = re.fullmatch(r"/(?:api/)?datasets/([^/]+/[^/]+)(?:/([a-z-]+)(?:/([^/]+))?(?:/(.+))?)?", path)
+        if found is None or not (served.folder / found[1]).is_dir():
+            self.send_error(404)
+            return
+        root, kind, inner = served.folder / found[1], found[2], found[4] or ""
+        commit = [("X-Repo-Commit", str(served.commit))]
+        if kind == "resolve":
+            if (root / inner).is_file():
+                self._file(f"{found[1]}/{inner}", fault, commit)
+            else:
+                self._body(404, b"", [*commit, ("X-Error-Code", "EntryNotFound")], None)
+            return
+        answer: Any
+        if kind == "tree":
+            answer = [self._entry(root, path) for path in sorted((root / inner).rglob("*"))]
+        elif kind == "paths-info":
+            asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+            answer = [self._entry(root, root / path) for path in asked if (root / path).exists()]
+        else:
+            siblings = [{"rfilename": path.relative_to(root).as_posix()} for path in sorted(root.rglob("*.*"))]
+            answer = {"id": found[1], "sha": served.commit, "siblings": siblings, "tags": [], "private": False}
+            answer |= {"downloads": 0, "likes": 0}
+        self._body(200, json.dumps(answer).encode(), [("Content-Type", "application/json")], None)
+
+    def _entry(self, root: Path, path: Path) -> dict[str, Any]:
+        kind, size = ("file", path.stat().st_size) if path.is_file() else ("directory", 0)
+        return {"type": kind, "path": path.relative_to(root).as_posix(), "size": size, "oid": "0"}
+
+    def _file(self, path: str, fault: str | None, more: list[tuple[str, str]] | None = None) -> None:
         content = (self.served.folder / path.lstrip("/")).read_bytes()
-        headers = []
+        headers = [*(more or [])]
         if self.served.etags:
             headers.append(("ETag", f'"{hash(content):x}"'))
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")

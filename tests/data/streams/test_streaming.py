@@ -1,4 +1,4 @@
-"""Streaming: every document once an epoch over any number of parts, and exact resumption."""
+"""Streaming: every document once in an epoch over any number of parts, and exact resumption."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from tests.data.streams.text_shards import (
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
-def test_every_document_once_an_epoch_over_all_parts(tmp_path: Path, suffix: str, parts: int) -> None:
+def test_every_document_once_in_an_epoch_over_all_parts(tmp_path: Path, suffix: str, parts: int) -> None:
     """Two epochs of every part: together each document exactly twice, whether shards or documents are divided."""
     everything = make_corpus(tmp_path, suffix)
     stream = open_stream(str(tmp_path / f"*.{suffix}"), options())
@@ -181,8 +181,8 @@ def test_options_and_too_little_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ranks_read_disjoint_parts_through_the_loader(tmp_path: Path, workers: int) -> None:
-    """Two ranks x loader processes, a blend with an indexed set: streamed documents meet no rank twice before an epoch
-    is through, the indexed samples are those of the blend, and a loader with saved states goes on exactly."""
+    """Two ranks x loader processes, a blend with an indexed set: streamed documents reach no two ranks before an epoch
+    has ended, the indexed samples are those of the blend, and a loader with saved states resumes exactly."""
     everything = make_corpus(tmp_path, "jsonl", (60, 60, 60, 60))
     stream = open_stream(str(tmp_path / "*.jsonl"), options(seq_length=64))
     writer = IndexedWriter(tmp_path / "indexed", "<u2")
@@ -201,8 +201,8 @@ def test_ranks_read_disjoint_parts_through_the_loader(tmp_path: Path, workers: i
 
     ends: list[Counter[bytes]] = []
     for rank in range(2):
-        with loader(rank, 0) as whole:
-            expected = batches(whole, 60)
+        with loader(rank, 0) as complete:
+            expected = batches(complete, 60)
         with loader(rank, 0) as first:
             found = batches(first, 25)
             states = json.loads(json.dumps(first.stream_states()))

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def write_shard(path: Path, texts: Sequence[str], key: str = "text") -> Path:
-    """One shard in the format that its name says."""
+    """One shard in the format of its suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         pyarrow = pytest.importorskip("pyarrow")
@@ -47,7 +47,7 @@ def make_texts(shard: int, count: int) -> list[str]:
 
 
 def make_corpus(folder: Path, suffix: str, counts: Sequence[int] = (9, 17, 5)) -> Counter[str]:
-    """Shards part-0, part-1, ... with so many documents; all their texts."""
+    """Shards part-0, part-1, ... with the given numbers of documents; returns all texts."""
     everything: Counter[str] = Counter()
     for shard, count in enumerate(counts):
         texts = make_texts(shard, count)
@@ -82,16 +82,3 @@ def documents_of(reader: PackedReader, count: int) -> list[str]:
     assert {end + 1 for end in ends if end + 1 < len(stream)} == begins
     edges = [-1, *ends[:count]]
     return [bytes(stream[a + 1 : b]).decode() for a, b in itertools.pairwise(edges)]
-
-
-def hub_answers(repository: str, sha: str, names: Sequence[str]) -> dict[str, bytes]:
-    """The hub's description of a dataset, for its newest state and for that commit."""
-    info = {
-        "id": repository,
-        "sha": sha,
-        "siblings": [{"rfilename": name} for name in names],
-        "tags": [],
-        "private": False,
-    }
-    content = json.dumps(info | {"downloads": 0, "likes": 0}).encode()
-    return {f"/api/datasets/{repository}{end}": content for end in ("", "/revision/main", f"/revision/{sha}")}
