@@ -40,8 +40,8 @@ def test_a_moment_that_is_not_restored_is_reported(tmp_path: Path, monkeypatch: 
 
     def forgetful(self: LocalOptimizerState, saved: Any) -> None:
         load(self, saved)
-        for _, place in self._places():
-            place.of(self._torch.state[place.flat]["exp_avg_sq"]).mul_(2.0)
+        for _, part in self._slices():
+            part.of(self._torch.state[part.flat]["exp_avg_sq"]).mul_(2.0)
 
     monkeypatch.setattr(LocalOptimizerState, "load", forgetful)
     # When the fifth step begins, the checkpoint of the second is complete: the save of the fourth waited for it.
