@@ -10,7 +10,8 @@ from tests.hf_models import MODELS, VOCAB, build, our_config, our_tensors
 # fp32 rounds at 6e-8. A logit is a sum of about 1e2 terms through three blocks; 1e-5 of the largest one leaves both
 # sides room for another order of summation and none for another formula.
 LOGIT_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 2e-5  # the backward pass doubles the chain of products
+# The sum of both sides' errors against float64, which are largest for Gemma: 1.9e-5 each (AVX2, 2026-11-30).
+GRADIENT_TOLERANCE = 4e-5
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
