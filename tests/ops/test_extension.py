@@ -179,7 +179,7 @@ REFUSED = [
         lambda: rms_norm(X, torch.ones(10).half(), 1e-5),
         "weight is torch.float16, expected torch.float32, the dtype of x",
     ),
-    (lambda: rms_norm(X, torch.ones(10, device="meta"), 1e-5), "weight is on meta, expected cpu, where x is"),
+    (lambda: rms_norm(X, torch.ones(10, device="meta"), 1e-5), "weight is on meta, expected cpu, the device of x"),
     (
         lambda: add_rms_norm(X, X[:1], torch.ones(10), 1e-5),
         r"residual is torch.float32 of shape \(1, 5, 4, 10\), expected",
