@@ -205,7 +205,7 @@ class BuildOperators(build_ext):
 
         compile_one(CSRC / "bindings.cpp", "bindings", STABLE_ABI, f"-I{torch / 'include'}")
         for bindings in ("attention_bindings", "decode_bindings"):
-            compile_one(CSRC / f"cpu/{bindings}.cpp", bindings, STABLE_ABI, f"-I{torch / 'include'}", *has)
+            compile_one(CSRC / f"cpu/{bindings}.cpp", bindings, STABLE_ABI, f"-I{torch / 'include'}")
         compile_one(CSRC / "cpu/levels.cpp", "levels", *has)
         for level, flags in levels.items():
             for operator in (*OPERATORS, *CPU_OPERATORS):

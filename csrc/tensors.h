@@ -1,4 +1,4 @@
-// Tensors of torch's stable ABI as the operators need them: messages, checks, allocation. Included by bindings.cpp alone.
+// Tensors of torch's stable ABI as the operators need them: messages, checks, allocation. Included by the bindings alone.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -55,6 +55,12 @@ DType dtype_of(const char* op, const char* argument, const Tensor& t) {
     case ScalarType::Double: return DType::f64;
     default: refuse(op, argument, "float32, bfloat16, float16 or float64", dtype_text(t.scalar_type()));
   }
+}
+
+// The same without float64, which attention and the products of few rows have no kernels for.
+DType float_dtype_of(const char* op, const char* argument, const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Double) refuse(op, argument, "float32, bfloat16 or float16", "float64");
+  return dtype_of(op, argument, t);
 }
 
 void check_dtype(const char* op, const char* argument, const Tensor& t, ScalarType expected) {

@@ -31,16 +31,4 @@ struct AttentionBwd {
   DType dtype;
 };
 
-// `begin` and `end` bound the pairs of a batch row and a key/value head, numbered in that order. False: no memory.
-#define MEGATRONISH_DECLARE_ATTENTION(level)                                \
-  namespace level {                                                        \
-  bool attention_fwd(const AttentionFwd&, int64_t begin, int64_t end);     \
-  bool attention_bwd(const AttentionBwd&, int64_t begin, int64_t end);     \
-  }
-
-MEGATRONISH_DECLARE_ATTENTION(scalar)
-MEGATRONISH_DECLARE_ATTENTION(avx2)
-MEGATRONISH_DECLARE_ATTENTION(avx512)
-MEGATRONISH_DECLARE_ATTENTION(avx512_bf16)
-
 }  // namespace megatronish

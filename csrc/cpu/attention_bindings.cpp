@@ -1,44 +1,15 @@
 // torch.ops.megatronish.causal_attention_fwd and _bwd, on the CPU only: schemas, checks, allocation. Like bindings.cpp it
 // talks to torch through its stable ABI.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
-#include <optional>
-#include <stdexcept>
-#include <string>
 #include <tuple>
-#include <vector>
 
-#include "attention.h"
-#include "pick.h"
+#include "../tensors.h"
+#include "levels.h"
 
 namespace megatronish {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-[[noreturn]] void refuse(const char* op, const char* argument, const std::string& expected, const std::string& got) {
-  throw std::runtime_error(std::string(op) + ": " + argument + ": expected " + expected + ", got " + got);
-}
-
-std::string shape_text(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + "]";
-}
-
-DType dtype_of(const char* op, const Tensor& q) {
-  switch (q.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: refuse(op, "q", "float32, bfloat16 or float16", "another dtype");
-  }
-}
 
 // A [b, s, heads, d] tensor like q, its channels side by side; made so where they are not (an expanded gradient).
 Tensor checked(const char* op, const char* argument, const Tensor& t, const Tensor& q, int64_t heads) {
@@ -47,13 +18,13 @@ Tensor checked(const char* op, const char* argument, const Tensor& t, const Tens
     refuse(op, argument,
            "[" + std::to_string(q.size(0)) + ", " + std::to_string(q.size(1)) + ", " + std::to_string(heads) + ", " +
                std::to_string(q.size(3)) + "]",
-           shape_text(t));
+           shape_text(t.sizes()));
   }
-  return t.stride(3) == 1 ? t : torch::stable::contiguous(t);
+  return t.stride(3) == 1 ? t : dense(t);
 }
 
 int64_t check_shapes(const char* op, const Tensor& q, const Tensor& k) {
-  if (q.dim() != 4 || k.dim() != 4) refuse(op, "q and k", "[batch, seq, heads, head_dim]", shape_text(q) + " and " + shape_text(k));
+  if (q.dim() != 4 || k.dim() != 4) refuse(op, "q and k", "[batch, seq, heads, head_dim]", shape_text(q.sizes()) + " and " + shape_text(k.sizes()));
   if (q.size(3) <= 0 || q.size(3) % 32 != 0) refuse(op, "q", "a head_dim that is a multiple of 32", std::to_string(q.size(3)));
   const int64_t kv_heads = k.size(2);
   if (kv_heads <= 0 || q.size(2) % kv_heads != 0) {
@@ -62,24 +33,11 @@ int64_t check_shapes(const char* op, const Tensor& q, const Tensor& k) {
   return kv_heads;
 }
 
-Tensor make(const std::vector<int64_t>& sizes, ScalarType type) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = stride;
-  const int32_t code = type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                       : type == ScalarType::Half   ? aoti_torch_dtype_float16()
-                                                    : aoti_torch_dtype_float32();
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                         code, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-const int32_t* first_keys(const char* op, const std::optional<Tensor>& t, const Tensor& q) {
+const int32_t* first_keys(const char* op, const MaybeTensor& t, const Tensor& q) {
   if (!t) return nullptr;
   if (!t->is_cpu() || t->scalar_type() != ScalarType::Int || !t->is_contiguous() || t->dim() != 2 || t->size(0) != q.size(0) ||
       t->size(1) != q.size(1)) {
-    refuse(op, "first_key", "contiguous int32 [batch, seq]", shape_text(*t));
+    refuse(op, "first_key", "contiguous int32 [batch, seq]", shape_text(t->sizes()));
   }
   const auto* keys = static_cast<const int32_t*>(t->data_ptr());
   for (int64_t i = 0; i < t->numel(); ++i) {
@@ -100,48 +58,48 @@ void run(const char* op, const Args& a, bool (*kernel)(const Args&, int64_t, int
   if (!good) throw std::runtime_error(std::string(op) + ": out of memory for the packed blocks of " + std::to_string(a.seq) + " tokens");
 }
 
-std::tuple<Tensor, Tensor> causal_attention_fwd(Tensor q, Tensor k, Tensor v, std::optional<Tensor> first_key, double scale) {
+std::tuple<Tensor, Tensor> causal_attention_fwd(Tensor q, Tensor k, Tensor v, MaybeTensor first_key, double scale) {
   const char* op = "causal_attention_fwd";
   const int64_t kv_heads = check_shapes(op, q, k);
   AttentionFwd a{};
-  a.dtype = dtype_of(op, q);
+  a.dtype = float_dtype_of(op, "q", q);
   q = checked(op, "q", q, q, q.size(2)), k = checked(op, "k", k, q, kv_heads), v = checked(op, "v", v, q, kv_heads);
   a.batch = q.size(0), a.seq = q.size(1), a.heads = q.size(2), a.kv_heads = kv_heads, a.head_dim = q.size(3);
   a.scale = static_cast<float>(scale);
   if (!(scale > 0)) refuse(op, "scale", "a positive number", std::to_string(scale));
   a.first_key = first_keys(op, first_key, q);
-  const Tensor out = make({a.batch, a.seq, a.heads, a.head_dim}, q.scalar_type());
-  const Tensor log2_sum = make({a.batch, a.heads, a.seq}, ScalarType::Float);
+  const Tensor out = make({a.batch, a.seq, a.heads, a.head_dim}, q.scalar_type(), q);
+  const Tensor log2_sum = make({a.batch, a.heads, a.seq}, ScalarType::Float, q);
   a.q = heads_of(q), a.k = heads_of(k), a.v = heads_of(v), a.out = heads_of(out);
   a.log2_sum = static_cast<float*>(log2_sum.data_ptr());
-  run<AttentionFwd>(op, a, MEGATRONISH_PICK(attention_fwd));
+  run<AttentionFwd>(op, a, cpu_kernels(a.dtype).attention_fwd);
   return {out, log2_sum};
 }
 
 std::tuple<Tensor, Tensor, Tensor> causal_attention_bwd(
-    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log2_sum, std::optional<Tensor> first_key,
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log2_sum, MaybeTensor first_key,
     double scale) {
   const char* op = "causal_attention_bwd";
   const int64_t kv_heads = check_shapes(op, q, k);
   AttentionBwd a{};
-  a.dtype = dtype_of(op, q);
+  a.dtype = float_dtype_of(op, "q", q);
   a.batch = q.size(0), a.seq = q.size(1), a.heads = q.size(2), a.kv_heads = kv_heads, a.head_dim = q.size(3);
   q = checked(op, "q", q, q, a.heads), k = checked(op, "k", k, q, kv_heads), v = checked(op, "v", v, q, kv_heads);
   dout = checked(op, "dout", dout, q, a.heads), out = checked(op, "out", out, q, a.heads);
   if (log2_sum.scalar_type() != ScalarType::Float || !log2_sum.is_contiguous() ||
       log2_sum.numel() != a.batch * a.heads * a.seq) {
-    refuse(op, "log2_sum", "what causal_attention_fwd returned", shape_text(log2_sum));
+    refuse(op, "log2_sum", "what causal_attention_fwd returned", shape_text(log2_sum.sizes()));
   }
   a.scale = static_cast<float>(scale);
   if (!(scale > 0)) refuse(op, "scale", "a positive number", std::to_string(scale));
   a.first_key = first_keys(op, first_key, q);
-  const Tensor dq = make({a.batch, a.seq, a.heads, a.head_dim}, q.scalar_type());
-  const Tensor dk = make({a.batch, a.seq, kv_heads, a.head_dim}, q.scalar_type());
-  const Tensor dv = make({a.batch, a.seq, kv_heads, a.head_dim}, q.scalar_type());
+  const Tensor dq = make({a.batch, a.seq, a.heads, a.head_dim}, q.scalar_type(), q);
+  const Tensor dk = make({a.batch, a.seq, kv_heads, a.head_dim}, q.scalar_type(), q);
+  const Tensor dv = make({a.batch, a.seq, kv_heads, a.head_dim}, q.scalar_type(), q);
   a.dout = heads_of(dout), a.q = heads_of(q), a.k = heads_of(k), a.v = heads_of(v), a.out = heads_of(out);
   a.dq = heads_of(dq), a.dk = heads_of(dk), a.dv = heads_of(dv);
   a.log2_sum = static_cast<const float*>(log2_sum.data_ptr());
-  run<AttentionBwd>(op, a, MEGATRONISH_PICK(attention_bwd));
+  run<AttentionBwd>(op, a, cpu_kernels(a.dtype).attention_bwd);
   return {dq, dk, dv};
 }
 

@@ -44,18 +44,4 @@ struct CachedAttention {
   DType dtype;
 };
 
-// linear_rows: `begin` and `end` bound the outputs n. cached_attention: the pairs of a batch row and a key/value head, numbered
-// in that order; false: no memory.
-#define MEGATRONISH_DECLARE_DECODE(level)                                       \
-  namespace level {                                                            \
-  void linear_rows_prepare(const LinearRows&);                                 \
-  void linear_rows(const LinearRows&, int64_t begin, int64_t end);             \
-  bool cached_attention(const CachedAttention&, int64_t begin, int64_t end);   \
-  }
-
-MEGATRONISH_DECLARE_DECODE(scalar)
-MEGATRONISH_DECLARE_DECODE(avx2)
-MEGATRONISH_DECLARE_DECODE(avx512)
-MEGATRONISH_DECLARE_DECODE(avx512_bf16)
-
 }  // namespace megatronish

@@ -1,26 +1,14 @@
 // torch.ops.megatronish.linear_rows (also of int8 and int4 weights) and cached_attention_, on the CPU only: schemas, checks,
 // allocation. Like bindings.cpp it talks to torch through its stable ABI.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <atomic>
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
-#include "decode.h"
-#include "pick.h"
+#include "../tensors.h"
+#include "levels.h"
 
 namespace megatronish {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kWeightsAThread = 32768;  // below which another thread costs more than it brings
 
@@ -28,32 +16,12 @@ void require(bool good, const char* op, const char* expected) {
   if (!good) throw std::runtime_error(std::string(op) + ": expected " + expected);
 }
 
-DType dtype_of(const char* op, const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  require(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op,
-          "float32, bfloat16 or float16");
-  return type == ScalarType::Float ? DType::f32 : type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
-}
-
-Tensor make(const std::vector<int64_t>& sizes, ScalarType type) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
-  const int32_t code = type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                       : type == ScalarType::Half   ? aoti_torch_dtype_float16()
-                                                    : aoti_torch_dtype_float32();
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                         code, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 // What the three formats share; x [m, k] with its channels side by side.
 Tensor multiply(const char* op, LinearRows& a, const Tensor& x_in, const Tensor& w, const MaybeTensor& bias) {
   require(x_in.is_cpu() && w.is_cpu() && x_in.dim() == 2 && w.dim() == 2 && w.is_contiguous(), op,
           "x [m, k] and a contiguous weight of two dims, on the CPU");
-  const Tensor x = x_in.stride(1) == 1 ? x_in : torch::stable::contiguous(x_in);
-  a.dtype = dtype_of(op, x);
+  const Tensor x = x_in.stride(1) == 1 ? x_in : dense(x_in);
+  a.dtype = float_dtype_of(op, "x", x);
   a.m = x.size(0), a.k = x.size(1), a.n = w.size(0);
   require(w.size(1) == (a.format == WeightFormat::int4 ? a.k / 2 : a.k), op, "as many columns of the weight as x has");
   if (bias) {
@@ -62,24 +30,24 @@ Tensor multiply(const char* op, LinearRows& a, const Tensor& x_in, const Tensor&
             op, "a bias with one element an output, of the dtype of x");
     a.bias = bias->data_ptr();
   }
-  const Tensor y = make({a.m, a.n}, x.scalar_type());
+  const Tensor y = make({a.m, a.n}, x.scalar_type(), x);
   a.x = x.data_ptr();
   a.x_row = x.stride(0);
   a.w = w.data_ptr();
   a.y = y.data_ptr();
   if (a.m == 0 || a.n == 0) return y;
   const bool quantized = a.format != WeightFormat::dense;
-  const Tensor wide = make({quantized ? a.m : 0, a.k}, ScalarType::Float);
-  const Tensor sums = make({a.format == WeightFormat::int4 ? a.m * (a.k / a.group) : 0}, ScalarType::Float);
+  const Tensor wide = make({quantized ? a.m : 0, a.k}, ScalarType::Float, x);
+  const Tensor sums = make({a.format == WeightFormat::int4 ? a.m * (a.k / a.group) : 0}, ScalarType::Float, x);
   a.wide_x = static_cast<float*>(wide.data_ptr());
   a.group_sums = static_cast<float*>(sums.data_ptr());
-  if (quantized) MEGATRONISH_PICK(linear_rows_prepare)(a);
-  const auto kernel = MEGATRONISH_PICK(linear_rows);
+  const CpuKernels& kernels = cpu_kernels(a.dtype);
+  if (quantized) kernels.linear_rows_prepare(a, 0, a.m);
   const int64_t grain = std::max<int64_t>(4, kWeightsAThread / std::max<int64_t>(a.k, 1) + 3 & ~int64_t{3});
   if (a.n <= grain) {
-    kernel(a, 0, a.n);
+    kernels.linear_rows(a, 0, a.n);
   } else {
-    torch::stable::parallel_for(0, a.n, grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+    torch::stable::parallel_for(0, a.n, grain, [&](int64_t begin, int64_t end) { kernels.linear_rows(a, begin, end); });
   }
   return y;
 }
@@ -128,7 +96,7 @@ Tensor cached_attention_(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor value
                          int64_t window, double scale) {
   const char* op = "cached_attention_";
   CachedAttention a{};
-  a.dtype = dtype_of(op, q);
+  a.dtype = float_dtype_of(op, "q", q);
   require(q.dim() == 4 && k.dim() == 4 && keys.dim() == 4 && values.dim() == 4, op, "tensors of four dims");
   a.batch = q.size(0), a.new_tokens = q.size(1), a.heads = q.size(2), a.head_dim = q.size(3);
   a.kv_heads = k.size(2), a.capacity = keys.size(1);
@@ -161,7 +129,7 @@ Tensor cached_attention_(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor value
               "a cache with room for the positions, or for a window and the new tokens");
     }
   }
-  const Tensor out = make({a.batch, a.new_tokens, a.heads, a.head_dim}, q.scalar_type());
+  const Tensor out = make({a.batch, a.new_tokens, a.heads, a.head_dim}, q.scalar_type(), q);
   a.q = q.data_ptr(), a.k = k.data_ptr(), a.v = v.data_ptr();
   a.keys = keys.data_ptr(), a.values = values.data_ptr(), a.out = out.data_ptr();
   a.q_batch = q.stride(0), a.q_new = q.stride(1), a.k_batch = k.stride(0), a.k_new = k.stride(1);
@@ -169,7 +137,7 @@ Tensor cached_attention_(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor value
   a.window = window;
   a.scale = static_cast<float>(scale);
   std::atomic<bool> good{true};
-  const auto kernel = MEGATRONISH_PICK(cached_attention);
+  const auto kernel = cpu_kernels(a.dtype).cached_attention;
   torch::stable::parallel_for(0, a.batch * a.kv_heads, 1, [&](int64_t begin, int64_t end) {
     if (!kernel(a, begin, end)) good = false;
   });

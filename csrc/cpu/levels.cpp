@@ -1,4 +1,4 @@
-// Picks the instruction-set level by CPUID, and asks for the size of the last-level cache, when the library is loaded.
+// Selects the instruction-set level by CPUID, and reads the size of the last-level cache, when the library is loaded.
 #include "levels.h"
 
 #include <stdio.h>
@@ -10,22 +10,23 @@
 namespace megatronish {
 namespace {
 
-#define MEGATRONISH_TABLE(level)                                                                                           \
-  {#level,           level::rms_norm_fwd,      level::rms_norm_bwd,      level::rms_norm_bwd_dw,                            \
-   level::swiglu_fwd, level::swiglu_bwd,       level::rope,              level::qk_norm_rope_fwd, level::qk_norm_rope_bwd, \
-   level::cross_entropy_fwd, level::cross_entropy_bwd}
-
-// From the plainest to the fastest.
+// In ascending order of speed.
 constexpr CpuKernels kLevels[] = {
-    MEGATRONISH_TABLE(scalar),
+#define MEGATRONISH_ENTRY(result, kernel, arguments) kernel,
+#define MEGATRONISH_LEVEL_ENTRIES(level) \
+  [] {                                   \
+    using namespace level;               \
+    return CpuKernels{#level, MEGATRONISH_CPU_KERNELS(MEGATRONISH_ENTRY)}; \
+  }()
+    MEGATRONISH_LEVEL_ENTRIES(scalar),
 #ifdef MEGATRONISH_HAS_avx2
-    MEGATRONISH_TABLE(avx2),
+    MEGATRONISH_LEVEL_ENTRIES(avx2),
 #endif
 #ifdef MEGATRONISH_HAS_avx512
-    MEGATRONISH_TABLE(avx512),
+    MEGATRONISH_LEVEL_ENTRIES(avx512),
 #endif
 #ifdef MEGATRONISH_HAS_avx512_bf16
-    MEGATRONISH_TABLE(avx512_bf16),
+    MEGATRONISH_LEVEL_ENTRIES(avx512_bf16),
 #endif
 };
 constexpr int kCount = sizeof(kLevels) / sizeof(kLevels[0]);
@@ -46,7 +47,7 @@ bool cpu_runs(const char* name) {
   return false;
 }
 
-// torch's own variable for the same choice caps ours, so that one setting makes all arithmetic that of an older CPU.
+// torch's environment variable for the same choice applies here too: one setting selects the arithmetic of an older CPU.
 bool torch_allows(const char* name) {
   const char* cap = getenv("ATEN_CPU_CAPABILITY");
   if (cap == nullptr) return true;
@@ -65,9 +66,8 @@ const CpuKernels* pick() {
 
 const CpuKernels* chosen = pick();
 
-// As Linux says for the first CPU; sysconf would give the sum over the groups of cores of an AMD CPU. 32 MiB where nothing is
-// said.
-int64_t ask_cache_bytes() {
+// As Linux reports it for the first CPU, or 32 MiB. (sysconf returns the sum over the core complexes of an AMD CPU.)
+int64_t read_cache_bytes() {
   for (int index = 4; index >= 2; --index) {
     char path[64];
     snprintf(path, sizeof(path), "/sys/devices/system/cpu/cpu0/cache/index%d/size", index);
@@ -82,7 +82,7 @@ int64_t ask_cache_bytes() {
   return int64_t{32} << 20;
 }
 
-int64_t cache_bytes = ask_cache_bytes();
+int64_t cache_bytes = read_cache_bytes();
 
 }  // namespace
 

@@ -243,11 +243,11 @@ void outputs(const LinearRows& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void linear_rows_prepare(const LinearRows& a) {
+void linear_rows_prepare(const LinearRows& a, int64_t begin, int64_t end) {
   with_type(a.dtype, [&](auto t) {
     using T = decltype(t);
     if constexpr (!__is_same(T, double)) {
-      for (int64_t row = 0; row < a.m; ++row) {
+      for (int64_t row = begin; row < end; ++row) {
         const T* x = static_cast<const T*>(a.x) + row * a.x_row;
         float* wide = a.wide_x + row * a.k;
         for (int64_t i = 0; i < a.k; ++i) wide[i] = widen(x[i]);

@@ -178,7 +178,7 @@ def test_refusals() -> None:
         ((q, q[:, :, :3], q[:, :, :3], None, 1.0), "q: expected a multiple of k's 3 heads, got 4"),
         ((q, q, q[:, :10], None, 1.0), r"v: expected \[1, 64, 4, 32\], got \[1, 10, 4, 32\]"),
         ((q, q.bfloat16(), q, None, 1.0), "k: expected the dtype and device of q, got another"),
-        ((q.double(), q, q, None, 1.0), "q: expected float32, bfloat16 or float16, got another dtype"),
+        ((q.double(), q, q, None, 1.0), "q: expected float32, bfloat16 or float16, got float64"),
         ((q, q, q, None, 0.0), "scale: expected a positive number, got 0"),
         ((q[0], q, q, None, 1.0), r"expected \[batch, seq, heads, head_dim\], got \[64, 4, 32\]"),
         ((q, q, q, torch.zeros(1, 60, dtype=torch.int32), 1.0), r"first_key: expected contiguous int32 \[batch, seq\]"),
