@@ -1,4 +1,4 @@
-"""Build entry point. All metadata is in pyproject.toml; this file holds what only code can say: how to build csrc/.
+"""Build entry point. All metadata is in pyproject.toml; this file builds csrc/.
 
 Three libraries without any Python in them: `megatronish/_C.so` (operators: schemas, CPU kernels of every instruction-set
 level), `megatronish/_C_cuda.so` and `megatronish/_data.so` (batches from mapped tokens). The operators use torch's stable
@@ -32,7 +32,7 @@ CSRC = Path("csrc")
 OPERATORS = ("rms_norm", "swiglu", "rope", "qk_norm_rope", "cross_entropy")  # csrc/cpu/X.cpp and csrc/cuda/X.cu
 CPU_OPERATORS = ("attention", "linear_rows", "cached_attention")  # csrc/cpu/X.cpp alone
 CUDA_ARCHS = "75;80;86;89;90"
-# No contraction of a * b + c beyond what the source says: one kernel compiled twice must give the same bits.
+# No contraction of a * b + c except where the source asks for it: all builds of a kernel must give the same bits.
 CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-DNDEBUG"]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -46,7 +46,7 @@ class NotBuilt(Exception):
 
 
 class Step(NamedTuple):
-    """One compiler call: `command` makes `target` from files that all lie in csrc/ or are objects."""
+    """One compiler call: `command` makes `target` from files of csrc/ or objects."""
 
     command: list[str]
     target: Path
@@ -119,7 +119,7 @@ def find_nvcc() -> str:
 
 
 def cuda_home(nvcc: str) -> Path:
-    """The toolkit that an nvcc belongs to, as it says itself: the nvcc on PATH may be a script that calls another."""
+    """The toolkit that an nvcc belongs to, as reported by itself: the nvcc on PATH may be a script that calls another."""
     result = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
     for line in result.stderr.splitlines():
         name, _, value = line.removeprefix("#$ ").partition("=")
@@ -160,7 +160,7 @@ class BuildOperators(build_ext):
         return str(Path(*fullname.split("."))) + ".so"
 
     def run(self) -> None:
-        """Build the libraries, and say in one line what came of it (tools/install.py looks for that line)."""
+        """Build the libraries and print the outcome in one line (which tools/install.py parses)."""
         self.outcomes: list[str] = []
         start = time.monotonic()
         super().run()
@@ -192,7 +192,7 @@ class BuildOperators(build_ext):
             Step([*find_cxx(), *CXX_FLAGS, "-shared", str(source), "-o", str(target)], target, [source]).run()
 
     def build_cpu(self, target: Path) -> str:
-        """Build `_C.so`; the levels in words."""
+        """Build `_C.so`; returns the names of the levels."""
         torch, cxx, objects = torch_folder(), find_cxx(), Path(self.build_temp) / "cpu"
         x86 = platform.machine() in ("x86_64", "AMD64")
         levels = {level: flags for level, flags in LEVELS.items() if not flags or (x86 and accepts(cxx, flags))}
@@ -216,7 +216,7 @@ class BuildOperators(build_ext):
         return ", ".join(levels)
 
     def build_cuda(self, target: Path) -> str:
-        """Build `_C_cuda.so`; nvcc and its architectures in words."""
+        """Build `_C_cuda.so`; returns its architectures and nvcc."""
         wish = os.environ.get("MEGATRONISH_CUDA", "auto")
         if wish not in ("auto", "on", "off"):
             raise SystemExit(f"megatronish: MEGATRONISH_CUDA={wish}: choose auto, on or off")

@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor> swiglu_bwd(Tensor dy_in, Tensor gate_up_in, bool reco
 
 // ---- QK-norm and RoPE.
 
-// What forward and backward share: weights, angles, and how the heads of qkv lie. Returns what owns the memory.
+// What forward and backward share: weights, angles, and the layout of the heads of qkv. Returns the tensors that own the memory.
 struct QkKept {
   Angles rotation;
   Tensor qkv, q_weight, k_weight;

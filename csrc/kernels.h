@@ -1,4 +1,4 @@
-// What bindings.cpp hands to a kernel: raw pointers and sizes, the same on the CPU and on CUDA. No torch here.
+// The arguments of the kernels: raw pointers and sizes, the same on the CPU and on CUDA. Independent of torch.
 // Tensors are contiguous unless strides are given. "wide" is the type of the arithmetic: float, or double for f64.
 #pragma once
 
@@ -55,7 +55,7 @@ struct SwigluBwd {
   DType dtype;
 };
 
-// Rotates the leading 2 * half channels of heads. A token's heads lie in `groups` groups of `heads` rotated ones; strides
+// Rotates the leading 2 * half channels of heads. A token's heads form `groups` groups of `heads` rotated ones; strides
 // count elements. Out of place (in != out) the other channels of a rotated head are copied.
 struct Rope {
   const void* in;
@@ -71,7 +71,7 @@ struct Rope {
 };
 
 // The q and k heads of a packed projection, each normalised by RMSNorm with the weight of its kind and then rotated like a
-// head of Rope. A token's heads lie in groups of q_heads, k_heads and v_heads behind each other.
+// head of Rope. A token's heads form groups of q_heads, k_heads and v_heads in this order.
 struct QkHeads {
   const void* qkv;           // [batch, seq, groups * (q_heads + k_heads + v_heads), head_dim] dtype; strides of batch, seq
   const void* q_weight;      // [head_dim] w_dtype

@@ -113,7 +113,7 @@ void rope_qkv_(Tensor qkv, Tensor cos, Tensor sin, MaybeTensor positions, int64_
   run(a, qkv);
 }
 
-// A gradient of [batch, seq, heads, head_dim] whose heads may lie anywhere.
+// A gradient of [batch, seq, heads, head_dim] with any stride between heads.
 Tensor head_grads(const char* op, const char* argument, const Tensor& grad, const std::vector<int64_t>& sizes,
                   const Tensor& like) {
   check_device(op, argument, grad, like);
@@ -122,7 +122,7 @@ Tensor head_grads(const char* op, const char* argument, const Tensor& grad, cons
   return grad.numel() == 0 || grad.stride(3) == 1 ? grad : dense(grad);
 }
 
-// The gradient of rope_qkv_: dq and dk rotated back and dv, wherever their heads lie, into one packed gradient.
+// The gradient of rope_qkv_: dq and dk rotated back and dv, with any stride between their heads, into one packed gradient.
 Tensor rope_qkv_bwd(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin, MaybeTensor positions, int64_t groups,
                     bool interleaved) {
   const char* op = "rope_qkv_bwd";

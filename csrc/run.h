@@ -52,7 +52,7 @@ struct DeviceGuard {
   explicit DeviceGuard(const Tensor&) {}
 };
 
-constexpr int64_t kGrain = 32768;  // elements below which another thread costs more than it brings
+constexpr int64_t kGrain = 32768;  // elements below which another thread costs more than it gains
 
 template <class Args>
 void in_parallel(int64_t count, int64_t width, void (*kernel)(const Args&, int64_t, int64_t), const Args& args) {

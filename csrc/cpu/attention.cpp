@@ -3,7 +3,7 @@
 //
 // Products are made by one small routine, C[m][n] += A[m][k] B[k][n], over matrices of 32-bit cells. A cell is a float, or,
 // where the CPU multiplies bf16, a pair of bf16 that are neighbours in k. So operands are laid out in three ways:
-//   rows     [row][channel / pair]   as they lie; A of a product over channels
+//   rows     [row][channel / pair]   as stored; A of a product over channels
 //   paired   [row / pair][channel]   cells of the same channel in neighbouring rows; B of a product over rows
 //   turned   the transpose of either; B of a product over channels, or A of one over rows
 #include <math.h>
@@ -327,7 +327,7 @@ bool forward(const AttentionFwd& a, int64_t begin, int64_t end) {
   return true;
 }
 
-// ---- Backward. Scores are made again, turned ([key][query]), so that each product finds its operands as they lie.
+// ---- Backward. Scores are recomputed, transposed ([key][query]), so that each product reads its operands as stored.
 
 template <class T>
 struct BwdScratch {

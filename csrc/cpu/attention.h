@@ -1,4 +1,4 @@
-// Causal attention on the CPU: what the binding hands to the kernels. Shapes: b batch, s sequence, h query heads, g
+// Causal attention on the CPU: the arguments of the kernels. Shapes: b batch, s sequence, h query heads, g
 // key/value heads, d head_dim; query head i reads key/value head i / (h / g).
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace megatronish {
 
-// A [b, s, heads, d] tensor whose channels lie together; strides count elements.
+// A [b, s, heads, d] tensor whose channels are contiguous; strides count elements.
 struct Heads {
   void* data;
   int64_t batch, seq, head;
@@ -25,7 +25,7 @@ struct AttentionFwd {
 struct AttentionBwd {
   Heads dout, q, k, v, out, dq, dk, dv;
   const int32_t* first_key;
-  const float* log2_sum;  // as the forward pass left it
+  const float* log2_sum;  // as returned by the forward pass
   int64_t batch, seq, heads, kv_heads, head_dim;
   float scale;
   DType dtype;

@@ -13,15 +13,15 @@ namespace {
 // 2^t for t <= 0: a polynomial fitted to 2^f on [0, 1), of relative error 1e-8, and the exponent; 0 below 2^-126.
 inline float power_of_two(float t) {
   t = t < -126.0f ? -126.0f : t;
-  const int32_t whole = static_cast<int32_t>(t + 127.0f) - 127;  // rounds down: t + 127 is positive
-  const float f = t - static_cast<float>(whole);
+  const int32_t floor_t = static_cast<int32_t>(t + 127.0f) - 127;  // rounds down: t + 127 is positive
+  const float f = t - static_cast<float>(floor_t);
   float p = 0.00021702254889532924f * f + 0.0012439688434824347f;
   p = p * f + 0.009678840637207031f;
   p = p * f + 0.055483341217041016f;
   p = p * f + 0.24022983014583588f;
   p = p * f + 0.6931470036506653f;
   p = p * f + 1.0f;
-  return t <= -126.0f ? 0.0f : p * float_of(static_cast<uint32_t>(whole + 127) << 23);
+  return t <= -126.0f ? 0.0f : p * float_of(static_cast<uint32_t>(floor_t + 127) << 23);
 }
 
 // Scores to probabilities, in place but for the division by their sum, which is returned.

@@ -92,9 +92,9 @@ inline typename V::Scalar largest(V x) {
   return lanes[0];
 }
 
-// Loads of logits; those behind the end of a row are -infinity, whose exponential is 0.
+// Loads of logits; those past the end of a row are -infinity, whose exponential is 0.
 template <class T, class V>
-inline V logits_at(const T* p, Whole, V like) { return load(p, like); }
+inline V logits_at(const T* p, Full, V like) { return load(p, like); }
 template <class T, class V>
 inline V logits_at(const T* p, Part part, V like) {
   typename V::Scalar lanes[V::size];

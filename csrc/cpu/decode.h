@@ -1,6 +1,6 @@
-// What a decoding step needs on the CPU: products of few rows with a weight matrix, and attention over a key/value cache. What
-// the bindings hand to the kernels. Every row's result is computed in an order of its own sums that does not depend on how many
-// other rows there are, so that a batch gives what its rows give alone, bit for bit.
+// Decode on the CPU: skinny GEMMs (products of few rows with a weight matrix) and attention over a key/value cache; the
+// arguments of the kernels. The order of a row's sums does not depend on the number of rows, so that a batch is bitwise equal
+// to its rows computed one by one.
 #pragma once
 
 #include "../kernels.h"
@@ -28,9 +28,9 @@ struct LinearRows {
 };
 
 // The new keys and values are written into the cache, then each query reads the positions max(0, p - window + 1) to p of its
-// row, p its own; position p lies at p % capacity. Query head i reads key/value head i / (heads / kv_heads).
+// row, p its own; position p is stored at p % capacity. Query head i reads key/value head i / (heads / kv_heads).
 struct CachedAttention {
-  const void* q;             // [batch, new, heads, head_dim] dtype; strides of batch, new; the channels of a token side by side
+  const void* q;             // [batch, new, heads, head_dim] dtype; strides of batch, new; the channels of a token contiguous
   const void* k;             // [batch, new, kv_heads, head_dim]; the same
   const void* v;             // the same
   void* keys;                // [rows, capacity, kv_heads, head_dim] dtype

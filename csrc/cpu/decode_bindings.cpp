@@ -10,13 +10,13 @@
 namespace megatronish {
 namespace {
 
-constexpr int64_t kWeightsAThread = 32768;  // below which another thread costs more than it brings
+constexpr int64_t kWeightsAThread = 32768;  // below this another thread costs more than it gains
 
 void require(bool good, const char* op, const char* expected) {
   if (!good) throw std::runtime_error(std::string(op) + ": expected " + expected);
 }
 
-// What the three formats share; x [m, k] with its channels side by side.
+// Common to the three formats; x [m, k] with contiguous channels.
 Tensor multiply(const char* op, LinearRows& a, const Tensor& x_in, const Tensor& w, const MaybeTensor& bias) {
   require(x_in.is_cpu() && w.is_cpu() && x_in.dim() == 2 && w.dim() == 2 && w.is_contiguous(), op,
           "x [m, k] and a contiguous weight of two dims, on the CPU");
@@ -66,7 +66,7 @@ Tensor linear_rows_int8(Tensor x, Tensor w, Tensor scales, MaybeTensor bias) {
   require(w.scalar_type() == ScalarType::Char, op, "an int8 weight");
   require(scales.is_cpu() && scales.is_contiguous() && scales.scalar_type() == ScalarType::Float && scales.dim() == 1 &&
               scales.size(0) == w.size(0),
-          op, "float32 scales, one a row of the weight");
+          op, "float32 scales, one per row of the weight");
   a.scales = static_cast<const float*>(scales.data_ptr());
   return multiply(op, a, x, w, bias);
 }
@@ -89,7 +89,7 @@ Tensor linear_rows_int4(Tensor x, Tensor w, Tensor ranges, MaybeTensor bias) {
 void check_heads(const char* op, const Tensor& t, const Tensor& q, int64_t heads) {
   require(t.is_cpu() && t.scalar_type() == q.scalar_type() && t.dim() == 4 && t.size(2) == heads && t.size(3) == q.size(3) &&
               t.stride(3) == 1 && t.stride(2) == t.size(3),
-          op, "q, k and v [batch, new, heads, head_dim] of one dtype, the heads of a token side by side");
+          op, "q, k and v [batch, new, heads, head_dim] of one dtype, the heads of a token contiguous");
 }
 
 Tensor cached_attention_(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor rows, Tensor positions,
@@ -118,7 +118,7 @@ Tensor cached_attention_(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor value
   require(rows.numel() == a.batch && positions.numel() == a.batch * a.new_tokens, op, "rows [batch], positions [batch, new]");
   a.rows = static_cast<const int32_t*>(rows.data_ptr());
   a.positions = static_cast<const int32_t*>(positions.data_ptr());
-  // A position that another token of the row has taken would be read as that token.
+  // A slot that a later position of the row has overwritten would be read as that position.
   const int64_t reach = window > 0 ? std::min(a.capacity, window) : a.capacity;
   for (int64_t i = 0; i < a.batch; ++i) {
     require(a.rows[i] >= 0 && a.rows[i] < keys.size(0), op, "rows of the cache");

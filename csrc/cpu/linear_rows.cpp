@@ -122,9 +122,9 @@ inline Vec load_int(const int8_t* p) {
 }
 
 inline Vec load_int(const int8_t* p, int64_t n) {
-  int8_t whole[Vec::size] = {};
-  memcpy(whole, p, n);
-  return load_int(whole);
+  int8_t padded[Vec::size] = {};
+  memcpy(padded, p, n);
+  return load_int(padded);
 }
 
 template <class T, int M, int N>

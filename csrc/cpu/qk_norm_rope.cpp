@@ -49,7 +49,7 @@ struct Angles {
 };
 
 // Rotates what get(channel, How or Part) gives and hands it to put(channel, How or Part, vector).
-template <class V, class How = Whole, class S, class Get, class Put>
+template <class V, class How = Full, class S, class Get, class Put>
 inline void rotate(const QkHeads& a, const Angles<S>& angles, Get get, Put put) {
   // By value all of it: a vector store may alias anything, and what is read through a reference is read again after each.
   const int64_t half = a.half, rotated = 2 * half, width = a.head_dim;

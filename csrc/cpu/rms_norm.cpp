@@ -10,14 +10,14 @@ inline double root(double x) { return __builtin_sqrt(x); }
 
 constexpr int kRows = 4;  // rows taken together
 
-// The forward pass takes rows of up to so many bytes together, for their sums are then not waited for one by one.
+// The forward pass processes rows of up to this many bytes together, so that their sums overlap.
 constexpr int64_t kShortRow = 2048;
 
 // The backward pass takes a row at a time while what it touches of a row fits the first-level cache, else four, so that the
 // weight and the sums for dw come from the second level once for four rows.
 constexpr int64_t kFirstLevelCache = 32768;
 
-// Widest row that is kept on the stack: x + residual beside what is streamed, or the weight in fp32.
+// Widest row that is kept on the stack: x + residual in addition to streamed results, or the weight in fp32.
 constexpr int64_t kKept = 8192;
 
 // The factor of a channel: weight + offset, or 1 without a weight.

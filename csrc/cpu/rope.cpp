@@ -6,7 +6,7 @@ namespace MEGATRONISH_LEVEL {
 namespace {
 
 // Pairs (i, i + half): (a, b) -> (a cos - b sin, b cos + a sin); turn is 1, or -1 for the inverse. The same head of a later
-// token lies `later` elements on.
+// token is `later` elements ahead.
 template <class How, class T, class V, class S>
 inline void rotate_halves(const T* in, T* out, const S* cos, const S* sin, int64_t half, V turn, int64_t later) {
   const auto body = [=](int64_t i, auto n) {
@@ -103,7 +103,7 @@ bool is_streamable(const Rope& a) {
 void rope(const Rope& a, int64_t begin, int64_t end) {
   with_type(a.dtype, [&](auto t) {
     using T = decltype(t);
-    if (!is_large<T>(a)) return rotate<T, Whole>(a, begin, end);
+    if (!is_large<T>(a)) return rotate<T, Full>(a, begin, end);
     if (!is_streamable<T>(a)) return rotate<T, Fetched>(a, begin, end);
     with_stores(true, [&](auto how) { rotate<T, decltype(how)>(a, begin, end); });
   });

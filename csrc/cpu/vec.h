@@ -177,15 +177,15 @@ inline void stream(Half* p, Vec a) { _mm_stream_si128((__m128i*)p, narrow_f16(a.
 
 template <class T>
 inline Vec load(const T* p, int64_t n, Vec) {
-  T whole[Vec::size] = {};
-  memcpy(whole, p, n * sizeof(T));
-  return load(whole, Vec{});
+  T padded[Vec::size] = {};
+  memcpy(padded, p, n * sizeof(T));
+  return load(padded, Vec{});
 }
 template <class T>
 inline void store(T* p, int64_t n, Vec a) {
-  T whole[Vec::size];
-  store(whole, a);
-  memcpy(p, whole, n * sizeof(T));
+  T padded[Vec::size];
+  store(padded, a);
+  memcpy(p, padded, n * sizeof(T));
 }
 
 // p[0], p[0], p[1], p[1], ... of the first n < size elements, n even.
@@ -207,8 +207,8 @@ inline Vec round_to_int(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAR
 inline __m256 power_of_2(__m256i n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23)); }
 // In two steps, for 2^n itself may be too large or too small for a float when the product is not.
 inline Vec times_power_of_2(Vec a, Vec n) {
-  const __m256i whole = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(whole, 1);
-  return {_mm256_mul_ps(_mm256_mul_ps(a.v, power_of_2(half)), power_of_2(_mm256_sub_epi32(whole, half)))};
+  const __m256i exponent = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(exponent, 1);
+  return {_mm256_mul_ps(_mm256_mul_ps(a.v, power_of_2(half)), power_of_2(_mm256_sub_epi32(exponent, half)))};
 }
 
 #endif
@@ -329,37 +329,37 @@ struct VecOf<double> {
   using type = Lanes<double, 4>;
 };
 
-// What a loop body is given to load and store by: a whole vector, one of a row whose later one is fetched meanwhile, one that
+// Tags that a loop body loads and stores with: a full vector, one of a row whose later one is fetched meanwhile, one that
 // goes past the caches when stored as well, or the `n` elements left at the end of a row.
-struct Whole {};
-struct Fetched : Whole {};
+struct Full {};
+struct Fetched : Full {};
 struct Streamed {};
 struct Part {
   int64_t n;
 };
 template <class T, class V>
-inline V load(const T* p, Whole, V like) { return load(p, like); }
+inline V load(const T* p, Full, V like) { return load(p, like); }
 template <class T, class V>
 inline V load(const T* p, Streamed, V like) { return load(p, like); }
 template <class T, class V>
 inline V load(const T* p, Part part, V like) { return load(p, part.n, like); }
 template <class S, class V>
-inline V load_twice(const S* p, Whole, V like) { return load_twice(p, like); }
+inline V load_twice(const S* p, Full, V like) { return load_twice(p, like); }
 template <class S, class V>
 inline V load_twice(const S* p, Part part, V like) { return load_twice(p, part.n, like); }
 template <class T, class V>
-inline void store(T* p, Whole, V a) { store(p, a); }
+inline void store(T* p, Full, V a) { store(p, a); }
 template <class T, class V>
 inline void store(T* p, Streamed, V a) { stream(p, a); }
 template <class T, class V>
 inline void store(T* p, Part part, V a) { store(p, part.n, a); }
 
-// body(i, Whole or Part) for every vector of a row. With Streamed or Fetched, body(i, that or Part), and what `later` points
+// body(i, Full or Part) for every vector of a row. With Streamed or Fetched, body(i, that or Part), and what `later` points
 // to comes into the second-level cache meanwhile, a line at a time: the hardware fetches ahead within a page only.
-template <class V, class How = Whole, class Body, class... T>
+template <class V, class How = Full, class Body, class... T>
 inline void each_vector(int64_t width, Body body, const T*... later) {
   int64_t i = 0;
-  if constexpr (!__is_same(How, Whole) && sizeof...(T) > 0) {
+  if constexpr (!__is_same(How, Full) && sizeof...(T) > 0) {
     constexpr int64_t line = 64 / (sizeof(T), ...);
     for (; i + line <= width; i += line) {
       (__builtin_prefetch(later + i, 0, 2), ...);
@@ -371,8 +371,8 @@ inline void each_vector(int64_t width, Body body, const T*... later) {
   if (i < width) body(i, Part{width - i});
 }
 
-// `bytes` bytes as they are; with Streamed past the caches, for `to` at a line's beginning and whole lines.
-inline void copy_bytes(const void* from, void* to, int64_t bytes, Whole) { memcpy(to, from, bytes); }
+// `bytes` bytes as they are; with Streamed past the caches, for `to` aligned to a cache line and full cache lines.
+inline void copy_bytes(const void* from, void* to, int64_t bytes, Full) { memcpy(to, from, bytes); }
 inline void copy_bytes(const void* from, void* to, int64_t bytes, Streamed) {
 #if defined(__AVX2__)
   const __m256i* source = static_cast<const __m256i*>(from);
@@ -383,24 +383,24 @@ inline void copy_bytes(const void* from, void* to, int64_t bytes, Streamed) {
 #endif
 }
 
-// The sum over a row of what body(i, Whole or Part, accumulator) adds up: four sums side by side, so that one addition
+// The sum over a row of what body(i, Full or Part, accumulator) adds up: four independent sums, so that one addition
 // need not wait for the one before.
 template <class V, class Body>
 inline typename V::Scalar sum_vectors(int64_t width, Body body) {
   V a = fill(typename V::Scalar(0), V{}), b = a, c = a, d = a;
   int64_t i = 0;
   for (; i + 4 * V::size <= width; i += 4 * V::size) {
-    a = body(i, Whole{}, a);
-    b = body(i + V::size, Whole{}, b);
-    c = body(i + 2 * V::size, Whole{}, c);
-    d = body(i + 3 * V::size, Whole{}, d);
+    a = body(i, Full{}, a);
+    b = body(i + V::size, Full{}, b);
+    c = body(i + 2 * V::size, Full{}, c);
+    d = body(i + 3 * V::size, Full{}, d);
   }
-  for (; i + V::size <= width; i += V::size) a = body(i, Whole{}, a);
+  for (; i + V::size <= width; i += V::size) a = body(i, Full{}, a);
   if (i < width) b = body(i, Part{width - i}, b);
   return sum((a + b) + (c + d));
 }
 
-// How far ahead of its use a row of `width` elements is fetched: where the next row lies, but a page at least, for memory
+// How far ahead of its use a row of `width` elements is fetched: where the next row begins, but at least a page, for memory
 // answers only after a short row is done.
 template <class T>
 inline int64_t ahead(int64_t width) {
@@ -408,21 +408,21 @@ inline int64_t ahead(int64_t width) {
   return width > page ? width : page;
 }
 
-// Whether rows of `bytes` from `p` on begin where a whole vector may be streamed to.
+// Whether rows of `bytes` from `p` on are aligned for streaming stores of full vectors.
 inline bool aligned(const void* p, int64_t bytes) { return (reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(bytes)) % 64 == 0; }
 
-// Calls run(Streamed{}) or run(Whole{}); the scalar level has no streaming stores.
+// Calls run(Streamed{}) or run(Full{}); the scalar level has no streaming stores.
 template <class Run>
 inline void with_stores(bool streamed, Run run) {
 #if defined(__AVX2__)
   if (streamed) {
     run(Streamed{});
-    _mm_sfence();  // streaming stores pass other stores by: they are in memory before another thread is told of them
+    _mm_sfence();  // streaming stores are weakly ordered: make them visible before other threads are signalled
     return;
   }
 #endif
   (void)streamed;
-  run(Whole{});
+  run(Full{});
 }
 
 // Calls run(T{}) with the element type that `dtype` names, of those that this level computes.

@@ -92,7 +92,7 @@ __device__ __forceinline__ S warp_sum(S x) {
 }
 
 // The sum over a block of THREADS, in every thread. `scratch` holds THREADS / 32 numbers, and must be another one at the
-// next call (or a barrier must lie between).
+// next call (or be separated from it by a barrier).
 template <int THREADS, class S>
 __device__ __forceinline__ S block_sum(S x, S* scratch) {
   x = warp_sum(x);
@@ -121,7 +121,7 @@ int with_type(DType dtype, Run run) {
 
 inline int last_error() { return static_cast<int>(cudaGetLastError()); }
 
-// Calls launch(blocks), unless a grid may not have so many: cut to 32 bits, the number would be another one.
+// Calls launch(blocks), unless the number exceeds the limit of a grid (it would be truncated to 32 bits).
 template <class Launch>
 int on_grid(int64_t blocks, Launch launch) {
   if (blocks > 0x7FFFFFFF) return static_cast<int>(cudaErrorInvalidConfiguration);

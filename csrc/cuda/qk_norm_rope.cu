@@ -15,7 +15,7 @@ struct Number {
   static constexpr int n = VALUE;
 };
 
-// Where the unit of this thread lies in a head.
+// Position of this thread's unit in a head.
 template <int N, bool INTERLEAVED>
 struct Unit {
   int first, second, angle;  // channels of the two vectors; place in the tables
@@ -64,7 +64,7 @@ struct Values {
     if (rotated) store(head + second, q);
   }
 
-  // Pair i: channels i of both vectors, or, of neighbours, channels 2i and 2i + 1 of the two behind each other.
+  // Pair i: channels i of both vectors, or, of neighbours, channels 2i and 2i + 1 of the two concatenated.
   template <bool INTERLEAVED>
   __device__ __forceinline__ void rotate(const Pack<Wide<T>, N>& cos, const Pack<Wide<T>, N>& sin, Wide<T> turn) {
 #pragma unroll
@@ -113,7 +113,7 @@ __device__ __forceinline__ void angles_of(const QkHeads& a, const Token& token, 
   }
 }
 
-// Head `number` of a token's normed heads: where it lies in qkv, and its number among those of its kind.
+// Head `number` of a token's normed heads: its offset in qkv, and its number among those of its kind.
 struct Head {
   bool is_q;
   int in_qkv, of_kind;
@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(kThreads) backward(QkNormRopeBwd a) {
   }
   if constexpr (N > 1) {
     if (partial == nullptr) return;
-    // Channels as they lie in a head, one row a team; then every thread adds up its channels in the order of the teams.
+    // Channels in the order of a head, one row a team; then every thread adds up its channels in the order of the teams.
     if (own.exists) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {

@@ -1,4 +1,4 @@
-// RMSNorm forward and backward, with or without a fused residual. Rows of whole 128-bit vectors stay in registers between
+// RMSNorm forward and backward, with or without a fused residual. Rows of full 128-bit vectors stay in registers between
 // the sum and the result; any other row takes the plain kernels, which read it again.
 #include "common.cuh"
 
@@ -23,7 +23,7 @@ __device__ __forceinline__ S offset_of(const Args& a) {
 
 // ---- Forward.
 
-// A row for THREADS threads, VECTORS vectors a thread; a warp a row takes four rows a block. All loads come before the first
+// A row for THREADS threads, VECTORS vectors a thread; with one warp per row a block has four rows. All loads come before the first
 // store, which the compiler moves none of them past, and the weights before the sum over the block, which hides their latency.
 template <class T, class W, int THREADS, int VECTORS, int ROWS>
 __global__ void __launch_bounds__(THREADS* ROWS) forward(RmsNormFwd a) {

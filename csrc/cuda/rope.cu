@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) rotate(Rope a, Index items) {
   const S turn = a.inverse ? S(-1) : S(1), outside = S(0) / S(0);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    // Pair i of neighbours lies in elements 2i and 2i + 1 of the two packs behind each other.
+    // Pair i of neighbours is in elements 2i and 2i + 1 of the two concatenated packs.
     T& x = INTERLEAVED ? (2 * i < N ? p.v[(2 * i) % N] : q.v[(2 * i) % N]) : p.v[i];
     T& y = INTERLEAVED ? (2 * i + 1 < N ? p.v[(2 * i + 1) % N] : q.v[(2 * i + 1) % N]) : q.v[i];
     const S c = known ? cos.v[i] : outside, t = sin.v[i] * turn, wide_x = widen(x), wide_y = widen(y);

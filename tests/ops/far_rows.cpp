@@ -83,7 +83,7 @@ void norms() {
   partial.same("rms_norm_bwd: partial sums");
 }
 
-// The last columns of the sum of partitions whose second one begins behind element 2^31.
+// The last columns of the sum of partitions whose second one begins after element 2^31.
 void weight_gradient() {
   constexpr int64_t kColumns = 64, width = (int64_t{1} << 31) + kColumns;
   const Rows first(kColumns, 5), second(kColumns, 6), dw(kColumns, 0);
