@@ -1,5 +1,5 @@
-// Causal attention in blocks of 64 queries by 64 keys, forward and backward, after FlashAttention-2 (Dao 2023): scores never
-// leave the cache, blocks above the diagonal are never computed, all sums are fp32.
+// Causal attention in blocks of 64 queries by 64 keys, forward and backward, with an online softmax as in FlashAttention-2
+// (Dao 2023): scores never leave the cache, blocks above the diagonal are skipped, accumulation is in fp32.
 //
 // Products are made by one small routine, C[m][n] += A[m][k] B[k][n], over matrices of 32-bit cells. A cell is a float, or,
 // where the CPU multiplies bf16, a pair of bf16 that are neighbours in k. So operands are laid out in three ways:
@@ -201,7 +201,7 @@ struct FirstKeys {
 
 // ---- Forward.
 
-// A head's running softmax over one block of queries.
+// The online softmax of a head over one block of queries: running maximum and sum.
 struct Running {
   float most[kBlock], shrink[kBlock], total[kBlock];
 };

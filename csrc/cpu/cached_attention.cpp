@@ -1,5 +1,5 @@
-// Attention of a few new tokens over a key/value cache whose rows have lengths of their own and may roll over. One pair of a
-// row and a key/value head at a time: a key is read once for all query heads that share it, sums are kept in fp32.
+// Attention of a few new tokens over a key/value cache whose rows have individual lengths and may be ring buffers. One pair of a
+// row and a key/value head at a time: a key is read once for all query heads that share it; accumulation is in fp32.
 #include <stdlib.h>
 
 #include "vec.h"

@@ -1,6 +1,6 @@
-// x w^T for few rows of x: every weight is read once, at the rate of memory, and used for all rows while it is in a register.
-// Of many rows, 128 at a time: slower than a library's product, but no row depends on the others.
-// Dense weights in 16 or 32 bits, int8 with a scale a row, and int4 with a scale and a low end a group.
+// Skinny GEMM: x w^T for few rows of x. Every weight is read once, at memory bandwidth, and used for all rows while it is in a
+// register. Many rows are processed 128 at a time: slower than a library GEMM, but no row depends on the others.
+// Dense weights in 16 or 32 bits, int8 with a scale per row, int4 with a scale and a minimum per group.
 #include "vec.h"
 
 #include "decode.h"
