@@ -34,11 +34,12 @@ demo: install  ## prepare a corpus, pretrain the tiny model, plot, measure, gene
 test: install  ## run every test
 	pytest tests
 
-check: install  ## formatting, lint, types, import directions
+check: install  ## formatting, lint, types, import directions, words
 	ruff format --check .
 	ruff check .
 	mypy
 	lint-imports
+	python tools/check_names.py
 
 clean:  ## remove build products and caches; data/, runs/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
