@@ -33,9 +33,9 @@ def test_good_damaged_and_adopted(
     assert "2 of 2 checkpoints are good" in capsys.readouterr().out
     (second / "weights").write_text("v")
     assert check(str(tmp_path), monkeypatch=monkeypatch) == 1
-    said = capsys.readouterr().out
-    assert f"{first}: good" in said and f"{second}: DAMAGED" in said
-    assert "    weights has other contents than were written\n" in said and "1 of 2 checkpoints are good" in said
+    printed = capsys.readouterr().out
+    assert f"{first}: good" in printed and f"{second}: DAMAGED" in printed
+    assert "    weights has other contents than were written\n" in printed and "1 of 2 checkpoints are good" in printed
     (first / "manifest.json").unlink()
     assert check(str(first), monkeypatch=monkeypatch) == 1
     assert "has no manifest.json" in capsys.readouterr().out
