@@ -161,13 +161,15 @@ def test_remote_inputs(folder):
         {"instruction": "Add.", "context": "", "response": "2"},
         {"instruction": "A", "context": "B", "response": "C"},
     ]
-    dolly, other = folder / "databricks/databricks-dolly-15k", folder / "some/corpus"
+    hub = folder / "served"
+    dolly, other = hub / "databricks/databricks-dolly-15k", hub / "some/corpus"
     for path, rows in ((dolly / "a.jsonl", records), (other / "test.jsonl", [{"text": "held out"}, {"text": None}])):
         path.parent.mkdir(parents=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "bad.jsonl").write_text('{"text": "good"}\n\n{"text": \n{"text": null}\n')
+    (hub / "d.jsonl").write_bytes((folder / "d.jsonl").read_bytes())
+    (hub / "bad.jsonl").write_text('{"text": "good"}\n\n{"text": \n{"text": null}\n')
     given = ["--tokenizer-model", "bytes", "--shard-size", 500, "--output-prefix"]
-    with shard_server(folder, commit=sha) as (url, served):
+    with shard_server(hub, commit=sha) as (url, served):
         there = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "cache")}
         lines = run(folder, "--input", "hf://dolly", *given, "o", **there)
         assert texts_of(folder / "o_text_document") == ["Add.\n\n2", "A\n\nB\n\nC"]
@@ -179,6 +181,9 @@ def test_remote_inputs(folder):
         run(folder, "--input", "hf://some/corpus:test", *given, "p", "--on-error", "skip", **there)
         assert texts_of(folder / "p_text_document") == ["held out"]
         assert open_dataset(folder / "p_text_document").manifest.counts["rejected_documents"] == 1
+        (folder / "some/corpus").mkdir(parents=True)
+        done = attempt(folder, "--input", "hf://some/corpus:test", *given, "q", **there)
+        assert done.returncode == 2 and "would read the local folder some/corpus" in done.stderr
         served.faults, served.kinds = 0.3, ("500", "reset", "truncate")
         run(folder, "--input", f"{url}/d.jsonl", *given, "w", **there)
         assert texts_of(folder / "w_text_document") == TEXTS

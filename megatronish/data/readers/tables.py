@@ -85,6 +85,10 @@ def _csv_options(path: str, separator: str) -> dict[str, Any]:
 
 def open_hub(wanted: HubName, location: str) -> HubDataset:
     """A data set of the hub, its configuration, split and files resolved by `datasets`. Raises DataError."""
+    if Path(wanted.repository).is_dir():
+        raise DataError(
+            f"{location}: `datasets` would read the local folder {wanted.repository} instead of the hub; run in another folder"
+        )
     with _explained(location):
         files = wanted.data_files()
         builder = datasets.load_dataset_builder(
