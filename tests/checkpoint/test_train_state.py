@@ -143,3 +143,11 @@ def test_another_order_of_the_data(tmp_path: Path) -> None:
     del raw["data_order"]
     (tmp_path / STATE_FILE).write_text(json.dumps(raw))
     TrainState.load(tmp_path).continue_as(fresh, Path("runs/x"), moves=True)
+
+
+def test_an_earlier_name_of_a_setting(tmp_path: Path) -> None:
+    """States saved before 2026-11-30 name the number of samples otherwise."""
+    replace(START, data_order={"data.order": "megatron", "samples of the run": "64"}).save(tmp_path)
+    path = tmp_path / STATE_FILE
+    path.write_text(path.read_text().replace("samples of the run", "samples of the whole run"))
+    assert TrainState.load(tmp_path).data_order == {"data.order": "megatron", "samples of the run": "64"}

@@ -90,8 +90,8 @@ def test_bad_steps_are_skipped_and_the_run_continues(data: str, tmp_path: Path) 
     event = json.loads((boxes / "step-00000006" / "event.json").read_text())
     assert (event["kind"], event["checkpoint"], event["samples"]) == ("non-finite", "step-00000004", [40, 48])
     assert [[each["sample"] for each in rank] for rank in event["documents"]] == [[40, 41, 44, 45], [42, 43, 46, 47]]
-    # The kept checkpoint is a hard link and takes no space of its own.
-    assert (boxes / "step-00000006/checkpoint/model.safetensors").stat().st_nlink >= 1
+    # The box keeps the checkpoint to replay from, also when the run has removed its own.
+    assert (boxes / "step-00000006/checkpoint/model.safetensors").is_file()
 
 
 def test_a_non_finite_run_ends_after_max_skipped_steps_and_reports_where_it_breaks(data: str, tmp_path: Path) -> None:
